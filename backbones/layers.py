@@ -1,0 +1,238 @@
+"""Layers that every model of the package is built from.
+
+Tokens travel as a grid, (B, T, H, W, C), row-major in time, height and width. Images have T = 1.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from backbones.memory import MemoryManaged
+from backbones.reversible import add_branch, drop_path_mask
+
+__all__ = [
+    "MLP",
+    "NORM_EPS",
+    "Attention",
+    "AttentionBranch",
+    "MLPBranch",
+    "PatchEmbed",
+    "PositionEmbedding",
+    "ResidualBlock",
+    "drop_path_rates",
+    "init_weights",
+]
+
+# The released models use 1e-6 where torch defaults to 1e-5.
+NORM_EPS = 1e-6
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into patches and project each to one token.
+
+    Args:
+        patch_size: side of a square patch in pixels.
+        in_chans: channels of the image.
+        embed_dim: channels of a token.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.in_chans = in_chans
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, 1, ceil(H / patch), ceil(W / patch), embed_dim).
+
+        An image whose sides are no multiple of the patch is padded with zeros on the right and at
+        the bottom.
+
+        Raises:
+            ValueError: ``x`` is no batch of images with ``in_chans`` channels.
+        """
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(
+                f"expected images of shape (B, {self.in_chans}, H, W), got {tuple(x.shape)}"
+            )
+        height, width = x.shape[-2:]
+        pad_h, pad_w = -height % self.patch_size, -width % self.patch_size
+        if pad_h or pad_w:
+            x = F.pad(x, (0, pad_w, 0, pad_h))
+        tokens: Tensor = self.proj(x)
+        return tokens.permute(0, 2, 3, 1).unsqueeze(1)
+
+
+class PositionEmbedding(nn.Module):
+    """One learned vector for each cell of the token grid.
+
+    Args:
+        grid: (H, W) of the grid that the embedding is made for, in tokens.
+        embed_dim: channels of a token.
+    """
+
+    def __init__(self, grid: tuple[int, int], embed_dim: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.weight = nn.Parameter(torch.zeros(1, grid[0] * grid[1], embed_dim))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the embedding to (B, T, H, W, C), resized bicubically where the grid differs."""
+        height, width = x.shape[2:4]
+        weight = self.weight.view(1, *self.grid, -1)
+        if (height, width) != self.grid:
+            # In float32 because bicubic resizing in half precision visibly shifts the embedding.
+            with torch.autocast(x.device.type, enabled=False):
+                weight = F.interpolate(
+                    weight.permute(0, 3, 1, 2), size=(height, width), mode="bicubic"
+                ).permute(0, 2, 3, 1)
+        return x + weight.unsqueeze(1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens of the grid.
+
+    Args:
+        dim: channels of a token.
+        num_heads: heads; divides ``dim``.
+        qkv_bias: whether the projections to q, k and v have a bias.
+        attn_drop: dropout on the attention weights.
+        proj_drop: dropout on the output.
+
+    Raises:
+        ValueError: ``dim`` is no multiple of ``num_heads``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"embed_dim {dim} is not divisible by num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.attn_drop = attn_drop
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, …, C) -> (B, …, C); every dimension between is one of the token grid."""
+        tokens = x.flatten(1, -2)
+        batch, length, dim = tokens.shape
+        qkv = self.qkv(tokens).view(batch, length, 3, self.num_heads, dim // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        dropout = self.attn_drop if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        out = self.proj(out.transpose(1, 2).reshape(x.shape))
+        return cast(Tensor, self.proj_drop(out))
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU (the exact one, with erf) between them."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, dim) -> (…, dim)."""
+        x = self.drop1(self.act(self.fc1(x)))
+        return cast(Tensor, self.drop2(self.fc2(x)))
+
+
+class AttentionBranch(nn.Module):
+    """F of the paper: layer norm, then attention. Holds no residual connection."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = Attention(dim, num_heads, qkv_bias, attn_drop, proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, …, C) -> (B, …, C)."""
+        return cast(Tensor, self.attn(self.norm(x)))
+
+
+class MLPBranch(nn.Module):
+    """G of the paper: layer norm, then MLP. Holds no residual connection."""
+
+    def __init__(self, dim: int, mlp_ratio: float = 4.0, drop: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, …, C) -> (B, …, C)."""
+        return cast(Tensor, self.mlp(self.norm(x)))
+
+
+class ResidualBlock(MemoryManaged):
+    """The ordinary transformer block of one stream, ``x += m f(x); x += m g(x)``.
+
+    The non-reversible twin of :class:`ReversibleBlock`: same branches, and one drop-path mask
+    ``m`` for both, so that a comparison of the two isolates the coupling.
+    """
+
+    def __init__(self, f: nn.Module, g: nn.Module, drop_path: float = 0.0) -> None:
+        super().__init__()
+        if not 0.0 <= drop_path < 1.0:
+            raise ValueError(f"drop_path must be in [0, 1), got {drop_path}")
+        self.f = f
+        self.g = g
+        self.drop_path = float(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, …) -> (B, …)."""
+        mask = drop_path_mask(x, self.drop_path, self.training)
+        if self.memory_policy == "checkpoint" and torch.is_grad_enabled():
+            return checkpoint(self._add_branches, x, mask, use_reentrant=False)
+        return self._add_branches(x, mask)
+
+    def _add_branches(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = add_branch(x, self.f(x), mask)
+        return add_branch(x, self.g(x), mask)
+
+    def extra_repr(self) -> str:
+        return f"drop_path={self.drop_path}, memory_policy={self.memory_policy!r}"
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise one layer as the original implementation does. For ``Module.apply``.
+
+    Truncated normal of deviation 0.02 for weights; 0.02, not 0, for the biases of linear layers
+    and norms; a convolution's bias stays at torch's default (SlowFast, ``MViT._init_weights``).
+    """
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.constant_(module.bias, 0.02)
+    if isinstance(module, nn.LayerNorm):
+        nn.init.constant_(module.bias, 0.02)
+        nn.init.constant_(module.weight, 1.0)
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """One rate for each of ``depth`` blocks, rising linearly from 0 to ``rate``."""
+    return [rate * index / max(depth - 1, 1) for index in range(depth)]
