@@ -1,0 +1,39 @@
+VENV ?= .venv
+PYTHON ?= python3
+PY = $(VENV)/bin/python
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo '  VENV=DIR and PYTHON=INTERPRETER choose the environment, ARGS="..." is passed on by demo, test and bench.'
+
+setup: ## make the environment in .venv: torch, Detectron2, this package, the tools
+	@VENV="$(VENV)" PYTHON="$(PYTHON)" bash scripts/setup.sh
+
+demo: setup ## make a small dataset of photographs and train a Mask R-CNN on it
+	$(PY) -m revdet.demo_dataset --output datasets/demo
+	$(PY) revdet/train_net.py --config configs/detection/demo/mask_rcnn_rev_vit_demo.py $(ARGS)
+
+test: setup ## run the tests
+	$(PY) -m pytest -q $(ARGS)
+
+lint: setup ## check style and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy backbones
+
+format: setup ## format the code and apply the safe fixes
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: setup ## run every benchmark in benchmarks/bench_*.py
+	@set -e; for script in $(sort $(wildcard benchmarks/bench_*.py)); do \
+		echo "==> $$script"; $(PY) -m "benchmarks.$$(basename "$$script" .py)" $(ARGS); \
+	done
+
+clean: ## remove what runs wrote (output/, outputs/, lightning_logs/), builds and caches; keeps .venv and datasets
+	rm -rf output outputs lightning_logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find $(wildcard backbones revdet revvideo configs tests benchmarks) -type d -name __pycache__ -prune -exec rm -rf {} +

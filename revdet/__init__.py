@@ -1,0 +1,10 @@
+"""Detectron2 adapter: detectors on the backbones of :mod:`backbones`."""
+
+import logging
+import warnings
+
+# Detectron2 is older than the torch it runs on here; its users cannot act on these.
+warnings.filterwarnings("ignore", message=".*torch.jit.script. is deprecated", module="torch")
+warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

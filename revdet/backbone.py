@@ -1,0 +1,61 @@
+"""Any model of :mod:`backbones` as a Detectron2 backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import log2
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from torch import Tensor, nn
+
+
+class TrunkBackbone(Backbone):
+    """Feature maps of a model of :mod:`backbones` under Detectron2's names.
+
+    A map of stride ``2**k`` is called ``"scale<k>"``, as in Detectron2's own MViT: a ViT with
+    patches of 16 pixels has ``"scale4"``.
+
+    Args:
+        model: a model with ``feature_maps`` and ``feature_info``, usually made with
+            ``create_model(…, num_classes=0)``.
+        out_features: the names of the maps to return; None for all.
+
+    Raises:
+        ValueError: ``out_features`` names a map that the model does not have.
+    """
+
+    def __init__(self, model: nn.Module, out_features: Sequence[str] | None = None) -> None:
+        super().__init__()
+        self.model = model
+        names = [f"scale{int(log2(info['reduction']))}" for info in model.feature_info]
+        for name in out_features or ():
+            if name not in names:
+                raise ValueError(f"the trunk has no map {name!r}; it has {', '.join(names)}")
+        self._names = names
+        self._out_features = list(out_features or names)
+        self._out_feature_channels = {
+            name: info["num_chs"] for name, info in zip(names, model.feature_info, strict=True)
+        }
+        self._out_feature_strides = {
+            name: info["reduction"] for name, info in zip(names, model.feature_info, strict=True)
+        }
+
+    @property
+    def size_divisibility(self) -> int:
+        """Height and width of the input are padded to a multiple of this, in pixels."""
+        return max(self._out_feature_strides.values())
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Images (B, 3, H, W) -> {name: (B, C, H / stride, W / stride)}."""
+        maps = dict(zip(self._names, self.model.feature_maps(x), strict=True))
+        return {name: maps[name] for name in self._out_features}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each map in :meth:`forward`'s result."""
+        return {
+            name: ShapeSpec(
+                channels=self._out_feature_channels[name], stride=self._out_feature_strides[name]
+            )
+            for name in self._out_features
+        }

@@ -1,0 +1,119 @@
+"""Recipes: loading a LazyConfig file and applying ``key=value`` overrides, checked."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.config import LazyConfig
+from detectron2.utils.registry import locate
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from revdet.errors import UserError
+
+# What train_net.py needs from a recipe.
+SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Load a recipe and apply overrides to it.
+
+    Args:
+        path: a LazyConfig ``.py`` file, or the ``config.yaml`` that a run has saved.
+        overrides: ``section.key=value`` in Hydra's syntax. The key must exist in the recipe, or be
+            an argument of what the recipe builds there.
+
+    Raises:
+        UserError: no such file, a file that is no recipe, or an unknown key (the message lists
+            the near ones) or a value of the wrong type.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"config {path!r} does not exist{_near_recipes(path)}")
+    try:
+        cfg = LazyConfig.load(path)
+    except Exception as error:
+        raise UserError(f"config {path!r} cannot be read: {_one_line(error)}") from error
+    missing = [section for section in SECTIONS if section not in cfg]
+    if missing:
+        raise UserError(
+            f"config {path!r} is no recipe: it lacks the section(s) {', '.join(missing)}"
+        )
+    for override in overrides:
+        _check_override(cfg, override)
+    return LazyConfig.apply_overrides(cfg, list(overrides))
+
+
+def _check_override(cfg: DictConfig, override: str) -> None:
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+        key, value = parsed.key_or_group, parsed.value()
+    except (HydraException, ValueError) as error:
+        raise UserError(f"override {override!r} is not of the form key=value") from error
+    if parsed.is_delete() or parsed.is_add():
+        raise UserError(f"override {override!r}: write key=value, without '+' or '~'")
+    *parents, last = key.split(".")
+    node = cfg
+    for depth, part in enumerate(parents):
+        node = _child(node, part, key, ".".join(parents[:depth]))
+        if not OmegaConf.is_config(node):
+            where = ".".join(parents[: depth + 1])
+            raise UserError(f"config key {key!r} does not exist: {where} is the value {node!r}")
+    known = _known_keys(node)
+    if known is not None and last not in known:
+        raise UserError(_unknown_key(key, last, known, ".".join(parents)))
+    old = OmegaConf.select(cfg, key)
+    if isinstance(old, bool) != isinstance(value, bool) and isinstance(old, bool | int | float):
+        mismatch = True
+    else:
+        mismatch = isinstance(old, int | float) and not isinstance(value, int | float)
+    if mismatch and value is not None:
+        kind = type(old).__name__
+        raise UserError(f"config key {key!r} takes a value like {old!r} ({kind}), got {value!r}")
+
+
+def _child(node: DictConfig | ListConfig, part: str, key: str, where: str) -> object:
+    known = _known_keys(node)
+    if isinstance(node, ListConfig) and part.isdigit() and int(part) < len(node):
+        return node[int(part)]
+    if isinstance(node, DictConfig) and part in node:
+        return node[part]
+    raise UserError(_unknown_key(key, part, known or [], where))
+
+
+def _known_keys(node: DictConfig | ListConfig) -> list[str] | None:
+    """What may stand under ``node``; None if its target takes any keyword."""
+    if isinstance(node, ListConfig):
+        return [str(index) for index in range(len(node))]
+    known = [str(key) for key in node if key != "_target_"]
+    target = node.get("_target_")
+    if target is None:
+        return known
+    if isinstance(target, str):
+        target = locate(target)
+    # Detectron2's @configurable wraps __init__; the signature shows through functools.wraps.
+    parameters = inspect.signature(target).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return sorted({*known, *(parameter.name for parameter in parameters)})
+
+
+def _unknown_key(key: str, part: str, known: Sequence[str], where: str) -> str:
+    near = difflib.get_close_matches(part, known, n=3) or sorted(known)[:12]
+    prefix = f"{where}." if where else ""
+    choices = ", ".join(prefix + name for name in near)
+    return f"config key {key!r} does not exist; did you mean {choices}?"
+
+
+def _near_recipes(path: str) -> str:
+    recipes = [str(p) for p in sorted(Path("configs/detection").glob("*/*.py"))]
+    recipes = [p for p in recipes if Path(p).parent.name != "common"]
+    near = difflib.get_close_matches(path, recipes, n=3, cutoff=0.5) or recipes
+    return f"; there are {', '.join(near)}" if near else ""
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".replace("\n", " ")
