@@ -13,11 +13,11 @@ arrive block by block, as autograd, hooks and DistributedDataParallel expect the
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
@@ -80,9 +80,14 @@ class _Branch:
     def __init__(self, module: nn.Module, index_of: dict[int, int], random: RandomState | None):
         self.module = module
         self.random = random
-        # A parameter may be registered twice, here or in the other branch: same index, same leaf.
-        named = module.named_parameters(remove_duplicate=False)
-        self.index_of_name = {name: index_of[id(param)] for name, param in named}
+        # A parameter may belong to two modules, here or in the other branch: same index, same leaf.
+        # A module that is registered under two names counts once: functional_call would swap its
+        # parameters twice, and leave the first swap in the module for good.
+        self.index_of_name = {
+            f"{prefix}.{name}" if prefix else name: index_of[id(param)]
+            for prefix, owner in module.named_modules()
+            for name, param in owner.named_parameters(recurse=False, remove_duplicate=False)
+        }
 
     def rerun(
         self, x: Tensor, leaves: Sequence[Tensor], autocast: AutocastState
@@ -90,11 +95,12 @@ class _Branch:
         """Return ``x`` as a fresh leaf and the branch's output, connected by an autograd graph."""
         x = x.detach().requires_grad_()
         params = {name: leaves[index] for name, index in self.index_of_name.items()}
-        with torch.enable_grad(), autocast.restored():
-            if self.random is None:
-                return x, functional_call(self.module, params, (x,))
-            with self.random.replayed():
-                return x, functional_call(self.module, params, (x,))
+        replayed = nullcontext() if self.random is None else self.random.replayed()
+        with torch.enable_grad(), autocast.restored(), replayed:
+            # A view, because hooks on the inputs of modules (FlopCounterMode has some) fail on
+            # leaves during torch.autograd.grad.
+            out = functional_call(self.module, params, (x.view_as(x),), tie_weights=False)
+        return x, out
 
     def gradients(
         self, out: Tensor, x: Tensor, leaves: Sequence[Tensor], grad: Tensor, mask: Tensor | None
@@ -148,8 +154,13 @@ class _ReversedBlock(torch.autograd.Function):
         return y1, y2
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy1: Tensor, dy2: Tensor) -> tuple[Tensor | None, ...]:
+        # Not once_differentiable, which lets a gradient pass that does not depend on dy1 and dy2.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "gradients of gradients (create_graph=True) do not pass reversed blocks: "
+                "choose the 'store' policy for this model"
+            )
         saved = ctx.saved_tensors
         if ctx.ahead is None:
             *params, y1, y2 = saved
@@ -196,8 +207,8 @@ class ReversibleBlock(MemoryManaged):
     Args:
         f: any module that maps a tensor to one of the same shape: attention with its norm.
         g: likewise: the MLP with its norm. Neither holds a residual connection, changes its input
-            in place, or depends on a state that changes between calls (batch-norm statistics
-            would be updated twice).
+            in place, depends on a state that changes between calls (batch-norm statistics would
+            be updated twice), or trains a tensor that is not a parameter of its own.
         drop_path: the probability that a sample skips the block in training, in [0, 1).
 
     Attributes:
@@ -229,13 +240,18 @@ class ReversibleBlock(MemoryManaged):
 
         ``behind`` and ``ahead`` connect the blocks of a :class:`ReversibleSequence` in the
         backward pass. A block that is called alone keeps its own outputs.
+
+        Raises:
+            RuntimeError: a branch trains a tensor that is not a parameter, under ``"reversible"``.
         """
         mask = drop_path_mask(x1, self.drop_path, self.training)
         if self.memory_policy == "store" or not torch.is_grad_enabled():
             return self._couple(x1, x2, mask)
         if self.memory_policy == "checkpoint":
             return checkpoint(self._couple, x1, x2, mask, use_reentrant=False)
-        streams = _ReversedBlock.apply(self, mask, behind, ahead, x1, x2, *self.parameters())
+        params = list(self.parameters())
+        _refuse_hidden_parameters(self, params)
+        streams = _ReversedBlock.apply(self, mask, behind, ahead, x1, x2, *params)
         return cast(tuple[Tensor, Tensor], streams)
 
     def _couple(self, x1: Tensor, x2: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -291,7 +307,8 @@ class ReversibleSequence(nn.Module):
             x1, x2 = _at_least_float32(x1), _at_least_float32(x2)
         blocks = [cast(ReversibleBlock, block) for block in self.blocks]
         behind: _Relay | None = None
-        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        # Not strict: of no blocks, nothing follows the last.
+        for block, following in zip(blocks, [*blocks[1:], None], strict=False):
             ahead = None if following is None or _ends_run(block, following) else _Relay()
             x1, x2 = block(x1, x2, behind, ahead)
             behind = ahead
@@ -316,6 +333,25 @@ def _ends_run(block: ReversibleBlock, following: ReversibleBlock) -> bool:
         or bool(block._forward_hooks)
         or bool(following._forward_pre_hooks)
     )
+
+
+def _refuse_hidden_parameters(block: ReversibleBlock, params: Sequence[Tensor]) -> None:
+    """Raise if a branch trains tensors that the block cannot see, whose gradients would be lost.
+
+    FullyShardedDataParallel without its original parameters, and DataParallel, put such tensors
+    in the place of the parameters.
+    """
+    known = {id(param) for param in params}
+    for owner in block.modules():
+        for name, value in vars(owner).items():
+            # getattr, because isinstance with Tensor takes twice as long.
+            if getattr(value, "requires_grad", False) is True and id(value) not in known:
+                raise RuntimeError(
+                    f"{type(owner).__name__}.{name} needs a gradient but is no parameter, so a "
+                    "reversed block cannot train it. Register it as a parameter; with "
+                    "FullyShardedDataParallel set use_orig_params=True or take fully_shard; with "
+                    "DataParallel take DistributedDataParallel; or choose the 'store' policy."
+                )
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

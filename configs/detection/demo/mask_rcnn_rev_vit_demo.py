@@ -11,40 +11,42 @@ from ..common.train import train
 width = 64  # channels of the pyramid and the heads
 
 trunk = model.backbone.net.model
-trunk.update(name="rev_vit_tiny", img_size=160, patch_size=8, embed_dim=96, depth=6)
+trunk.update(name="rev_vit_tiny", img_size=160, patch_size=8, embed_dim=96, depth=4)
 trunk.update(num_heads=3, drop_path_rate=0.0)
 
-# Tokens have stride 8; the pyramid has strides 4, 8 and 16.
+# Tokens have stride 8; the pyramid has strides 8 and 16.
 model.backbone.in_feature = "scale3"
-model.backbone.update(out_channels=width, scale_factors=(2.0, 1.0, 0.5), square_pad=0)
+model.backbone.update(out_channels=width, scale_factors=(1.0, 0.5), square_pad=0)
 model.backbone.top_block = None
-levels = ["p2", "p3", "p4"]
-scales = (1 / 4, 1 / 8, 1 / 16)
+levels = ["p3", "p4"]
+scales = (1 / 8, 1 / 16)
 
 rpn = model.proposal_generator
 rpn.in_features = levels
 rpn.head.update(in_channels=width, conv_dims=[-1])
-rpn.anchor_generator.update(sizes=[[24], [48], [96]], strides=[4, 8, 16])
+rpn.anchor_generator.update(sizes=[[32], [80]], strides=[8, 16])
 rpn.update(pre_nms_topk=(200, 100), post_nms_topk=(100, 50))
 
 heads = model.roi_heads
 heads.update(num_classes=5, batch_size_per_image=32)
 heads.box_in_features = heads.mask_in_features = levels
 for pooler in (heads.box_pooler, heads.mask_pooler):
-    pooler.update(scales=scales, canonical_box_size=80)
+    pooler.update(scales=scales, canonical_box_size=112)
 heads.box_head.input_shape.channels = heads.mask_head.input_shape.channels = width
 heads.box_head.update(conv_dims=[], fc_dims=[128])
 heads.box_predictor.input_shape.channels = 128
 heads.mask_head.conv_dims = [width, width, width]
+heads.mask_pooler.output_size = heads.mask_head.input_shape.height = 7  # 14 x 14 masks
+heads.mask_head.input_shape.width = 7
 
 dataloader.train.dataset.update(names="demo_train", filter_empty=False)
 dataloader.train.mapper.augmentations = [L(T.RandomFlip)(horizontal=True)]
-dataloader.train.update(total_batch_size=8, num_workers=1)
+dataloader.train.update(total_batch_size=4, num_workers=1)
 dataloader.test.dataset.names = "demo_val"
 dataloader.test.mapper.augmentations = []
 dataloader.test.num_workers = 0
 
-optimizer.update(lr=1e-3, weight_decay=0.05)
+optimizer.update(lr=2e-3, weight_decay=0.05)
 
 train.output_dir = "output/demo"
 train.max_iter = 900

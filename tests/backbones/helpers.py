@@ -1,0 +1,129 @@
+"""One training step of a small reversible sequence, and how two of them are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from backbones import MemoryPolicy, ReversibleBlock, ReversibleSequence, set_memory
+from backbones.layers import AttentionBranch, MLPBranch
+
+DIM = 8
+SHAPE = (3, 5, DIM)
+
+# Every way to save memory, as (policy, stored blocks); the reference is ("store", 0).
+SAVERS: list[tuple[MemoryPolicy, int]] = [("checkpoint", 0), ("reversible", 0), ("reversible", 1)]
+
+Streams = tuple[Tensor, Tensor]
+
+
+def make_block(dropout: float = 0.0, drop_path: float = 0.0) -> ReversibleBlock:
+    f = AttentionBranch(DIM, num_heads=2, attn_drop=dropout, proj_drop=dropout)
+    return ReversibleBlock(f, MLPBranch(DIM, 2.0, dropout), drop_path)
+
+
+def make_sequence(
+    depth: int, dropout: float = 0.0, drop_path: float = 0.0, dtype: torch.dtype = torch.float64
+) -> ReversibleSequence:
+    """Blocks of attention and MLP, the same for the same arguments."""
+    torch.manual_seed(1)
+    return ReversibleSequence(make_block(dropout, drop_path) for _ in range(depth)).to(dtype)
+
+
+def make_streams(dtype: torch.dtype = torch.float64, requires_grad: bool = True) -> Streams:
+    generator = torch.Generator().manual_seed(2)
+    x1, x2 = torch.randn(2, *SHAPE, generator=generator, dtype=torch.float64).to(dtype)
+    return x1.requires_grad_(requires_grad), x2.requires_grad_(requires_grad)
+
+
+def loss_of(y1: Tensor, y2: Tensor) -> Tensor:
+    """A loss with a different gradient for every entry of both streams."""
+    ramp = torch.linspace(-1.0, 1.0, y1.numel(), dtype=y1.dtype).view_as(y1)
+    return ((y1 - ramp) ** 2).mean() + ((y2 + ramp) ** 2 * (1.5 + ramp)).mean()
+
+
+@dataclass
+class Step:
+    """What one training step yields."""
+
+    outputs: Streams
+    loss: Tensor
+    grads: dict[str, Tensor | None]
+    random_state: Tensor
+
+
+def train_step(
+    module: nn.Module,
+    policy: MemoryPolicy | None = "store",
+    stored_blocks: int = 0,
+    *,
+    inputs: Streams | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] = loss_of,
+    autocast: bool = False,
+    backward_inside_autocast: bool = False,
+) -> Step:
+    """Forward and backward from fixed inputs and a fixed seed; gradients start from nothing.
+
+    With ``policy=None`` every block keeps the policy it has.
+    """
+    if policy is not None:
+        set_memory(module, policy, stored_blocks)
+    x1, x2 = inputs or make_streams(next(module.parameters()).dtype)
+    x1.grad = x2.grad = None
+    module.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        outputs = module(x1, x2)
+        value = loss(*outputs)
+        if backward_inside_autocast:
+            value.backward()
+    if not backward_inside_autocast:
+        value.backward()
+    leaves = dict(module.named_parameters()) | {"x1": x1, "x2": x2}
+    grads = {name: None if x.grad is None else x.grad.clone() for name, x in leaves.items()}
+    y1, y2 = (y.detach() for y in outputs)
+    return Step((y1, y2), value.detach(), grads, torch.get_rng_state())
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str = "tensor") -> None:
+    """No entry is off by more than ``tolerance`` times the largest entry of ``expected``."""
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype, what
+    error = (actual - expected).abs().max().item()
+    bound = tolerance * expected.abs().max().item()
+    assert error <= bound, f"{what}: off by {error:.2e}, allowed {bound:.2e}"
+
+
+def assert_grads_near(
+    actual: dict[str, Tensor | None], expected: dict[str, Tensor | None], tolerance: float
+) -> None:
+    """The same names have a gradient, and each is near its counterpart."""
+    assert actual.keys() == expected.keys()
+    for name, grad in expected.items():
+        other = actual[name]
+        if grad is None or other is None:
+            assert grad is other, f"{name}: only one of the two has a gradient"
+            continue
+        assert_near(other, grad, tolerance, name)
+
+
+def assert_same_step(actual: Step, expected: Step, tolerance: float) -> None:
+    """Outputs, loss, all gradients and the random generator after the step agree."""
+    for name, y, y_expected in zip(("y1", "y2"), actual.outputs, expected.outputs, strict=True):
+        assert_near(y, y_expected, tolerance, name)
+    assert_near(actual.loss, expected.loss, tolerance, "loss")
+    assert_grads_near(actual.grads, expected.grads, tolerance)
+    assert torch.equal(actual.random_state, expected.random_state), "generator state"
+
+
+@contextmanager
+def forward_hook(module: nn.Module, keep: list[Streams]) -> Iterator[None]:
+    """Append the outputs of ``module`` to ``keep``."""
+    handle = module.register_forward_hook(lambda _module, _args, output: keep.append(output))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,60 @@
+"""Unusual f and g: shared with others, parametrized, without parameters, detached."""
+
+from __future__ import annotations
+
+import pytest
+from torch import Tensor, nn
+
+from backbones import MemoryPolicy, ReversibleBlock, ReversibleSequence
+from backbones.layers import MLPBranch
+from tests.backbones.helpers import DIM, SAVERS, assert_same_step, make_sequence, train_step
+
+every_saver = pytest.mark.parametrize("policy, k", SAVERS)
+
+
+@every_saver
+def test_tied_parameters(policy: MemoryPolicy, k: int) -> None:
+    """One module as f of two blocks, and one linear layer in both branches of one block."""
+    sequence = make_sequence(4)
+    sequence.blocks[2].f = sequence.blocks[0].f
+    sequence.blocks[1].g.mlp.fc2 = sequence.blocks[3].g.mlp.fc2
+    shared = MLPBranch(DIM, 1.0)
+    both = ReversibleBlock(shared, MLPBranch(DIM, 1.0)).double()
+    both.g.mlp.fc1 = both.f.mlp.fc1
+    both.g.mlp.fc2 = both.g.mlp.fc1  # and twice within g
+    both.g.norm.weight = both.f.norm.weight  # a weight of two different layers
+    module = ReversibleSequence([*sequence.blocks, both])
+    stored = train_step(module)
+    assert_same_step(train_step(module, policy, k), stored, 1e-9)
+
+
+@every_saver
+def test_parametrized_weight(policy: MemoryPolicy, k: int) -> None:
+    sequence = make_sequence(3)
+    for block in sequence.blocks:
+        nn.utils.parametrizations.weight_norm(block.f.attn.proj)
+    stored = train_step(sequence)
+    assert stored.grads["blocks.0.f.attn.proj.parametrizations.weight.original0"] is not None
+    assert_same_step(train_step(sequence, policy, k), stored, 1e-9)
+
+
+@every_saver
+def test_branches_without_parameters(policy: MemoryPolicy, k: int) -> None:
+    sequence = ReversibleSequence(
+        [ReversibleBlock(nn.Identity(), nn.Tanh()), *make_sequence(2).blocks]
+    )
+    stored = train_step(sequence)
+    assert_same_step(train_step(sequence, policy, k), stored, 1e-9)
+
+
+class Detached(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach().sin()
+
+
+@every_saver
+def test_a_branch_that_detaches_its_output(policy: MemoryPolicy, k: int) -> None:
+    sequence = make_sequence(3)
+    sequence.blocks[1].g = Detached()
+    stored = train_step(sequence)
+    assert_same_step(train_step(sequence, policy, k), stored, 1e-9)

@@ -1,0 +1,119 @@
+"""Every memory policy computes what plain autograd computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from backbones import MemoryPolicy, RevViT, ViT, set_memory
+from tests.backbones.helpers import (
+    assert_grads_near,
+    assert_near,
+    assert_same_step,
+    make_sequence,
+    train_step,
+)
+
+DEPTHS = (1, 2, 5, 6)
+RANDOM = {"plain": (0.0, 0.0), "dropout": (0.3, 0.0), "drop_path": (0.0, 0.4), "both": (0.3, 0.4)}
+
+
+def policies(depth: int) -> list[tuple[MemoryPolicy, int]]:
+    """Checkpointing, and reversing with 0 … depth blocks stored."""
+    return [("checkpoint", 0), *(("reversible", k) for k in range(depth + 1))]
+
+
+@pytest.mark.parametrize("randomness", RANDOM)
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_float64(depth: int, randomness: str) -> None:
+    sequence = make_sequence(depth, *RANDOM[randomness])
+    stored = train_step(sequence)
+    assert all(grad is not None for grad in stored.grads.values())
+    for policy, k in policies(depth):
+        assert_same_step(train_step(sequence, policy, k), stored, 1e-9)
+
+
+@pytest.mark.parametrize("randomness", RANDOM)
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_float32(depth: int, randomness: str) -> None:
+    sequence = make_sequence(depth, *RANDOM[randomness], dtype=torch.float32)
+    stored = train_step(sequence)
+    for policy, k in policies(depth):
+        assert_same_step(train_step(sequence, policy, k), stored, 1e-5)
+
+
+@pytest.mark.parametrize("randomness", RANDOM)
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_bfloat16_autocast(depth: int, randomness: str) -> None:
+    sequence = make_sequence(depth, *RANDOM[randomness], dtype=torch.float32)
+    stored = train_step(sequence, autocast=True)
+    assert stored.outputs[0].dtype == torch.float32
+    for policy, k in policies(depth):
+        assert_same_step(train_step(sequence, policy, k, autocast=True), stored, 5e-3)
+
+
+def test_depths_and_randomness_make_a_difference() -> None:
+    """The comparisons above would pass if the switches did nothing."""
+    losses = {
+        train_step(make_sequence(depth, *rates)).loss.item()
+        for depth in DEPTHS
+        for rates in RANDOM.values()
+    }
+    assert len(losses) == len(DEPTHS) * len(RANDOM)
+
+
+@pytest.mark.parametrize(
+    "mixture",
+    (
+        "reversible reversible checkpoint reversible store reversible",
+        "store reversible reversible store reversible reversible",
+        "checkpoint store reversible reversible reversible store",
+    ),
+)
+def test_a_mixture_of_policies(mixture: str) -> None:
+    """Each run of reversed blocks between blocks of other policies keeps its own end."""
+    sequence = make_sequence(6, dropout=0.3, drop_path=0.4)
+    stored = train_step(sequence)
+    for block, policy in zip(sequence.blocks, mixture.split(), strict=True):
+        block.memory_policy = policy
+    assert_same_step(train_step(sequence, policy=None), stored, 1e-9)
+
+
+def image_step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """Logits and gradients of one classification step from a fixed seed."""
+    torch.manual_seed(4)
+    images, labels = torch.randn(4, 3, 16, 24, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    model.zero_grad(set_to_none=True)
+    logits = model(images)
+    nn.functional.cross_entropy(logits, labels).backward()
+    return logits.detach(), {name: param.grad for name, param in model.named_parameters()}
+
+
+@pytest.mark.parametrize("model_class", (RevViT, ViT))
+def test_whole_model(model_class: type[ViT]) -> None:
+    model = model_class(
+        img_size=16,
+        patch_size=8,
+        num_classes=3,
+        embed_dim=8,
+        depth=5,
+        num_heads=2,
+        drop_rate=0.1,
+        pos_drop_rate=0.1,
+        proj_drop_rate=0.1,
+        attn_drop_rate=0.1,
+        drop_path_rate=0.3,
+    ).double()
+    set_memory(model, "store")
+    logits, grads = image_step(model)
+    # Patches, position, norm and head; two norms and four linear layers in each block.
+    assert len(grads) == 2 + 1 + 2 + 2 + 5 * (2 * 2 + 4 * 2)
+    assert all(grad is not None for grad in grads.values())
+    for policy, k in policies(5):
+        if policy == "reversible" and model_class is ViT:
+            continue
+        set_memory(model, policy, k)
+        logits_again, grads_again = image_step(model)
+        assert_near(logits_again, logits, 1e-9, "logits")
+        assert_grads_near(grads_again, grads, 1e-9)
