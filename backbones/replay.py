@@ -39,8 +39,8 @@ class AutocastState:
     def restored(self) -> AbstractContextManager[object]:
         """A context in which the captured state is in force, without autocast's weight cache.
 
-        Without the cache, because what it keeps from a pass without grad is a cast weight with no
-        way back to its parameter: the next use of that weight would lose its gradient silently.
+        Without the cache, because a cast weight kept from a pass without grad has no way back to
+        its parameter, and one kept from the second run serves nobody.
         """
         if self.dtype is None:
             return nullcontext()

@@ -17,18 +17,19 @@ from revdet.datasets import datasets_root
 from revdet.errors import UserError
 
 
-def check_dataset(name: str, *, decode: bool = True) -> None:
+def check_dataset(name: str, *, num_classes: int | None = None, decode: bool = True) -> None:
     """Check that a registered dataset is complete and readable.
 
     Args:
         name: a name registered with Detectron2's ``DatasetCatalog``. Datasets that are not in
             COCO format are checked for being registered only.
+        num_classes: how many categories the model tells apart; None if that is not known.
         decode: also decode every image (in threads, with a progress bar). Finds truncated files.
 
     Raises:
         UserError: unknown name; no annotation file (with a word on ``DETECTRON2_DATASETS``), or
-            one that is not COCO JSON; an annotation of an unknown category or image; an image
-            file that is missing or does not decode.
+            one that is not COCO JSON; another number of categories than classes; an annotation
+            of an unknown category or image; an image file that is missing or does not decode.
     """
     if name not in DatasetCatalog.list():
         near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
@@ -44,7 +45,12 @@ def check_dataset(name: str, *, decode: bool = True) -> None:
             f"variable DETECTRON2_DATASETS to the folder that holds your datasets "
             f"(now: {datasets_root().absolute()})"
         )
-    images = _check_annotations(annotations)
+    images, num_categories = _check_annotations(annotations)
+    if num_classes is not None and num_classes != num_categories:
+        raise UserError(
+            f"the model has {num_classes} classes, but dataset {name!r} has {num_categories} "
+            f"categories: set model.roi_heads.num_classes={num_categories}"
+        )
     files = [folder / image["file_name"] for image in images]
     _report(
         [str(file) for file in files if not file.is_file()],
@@ -60,7 +66,7 @@ def check_dataset(name: str, *, decode: bool = True) -> None:
         )
 
 
-def _check_annotations(path: Path) -> list[dict[str, Any]]:
+def _check_annotations(path: Path) -> tuple[list[dict[str, Any]], int]:
     try:
         content = json.loads(path.read_bytes())
         images, annotations = content["images"], content.get("annotations", [])
@@ -87,7 +93,7 @@ def _check_annotations(path: Path) -> list[dict[str, Any]]:
         f"annotations in {path} belong to an image that it does not list",
         "add the image, or remove the annotation",
     )
-    return images
+    return images, len(categories)
 
 
 def _decode_all(files: Sequence[Path], name: str) -> Iterable[str | None]:

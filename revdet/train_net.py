@@ -40,7 +40,7 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.multiprocessing.spawn import ProcessExitedException
 
 import backbones
@@ -153,13 +153,17 @@ def preflight(cfg: DictConfig, args: argparse.Namespace) -> None:
             f"{train.output_dir} already holds a run ({Path(last).name}): add --resume to continue "
             "it, or set train.output_dir to a new folder"
         )
-    if train.check_data and args.machine_rank == 0:
+    if args.machine_rank == 0:
         names = [cfg.dataloader.test.dataset.names]
         if not args.eval_only:
             names.insert(0, cfg.dataloader.train.dataset.names)
         for name in names:
             for single in [name] if isinstance(name, str) else name:
-                check_dataset(single)
+                check_dataset(
+                    single,
+                    num_classes=OmegaConf.select(cfg, "model.roi_heads.num_classes"),
+                    decode=train.check_data,
+                )
 
 
 def _last_checkpoint(output_dir: str) -> str:

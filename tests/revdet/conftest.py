@@ -1,0 +1,45 @@
+"""A very small build of the embedded dataset, and the command run inside the test process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from revdet.demo_dataset import build
+
+DEMO = "configs/detection/demo/mask_rcnn_rev_vit_demo.py"
+
+# A model and a schedule that run in a second or two.
+SMALL = [
+    "model.backbone.net.model.depth=2",
+    "model.backbone.net.model.embed_dim=48",
+    "dataloader.train.total_batch_size=2",
+    "dataloader.train.num_workers=0",
+    "train.log_period=1",
+    "train.pictures=2",
+]
+
+
+@pytest.fixture(scope="session")
+def datasets_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that DETECTRON2_DATASETS points to, with 16 + 6 images in ``demo``."""
+    root = tmp_path_factory.mktemp("datasets")
+    build(root / "demo", train_images=16, val_images=6)
+    os.environ["DETECTRON2_DATASETS"] = str(root)
+    return root
+
+
+@pytest.fixture
+def train_net(datasets_root: Path) -> Callable[..., int]:
+    """``train_net(output, *arguments)``: the command on the small model; returns its status."""
+    from revdet.train_net import main
+
+    def call(output: Path, *arguments: str, config: str = DEMO) -> int:
+        torch.manual_seed(0)
+        return main(["--config", config, f"train.output_dir={output}", *SMALL, *arguments])
+
+    return call

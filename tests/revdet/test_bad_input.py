@@ -1,0 +1,171 @@
+"""What a user can get wrong: one clear line that names the thing and the remedy, status 2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from revdet.config import load_config
+from revdet.dataset_checks import check_dataset
+from revdet.errors import UserError
+from tests.revdet.conftest import DEMO
+
+
+def error_of(capsys) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("train.max_itr=3", ["train.max_itr", "train.max_iter"]),
+        ("trian.max_iter=3", ["trian", "train"]),
+        ("train.max_iter.x=3", ["train.max_iter.x", "does not exist"]),
+        ("optimizer.learning_rate=1", ["optimizer.learning_rate", "optimizer.lr"]),
+        ("model.backbone.nrom=LN", ["model.backbone.nrom", "model.backbone.norm"]),
+        ("model.backbone.net.model.dpeth=3", ["dpeth", "depth"]),
+        ("train.max_iter=many", ["train.max_iter", "many", "int"]),
+        ("train.max_iter", ["train.max_iter", "key=value"]),
+        ("train.memory=revresible", ["revresible", "reversible"]),
+        ("train.stored_blocks=9", ["stored_blocks", "9"]),
+        ("train.amp.enabled=true train.amp.dtype=int8", ["train.amp.dtype", "bfloat16"]),
+        ("train.device=cuda", ["train.device"]),
+        ("train.init_checkpoint=nothing.pth", ["nothing.pth", "does not exist"]),
+        ("dataloader.train.total_batch_size=0", ["total_batch_size=0"]),
+        ("dataloader.train.dataset.names=demo_trian", ["demo_trian", "demo_train"]),
+        ("model.roi_heads.num_classes=7", ["7 classes", "5 categories"]),
+    ],
+)
+def test_bad_arguments(train_net, tmp_path, capsys, argument, words):
+    if argument == "train.device=cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert train_net(tmp_path / "run", *argument.split()) == 2
+    message = error_of(capsys)
+    assert all(word in message for word in words), message
+    assert not list(tmp_path.rglob("model*.pth"))
+
+
+def test_a_config_that_does_not_exist(train_net, tmp_path, capsys):
+    config = DEMO.replace("_demo.py", "_dmeo.py")
+    assert train_net(tmp_path, config=config) == 2
+    message = error_of(capsys)
+    assert config in message and DEMO in message
+
+
+def test_a_config_that_is_no_recipe(tmp_path):
+    path = tmp_path / "half.py"
+    path.write_text("train = dict(max_iter=1)\n")
+    with pytest.raises(UserError, match=r"lacks the section.* model"):
+        load_config(str(path))
+    path.write_text("train = dict(\n")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(str(path))
+
+
+def test_an_argument_of_the_target_may_be_set_though_the_recipe_does_not_name_it():
+    cfg = load_config(DEMO, ["optimizer.eps=1e-6", "model.backbone.net.model.qkv_bias=false"])
+    assert cfg.optimizer.eps == 1e-6
+    assert cfg.model.backbone.net.model.qkv_bias is False
+
+
+def test_eval_only_without_a_checkpoint(train_net, tmp_path, capsys):
+    assert train_net(tmp_path, "--eval-only") == 2
+    assert "train.init_checkpoint" in error_of(capsys)
+
+
+def test_a_dataset_root_that_is_not_set(tmp_path):
+    register_coco_instances("nowhere", {}, str(tmp_path / "a.json"), str(tmp_path))
+    try:
+        with pytest.raises(UserError, match="DETECTRON2_DATASETS"):
+            check_dataset("nowhere")
+    finally:
+        DatasetCatalog.remove("nowhere")
+        MetadataCatalog.remove("nowhere")
+
+
+@pytest.fixture
+def broken(datasets_root: Path, tmp_path: Path):
+    """A copy of the small dataset to break, registered as ``broken``."""
+    root = tmp_path / "broken"
+    shutil.copytree(datasets_root / "demo", root)
+    annotations = root / "annotations" / "instances_train.json"
+    register_coco_instances("broken", {}, str(annotations), str(root / "train"))
+    yield root
+    DatasetCatalog.remove("broken")
+    MetadataCatalog.remove("broken")
+
+
+def test_a_whole_dataset_passes(broken):
+    check_dataset("broken")
+
+
+def test_an_image_file_that_is_missing(broken):
+    (broken / "train" / "000003.jpg").unlink()
+    with pytest.raises(UserError, match=r"^1 image files.*missing: .*000003\.jpg.*restore"):
+        check_dataset("broken")
+
+
+@pytest.mark.parametrize("kept", [0, 800])
+def test_an_image_that_does_not_decode(broken, kept):
+    image = broken / "train" / "000005.jpg"
+    image.write_bytes(image.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"do not decode: .*000005\.jpg.*replace"):
+        check_dataset("broken")
+
+
+def test_an_image_that_stops_decoding_during_training(broken, train_net, tmp_path, capsys):
+    image = broken / "train" / "000005.jpg"
+    image.write_bytes(image.read_bytes()[:800])
+    arguments = ["dataloader.train.dataset.names=broken", "train.check_data=false"]
+    assert train_net(tmp_path / "run", "train.max_iter=30", *arguments) == 2
+    assert "000005.jpg" in error_of(capsys)
+
+
+def edit(root: Path, change) -> None:
+    path = root / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_category_id_outside_the_list(broken):
+    edit(broken, lambda content: content["annotations"][0].update(category_id=99))
+    with pytest.raises(UserError, match=r"category id outside its list .*99"):
+        check_dataset("broken")
+
+
+def test_an_annotation_of_an_unlisted_image(broken):
+    edit(broken, lambda content: content["annotations"][0].update(image_id=99999))
+    with pytest.raises(UserError, match=r"does not list.*99999"):
+        check_dataset("broken")
+
+
+def test_annotations_that_are_no_coco_json(broken):
+    path = broken / "annotations" / "instances_train.json"
+    path.write_text(path.read_text()[:1000])
+    with pytest.raises(UserError, match="not COCO JSON"):
+        check_dataset("broken")
+
+
+def test_a_checkpoint_of_another_architecture(broken, train_net, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train_net(output, "train.max_iter=1") == 0
+    assert train_net(output, "--eval-only", "model.backbone.net.model.depth=3") == 2
+    assert "another architecture" in error_of(capsys)
+    weights = f"train.init_checkpoint={output / 'model_final.pth'}"
+    other = "model.backbone.net.model.embed_dim=96"
+    assert train_net(tmp_path / "other", weights, other) == 2
+    assert "another architecture" in error_of(capsys)
+    # Other classes are what fine-tuning is for.
+    edit(broken, lambda content: content["categories"].append({"id": 40, "name": "comet"}))
+    classes = ["model.roi_heads.num_classes=6", "train.max_iter=1"]
+    classes += [f"dataloader.{split}.dataset.names=broken" for split in ("train", "test")]
+    assert train_net(tmp_path / "classes", weights, *classes) == 0

@@ -1,0 +1,112 @@
+"""The Detectron2 backbone, the recipes and the metrics."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+import torch
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog
+from detectron2.structures import Boxes, Instances
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+import backbones
+from revdet.backbone import TrunkBackbone
+from revdet.config import load_config
+from revdet.datasets import register_datasets
+from revdet.evaluation import FasterCOCOEvaluator
+
+RECIPES = [str(p) for p in Path("configs/detection").glob("*/*.py") if p.parent.name != "common"]
+
+
+def test_backbone_describes_what_it_returns():
+    trunk = backbones.create_model(
+        "rev_vit_tiny", img_size=64, patch_size=8, embed_dim=32, depth=1, num_heads=2
+    )
+    backbone = TrunkBackbone(trunk)
+    shape = backbone.output_shape()["scale3"]
+    out = backbone(torch.zeros(2, 3, 40, 72))
+    assert out["scale3"].shape == (2, shape.channels, 40 // shape.stride, 72 // shape.stride)
+    assert backbone.size_divisibility == 8
+    with pytest.raises(ValueError, match=r"scale4.*scale3"):
+        TrunkBackbone(trunk, out_features=["scale4"])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_build(recipe):
+    cfg = load_config(recipe, ["model.backbone.net.model.depth=1"])
+    model = instantiate(cfg.model)
+    assert any(isinstance(m, backbones.ReversibleSequence) for m in model.modules())
+    cfg.optimizer.params.model = model
+    instantiate(cfg.optimizer)
+    instantiate(cfg.lr_multiplier)
+    backbones.set_memory(model, cfg.train.memory, cfg.train.stored_blocks)
+
+
+def predictions(record: dict, rng: np.random.Generator, noise: float) -> Instances:
+    """The ground truth of an image as predictions, its boxes and masks shifted by ``noise`` px."""
+    annotations = [a for a in record["annotations"] if not a["iscrowd"]]
+    height, width = record["height"], record["width"]
+    instances = Instances((height, width))
+    boxes, masks = [], []
+    for annotation in annotations:
+        x, y, w, h = annotation["bbox"]
+        dx, dy = rng.normal(scale=noise, size=2) if noise else (0, 0)
+        boxes.append([x + dx, y + dy, x + w + dx, y + h + dy])
+        segmentation = annotation["segmentation"]
+        if isinstance(segmentation, list):
+            segmentation = mask_util.merge(mask_util.frPyObjects(segmentation, height, width))
+        mask = mask_util.decode(segmentation)
+        masks.append(np.roll(mask, (round(dy), round(dx)), axis=(0, 1)))
+    instances.pred_boxes = Boxes(torch.tensor(np.reshape(boxes, (-1, 4)), dtype=torch.float32))
+    instances.pred_masks = torch.tensor(np.reshape(masks, (-1, height, width)))
+    instances.pred_classes = torch.tensor([a["category_id"] for a in annotations])
+    instances.scores = torch.tensor(rng.uniform(0.1, 1, size=len(annotations)))
+    return instances
+
+
+@pytest.mark.parametrize("noise", [0.0, 4.0])
+def test_metrics_are_those_of_pycocotools(datasets_root, tmp_path, noise):
+    register_datasets()
+    records = DatasetCatalog.get("demo_val")
+    evaluator = FasterCOCOEvaluator("demo_val", output_dir=str(tmp_path))
+    evaluator.reset()
+    rng = np.random.default_rng(0)
+    for record in records:
+        evaluator.process([record], [{"instances": predictions(record, rng, noise)}])
+    written = copy.deepcopy(evaluator._predictions)
+    results = evaluator.evaluate()
+
+    truth = COCO(str(datasets_root / "demo" / "annotations" / "instances_val.json"))
+    ids = {v: k for k, v in evaluator._metadata.thing_dataset_id_to_contiguous_id.items()}
+    flat = [item for image in written for item in image["instances"]]
+    for item in flat:
+        item["category_id"] = ids[item["category_id"]]
+    found = truth.loadRes(json.loads(json.dumps(flat)))
+    for task in ("bbox", "segm"):
+        reference = COCOeval(truth, found, task)
+        reference.evaluate()
+        reference.accumulate()
+        reference.summarize()
+        assert results[task]["AP"] == pytest.approx(100 * reference.stats[0], abs=1e-6)
+        assert results[task]["AP50"] == pytest.approx(100 * reference.stats[1], abs=1e-6)
+    if noise == 0:
+        assert results["bbox"]["AP"] == results["segm"]["AP"] == pytest.approx(100)
+    else:
+        assert results["bbox"]["AP"] < 95
+
+
+def test_a_model_that_predicts_nothing_scores_zero(datasets_root):
+    register_datasets()
+    evaluator = FasterCOCOEvaluator("demo_val", tasks=("bbox", "segm"))
+    evaluator.reset()
+    for record in DatasetCatalog.get("demo_val"):
+        empty = predictions({**record, "annotations": []}, np.random.default_rng(0), 0)
+        evaluator.process([record], [{"instances": empty}])
+    assert evaluator.evaluate()["bbox"]["AP50"] == 0
