@@ -7,19 +7,33 @@ torch.Size([2, 10])
 >>> backbones.set_memory(model, "reversible", stored_blocks=2)
 """
 
+from backbones.files import WeightsError
+from backbones.formats import convert_state_dict
 from backbones.memory import MemoryPolicy, set_memory
 from backbones.models import create_model, list_models, register_model
+from backbones.mvit import MViT, RevMViT
+from backbones.restore import from_pyslowfast, load_model
 from backbones.reversible import ReversibleBlock, ReversibleSequence
 from backbones.vit import RevViT, ViT
+from backbones.weights import LoadReport, load_weights, save_weights
 
 __all__ = [
+    "LoadReport",
+    "MViT",
     "MemoryPolicy",
+    "RevMViT",
     "RevViT",
     "ReversibleBlock",
     "ReversibleSequence",
     "ViT",
+    "WeightsError",
+    "convert_state_dict",
     "create_model",
+    "from_pyslowfast",
     "list_models",
+    "load_model",
+    "load_weights",
     "register_model",
+    "save_weights",
     "set_memory",
 ]

@@ -20,10 +20,12 @@ __all__ = [
     "NORM_EPS",
     "Attention",
     "AttentionBranch",
+    "ConvEmbed",
     "MLPBranch",
     "PatchEmbed",
     "PositionEmbedding",
     "ResidualBlock",
+    "SpaceTimePositionEmbedding",
     "drop_path_rates",
     "init_weights",
 ]
@@ -68,6 +70,46 @@ class PatchEmbed(nn.Module):
         return tokens.permute(0, 2, 3, 1).unsqueeze(1)
 
 
+class ConvEmbed(nn.Module):
+    """Project overlapping patches of an image, or of a clip, to one token each.
+
+    The stem of MViT (arXiv 2104.11227, section 3.2): patches of 7 pixels every 4, and in clips of 3
+    frames every 2.
+
+    Args:
+        in_chans: channels of the input.
+        embed_dim: channels of a token.
+        clips: whether the input has a time axis.
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int, clips: bool = False) -> None:
+        super().__init__()
+        self.in_chans = in_chans
+        self.clips = clips
+        self.proj: nn.Conv2d | nn.Conv3d
+        if clips:
+            self.proj = nn.Conv3d(in_chans, embed_dim, (3, 7, 7), (2, 4, 4), (1, 3, 3))
+        else:
+            self.proj = nn.Conv2d(in_chans, embed_dim, 7, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """To tokens on a grid whose sides are rounded up, (B, T', H', W', embed_dim).
+
+        Images (B, in_chans, H, W) give (1, ceil(H / 4), ceil(W / 4)), clips (B, in_chans, T, H, W)
+        give (ceil(T / 2), ceil(H / 4), ceil(W / 4)).
+
+        Raises:
+            ValueError: ``x`` is no batch of images, or of clips, with ``in_chans`` channels.
+        """
+        if x.ndim != (5 if self.clips else 4) or x.shape[1] != self.in_chans:
+            what, axes = ("clips", "T, H, W") if self.clips else ("images", "H, W")
+            raise ValueError(
+                f"expected {what} of shape (B, {self.in_chans}, {axes}), got {tuple(x.shape)}"
+            )
+        tokens: Tensor = self.proj(x)
+        return (tokens if self.clips else tokens.unsqueeze(2)).permute(0, 2, 3, 4, 1)
+
+
 class PositionEmbedding(nn.Module):
     """One learned vector for each cell of the token grid.
 
@@ -93,6 +135,37 @@ class PositionEmbedding(nn.Module):
                     weight.permute(0, 3, 1, 2), size=(height, width), mode="bicubic"
                 ).permute(0, 2, 3, 1)
         return x + weight.unsqueeze(1)
+
+
+class SpaceTimePositionEmbedding(nn.Module):
+    """The sum of one learned vector for each place of the grid and one for each point in time.
+
+    Separable, as in MViT (arXiv 2104.11227): H W + T vectors instead of T H W.
+
+    Args:
+        grid: (T, H, W) of the grid that the embedding is made for, in tokens.
+        embed_dim: channels of a token.
+    """
+
+    def __init__(self, grid: tuple[int, int, int], embed_dim: int) -> None:
+        super().__init__()
+        self.spatial = PositionEmbedding(grid[1:], embed_dim)
+        self.temporal = nn.Parameter(torch.zeros(1, grid[0], embed_dim))
+        nn.init.trunc_normal_(self.temporal, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the embedding to (B, T, H, W, C), resized where the grid differs.
+
+        Bicubically in space, linearly in time.
+        """
+        temporal: Tensor = self.temporal
+        if x.shape[1] != temporal.shape[1]:
+            # In float32, as in space.
+            with torch.autocast(x.device.type, enabled=False):
+                temporal = F.interpolate(
+                    temporal.transpose(1, 2), size=x.shape[1], mode="linear"
+                ).transpose(1, 2)
+        return cast(Tensor, self.spatial(x)) + temporal[:, :, None, None]
 
 
 class Attention(nn.Module):

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 from typing import Any
 
 from torch import nn
 
+from backbones.download import RELEASED_WEIGHTS
+from backbones.mvit import MViT, RevMViT
 from backbones.vit import RevViT, ViT
+from backbones.weights import load_weights
 
 __all__ = ["create_model", "list_models", "register_model"]
+
+_log = logging.getLogger(__name__)
 
 _REGISTRY: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {}
 
@@ -39,29 +45,44 @@ def create_model(
     Args:
         name: one of :func:`list_models`.
         num_classes: outputs of the head, 0 for pooled features; None for the published number.
-        pretrained: released weights; not available yet, so True is an error.
+        pretrained: load the authors' released weights, downloaded at the first use (see
+            :func:`backbones.download.download`). Other ``num_classes`` than the released ones
+            give a new head. What was loaded goes to the log, at level INFO.
         overrides: constructor arguments of the model (``img_size``, ``depth``, …) that replace
             those of the name.
 
+    Returns:
+        the model; its attribute ``config`` holds ``name`` and all ``arguments`` that were not left
+        to the constructor.
+
     Raises:
-        ValueError: unknown name or argument (the message lists the near ones), or ``pretrained``.
+        ValueError: unknown name or argument (the message lists the near ones); ``pretrained``
+            without released weights, or with weights that cannot be had or do not fit the
+            arguments (:class:`backbones.WeightsError`).
     """
     if name not in _REGISTRY:
         near = difflib.get_close_matches(name, list_models()) or list_models()
         raise ValueError(f"there is no model {name!r}; did you mean {', '.join(near)}?")
-    if pretrained:
+    if pretrained and name not in RELEASED_WEIGHTS:
+        released = ", ".join(sorted(RELEASED_WEIGHTS))
         raise ValueError(
-            f"released weights for {name!r} cannot be loaded yet; use pretrained=False"
+            f"no weights are released for {name!r}, only for {released}; use pretrained=False"
         )
-    model, arguments = _REGISTRY[name]
-    known = inspect.signature(model).parameters
+    constructor, arguments = _REGISTRY[name]
+    known = inspect.signature(constructor).parameters
     for key in overrides:
         if key not in known:
             near = difflib.get_close_matches(key, known) or list(known)
             raise ValueError(f"{name} takes no argument {key!r}; did you mean {', '.join(near)}?")
     if num_classes is not None:
         overrides["num_classes"] = num_classes
-    return model(**{**arguments, **overrides})
+    arguments = {**arguments, **overrides}
+    model = constructor(**arguments)
+    # Not `model.config = …`: nn.Module declares its attributes to be tensors and modules.
+    vars(model)["config"] = {"name": name, "arguments": arguments}
+    if pretrained:
+        _log.info("%s", load_weights(model, RELEASED_WEIGHTS[name]))
+    return model
 
 
 # Width, depth and heads of the vision transformers, in the sizes of the field.
@@ -76,3 +97,17 @@ _VIT_SIZES: dict[str, dict[str, Any]] = {
 for _size, _arguments in _VIT_SIZES.items():
     register_model(f"rev_vit_{_size}", RevViT, **_arguments)
     register_model(f"vit_{_size}", ViT, **_arguments)
+
+# The released Kinetics model. The published config does not build as it stands; without its class
+# token it does, with the published parameters and operations, and it takes the mean of the streams.
+_MVIT_16X4: dict[str, Any] = {
+    "num_frames": 16,
+    "num_classes": 400,
+    "kv_stride": 8,
+    "qkv_bias": False,
+}
+
+register_model("rev_mvit_base", RevMViT)
+register_model("mvit_base", MViT)
+register_model("rev_mvit_base_16x4", RevMViT, fusion="avg", **_MVIT_16X4)
+register_model("mvit_base_16x4", MViT, **_MVIT_16X4)

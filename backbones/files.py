@@ -1,0 +1,158 @@
+"""Checkpoint files: told apart by their content, read without running anything from them.
+
+What is read is one of: a file of ``torch.save`` (PySlowFast, mmpretrain, or a plain state dict)
+and a safetensors file. A file of ``torch.save`` is a pickle, so it is only ever loaded with
+``weights_only=True``, which refuses everything but tensors and plain containers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Checkpoint",
+    "WeightsError",
+    "optional_import",
+    "read_checkpoint",
+    "replacing",
+    "write_safetensors",
+]
+
+# Under which key the state dict lies in the files of PySlowFast and of mmpretrain.
+_CONTAINERS = ("model_state", "state_dict")
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be had, read or loaded. The message is one line."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of a checkpoint file.
+
+    Attributes:
+        tensors: the state dict, on the CPU, under the file's own names.
+        cfg: YAML text of the configuration that PySlowFast trained with, where there is one.
+        metadata: what a safetensors file says besides its tensors.
+    """
+
+    tensors: dict[str, Tensor]
+    cfg: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def optional_import(module: str, package: str, purpose: str) -> Any:
+    """Import a module that torch does not bring along.
+
+    Raises:
+        ImportError: it is not installed; the message says what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{purpose} needs {package}: pip install {package}") from error
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint file into memory, whatever its suffix.
+
+    Raises:
+        WeightsError: no file, or one that is empty, damaged, no checkpoint, or holds objects
+            other than tensors and plain containers.
+        ImportError: a safetensors file, and safetensors is not installed.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror}") from error
+    if not start:
+        raise WeightsError(f"{path} is empty")
+    # A safetensors file starts with the length of its header, eight bytes, and the header is JSON.
+    if start[8:] == b"{":
+        return _read_safetensors(path)
+    return _read_torch(path)
+
+
+def _read_safetensors(path: Path) -> Checkpoint:
+    safetensors = optional_import("safetensors", "safetensors", f"reading {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return Checkpoint(tensors, metadata=file.metadata() or {})
+    except Exception as error:  # its own error class and OSError, by the kind of damage
+        raise WeightsError(f"{path} is no valid safetensors file: {_first_line(error)}") from error
+
+
+def _read_torch(path: Path) -> Checkpoint:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # Torch names the class or function that it refused to import.
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise WeightsError(
+                f"{path} holds more than tensors ({found[1]}), which is not loaded because it "
+                "could run code"
+            ) from error
+        raise WeightsError(f"{path} is no checkpoint, or a damaged one") from error
+    except Exception as error:  # a damaged pickle or archive fails in any way
+        raise WeightsError(
+            f"{path} is no checkpoint, or a damaged one: {_first_line(error)}"
+        ) from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds no state dict but a {type(content).__name__}")
+    container = next((key for key in _CONTAINERS if isinstance(content.get(key), dict)), None)
+    tensors = content if container is None else content[container]
+    if not tensors or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
+    ):
+        raise WeightsError(f"{path} holds no state dict (names and tensors)")
+    cfg = content.get("cfg") if container is not None else None
+    return Checkpoint(dict(tensors), cfg if isinstance(cfg, str) else None)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, all of it or nothing.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        OSError: the file cannot be written.
+    """
+    save = optional_import("safetensors.torch", "safetensors", f"writing {path}").save_file
+    # Cloned, because tensors that share a storage cannot be written.
+    own = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in tensors.items()
+    }
+    with replacing(path) as partial:
+        # Readers that follow the Hugging Face hub ask for this entry.
+        save(own, partial, metadata={"format": "pt", **metadata})
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside ``path``; the file written there takes its place if no error ends the context.
+
+    So ``path`` is never half a file, and of two processes that write it at once the later wins.
+    """
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,70 @@
+"""Models built from what a checkpoint says about itself."""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+
+from torch import nn
+
+from backbones.files import WeightsError, read_checkpoint
+from backbones.formats import model_of_cfg
+from backbones.models import create_model
+from backbones.weights import CONFIG, load_checkpoint
+
+__all__ = ["from_pyslowfast", "load_model"]
+
+
+def from_pyslowfast(path: str | PathLike[str]) -> nn.Module:
+    """Build the model of a PySlowFast checkpoint from the cfg inside it, and load its weights.
+
+    Unlike the original, the model returns raw logits in eval mode too, without the softmax.
+
+    Args:
+        path: a ``.pyth`` file; its rates of dropout and stochastic depth are kept.
+
+    Raises:
+        WeightsError: a file that cannot be read, has no cfg, or is of a model that this package
+            does not have.
+        ImportError: PyYAML is not installed.
+    """
+    file = Path(path).expanduser()
+    checkpoint = read_checkpoint(file)
+    if checkpoint.cfg is None:
+        raise WeightsError(
+            f"{file} has no PySlowFast cfg inside; use create_model(…) and load_weights(…)"
+        )
+    try:
+        name, arguments = model_of_cfg(checkpoint.cfg)
+        model = create_model(name, **arguments)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(f"{file}: {error}") from error
+    load_checkpoint(model, checkpoint, str(file))
+    return model
+
+
+def load_model(path: str | PathLike[str]) -> nn.Module:
+    """Build the model that :func:`save_weights` wrote to ``path``, and load its weights.
+
+    Raises:
+        WeightsError: a file that cannot be read, does not say which model it is of, or holds
+            other tensors than that model.
+        ImportError: safetensors is not installed.
+    """
+    file = Path(path).expanduser()
+    checkpoint = read_checkpoint(file)
+    if CONFIG not in checkpoint.metadata:
+        raise WeightsError(
+            f"{file} does not say which model it is of; use create_model(…) and load_weights(…)"
+        )
+    try:
+        config = json.loads(checkpoint.metadata[CONFIG])
+        # Spelt out, so that no file can ask for a download.
+        model = create_model(config["name"], pretrained=False, **config["arguments"])
+    except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(f"{file} names a model that cannot be built: {error}") from error
+    report = load_checkpoint(model, checkpoint, str(file))
+    if report.missing or report.left_out:
+        raise WeightsError(f"{file} has another head than the model it names")
+    return model

@@ -1,0 +1,244 @@
+"""Checkpoints of three kinds in, our own out: names, numbers, sizes that differ."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import backbones
+from backbones import create_model, from_pyslowfast, load_model, load_weights, save_weights
+from tests.backbones.helpers import assert_near
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+VIT, MMPRETRAIN = GOLDEN / "rev_vit_tiny.pyth", GOLDEN / "rev_vit_tiny_mmpretrain.pth"
+VIDEO = GOLDEN / "rev_mvit_video_tiny.pyth"
+PYSLOWFAST = [VIT, GOLDEN / "rev_mvit_image_tiny.pyth", VIDEO]
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+
+
+def tiny(**overrides: Any) -> nn.Module:
+    return create_model("rev_vit_small", **{"num_classes": 5, **TINY, **overrides}).eval()
+
+
+def read(path: Path) -> Any:
+    return torch.load(path, weights_only=True)
+
+
+def expected(path: Path) -> dict[str, Any]:
+    return read(path.with_name(path.stem + ".expected.pt"))
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    content = read(path)
+    return content.get("model_state") or content["state_dict"]
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+@pytest.mark.parametrize("path", [*PYSLOWFAST, MMPRETRAIN], ids=lambda path: path.stem)
+def test_logits_and_gradients_of_the_original(path: Path) -> None:
+    if path == MMPRETRAIN:
+        model = tiny()
+    else:  # only for its size: the weights that are checked are loaded below
+        model = from_pyslowfast(path)
+        nn.init.zeros_(model.norm.weight)
+    report = load_weights(model, path)
+    assert report.format == ("mmpretrain" if path == MMPRETRAIN else "PySlowFast")
+    assert sorted(report.loaded) == sorted(model.state_dict())
+    assert not report.resized and not report.left_out and not report.missing
+
+    numbers = expected(path)
+    model.double()
+    logits = model(numbers["input"].double())
+    torch.testing.assert_close(logits, numbers["logits"].double(), rtol=0.0, atol=2e-7)
+    nn.functional.cross_entropy(logits, numbers["labels"]).backward()
+    theirs = {name: grad.double() for name, grad in numbers["grads"].items()}
+    grads = backbones.convert_state_dict(theirs, model)
+    assert grads.keys() == dict(model.named_parameters()).keys()
+    for name, param in model.named_parameters():
+        if name.endswith("norm_k.bias"):  # one shift of all keys: softmax does not see it
+            assert max(param.grad.abs().max(), grads[name].abs().max()) < 1e-15, name
+        else:
+            assert_near(param.grad, grads[name], 1e-6, name)
+
+
+@pytest.mark.parametrize("path", PYSLOWFAST, ids=lambda path: path.stem)
+def test_from_pyslowfast(path: Path) -> None:
+    model = from_pyslowfast(path).double().eval()
+    numbers = expected(path)
+    logits = model(numbers["input"].double())
+    torch.testing.assert_close(logits, numbers["logits"].double(), rtol=0.0, atol=2e-7)
+    twin = create_model(model.config["name"], **model.config["arguments"])
+    assert twin.state_dict().keys() == model.state_dict().keys()
+
+
+def test_from_pyslowfast_tells_what_a_cfg_lacks_or_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = read(VIT)
+
+    def from_cfg(old: str, new: str) -> None:
+        assert old in content["cfg"]
+        torch.save({**content, "cfg": content["cfg"].replace(old, new)}, tmp_path / "x.pyth")
+        from_pyslowfast(tmp_path / "x.pyth")
+
+    for old, new, message in (
+        ("  EMBED_DIM: 32\n", "", "lacks MVIT.EMBED_DIM"),
+        ("REL_POS_SPATIAL: false", "REL_POS_SPATIAL: true", "REL_POS_SPATIAL True"),
+        ("    ENABLE: true\n    PRE_Q", "    ENABLE: false\n    PRE_Q", "REV.ENABLE False"),
+        ("NUM_HEADS: 2", "NUM_HEADS: 3", "not divisible by num_heads 3"),
+        ("NUM_HEADS: 2", "NUM_HEADS: 0", "modulo"),
+        ("NUM_HEADS: 2", "NUM_HEADS: two", "x.pyth"),
+        ("DEPTH: 3", "DEPTH: 2", "not in the model: .*layers.2"),
+        ("MVIT:", "MVIT: [", "no YAML"),
+    ):
+        with pytest.raises(backbones.WeightsError, match=message):
+            from_cfg(old, new)
+    # The published Kinetics configuration says so, although its model has no class token.
+    from_cfg("CLS_EMBED_ON: false", "CLS_EMBED_ON: true")
+    with pytest.raises(backbones.WeightsError, match="no PySlowFast cfg"):
+        from_pyslowfast(MMPRETRAIN)
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(ImportError, match="pip install pyyaml"):
+        from_pyslowfast(VIT)
+
+
+@pytest.mark.parametrize("path", (VIT, MMPRETRAIN), ids=lambda path: path.stem)
+def test_prefixes_and_plain_state_dicts(path: Path, tmp_path: Path) -> None:
+    reference = tiny()
+    load_weights(reference, path)
+    file = tmp_path / "weights.bin"
+    for prefix in ("", "module."):
+        for tensors in (tensors_of(path), reference.state_dict()):
+            torch.save({prefix + key: value for key, value in tensors.items()}, file)
+            model = tiny()
+            load_weights(model, file)
+            assert same_weights(model, reference)
+    report = load_weights(model, file)
+    assert report.format == "own" and str(report) == f"{file} (own): 43 tensors loaded"
+
+
+def test_convert_state_dict_leaves_our_names_and_the_model_alone() -> None:
+    model = tiny()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert backbones.convert_state_dict(before, model) == before
+    backbones.convert_state_dict(tensors_of(VIT), model)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_positions_are_resized_as_at_run_time(tmp_path: Path) -> None:
+    small, large = tiny(), tiny(img_size=(48, 64))
+    load_weights(small, VIT)
+    report = load_weights(large, VIT)
+    assert report.resized == {"pos_embed.weight": "from 4×4 to 6×8"}
+    assert "resized pos_embed.weight: from 4×4 to 6×8" in str(report)
+    images = torch.randn(1, 3, 48, 64)
+    torch.testing.assert_close(large(images), small(images), rtol=0.0, atol=1e-5)
+    # Same number of tokens, another grid: what foreign files hold is square.
+    assert load_weights(tiny(img_size=(16, 64)), VIT).resized
+
+    # A rectangle, whose sides the number of its rows does not tell, from and to our own format.
+    save_weights(large, tmp_path / "large.safetensors")
+    tall = tiny(img_size=(64, 48))
+    assert load_weights(tall, tmp_path / "large.safetensors").resized == {
+        "pos_embed.weight": "from 6×8 to 8×6"
+    }
+    torch.save(large.state_dict(), tmp_path / "large.pth")
+    with pytest.raises(backbones.WeightsError, match="another shape: pos_embed"):
+        load_weights(small, tmp_path / "large.pth")
+
+
+def test_positions_in_time_are_resized() -> None:
+    model = from_pyslowfast(VIDEO).eval()
+    config = model.config
+    other = create_model(
+        config["name"], **{**config["arguments"], "num_frames": 10, "img_size": 96}
+    ).eval()
+    report = load_weights(other, VIDEO)
+    assert report.resized == {
+        "pos_embed.spatial.weight": "from 16×16 to 24×24",
+        "pos_embed.temporal": "from 2 in time to 5 in time",
+    }
+    clips = torch.randn(1, 3, 10, 96, 96)
+    torch.testing.assert_close(other(clips), model(clips), rtol=0.0, atol=1e-5)
+
+
+def test_half_precision_and_dtype_of_the_model(tmp_path: Path) -> None:
+    torch.save({key: value.half() for key, value in tensors_of(VIT).items()}, tmp_path / "h.pth")
+    model, reference = tiny(img_size=48).double(), tiny(img_size=48).double()
+    load_weights(model, tmp_path / "h.pth")
+    load_weights(reference, VIT)
+    for name, value in model.state_dict().items():
+        assert_near(value, reference.state_dict()[name], 1e-3, name)
+
+
+def test_another_number_of_classes(tmp_path: Path) -> None:
+    model = tiny(num_classes=7)
+    head = model.head.weight.clone()
+    report = load_weights(model, VIT)
+    assert torch.equal(model.head.weight, head)
+    assert list(report.left_out) == report.missing == ["head.weight", "head.bias"]
+    assert "left out head.weight: 5 classes, the model has 7" in str(report)
+    assert "unchanged: head.weight, head.bias" in str(report)
+
+    headless = tiny(num_classes=0)
+    report = load_weights(headless, VIT)
+    assert list(report.left_out) == ["head.weight", "head.bias"] and not report.missing
+    save_weights(headless, tmp_path / "headless.safetensors")
+    report = load_weights(model, tmp_path / "headless.safetensors")
+    assert report.missing == ["head.weight", "head.bias"] and not report.left_out
+
+
+@pytest.mark.parametrize("img_size", (32, 48))
+def test_stale_rows_of_early_mmpretrain_files(tmp_path: Path, img_size: int) -> None:
+    content = read(MMPRETRAIN)
+    tensors = content["state_dict"]
+    tensors["backbone.cls_token"] = torch.randn(1, 1, 32)
+    row = torch.randn(1, 1, 32)
+    tensors["backbone.pos_embed"] = torch.cat([row, tensors["backbone.pos_embed"]], dim=1)
+    torch.save(content, tmp_path / "early.pth")
+    model, reference = tiny(img_size=img_size), tiny(img_size=img_size)
+    report = load_weights(model, tmp_path / "early.pth")
+    assert list(report.left_out) == ["cls_token", "pos_embed.weight[:, 0]"]
+    load_weights(reference, MMPRETRAIN)
+    assert same_weights(model, reference)
+
+
+@pytest.mark.parametrize("path", PYSLOWFAST, ids=lambda path: path.stem)
+def test_our_own_format(path: Path, tmp_path: Path) -> None:
+    model = from_pyslowfast(path)
+    file = tmp_path / "model.safetensors"
+    save_weights(model, file)
+    again = load_model(file)
+    assert type(again) is type(model) and same_weights(again, model)
+    assert again.config["name"] == model.config["name"]
+    assert list(tmp_path.iterdir()) == [file], "a partial file is left"
+    other = load_model(file)
+    nn.init.zeros_(other.norm.weight)
+    report = load_weights(other, str(file))
+    assert report.format == "own" and same_weights(other, model)
+
+
+def test_our_own_format_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = backbones.RevViT(**TINY, num_classes=5)
+    file = tmp_path / "model.safetensors"
+    save_weights(model, file)
+    load_weights(model, file)
+    with pytest.raises(backbones.WeightsError, match="does not say which model"):
+        load_model(file)
+    model = tiny()
+    model.head = nn.Linear(64, 9)
+    save_weights(model, file)
+    with pytest.raises(backbones.WeightsError, match="another head"):
+        load_model(file)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match="pip install safetensors"):
+        load_weights(model, file)
