@@ -7,4 +7,11 @@ import warnings
 warnings.filterwarnings("ignore", message=".*torch.jit.script. is deprecated", module="torch")
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
 warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+for _name in (
+    "torch.utils.cpp_extension",
+    "torch.fx._symbolic_trace",
+    "detectron2.data.common",
+    "detectron2.data.datasets.coco",
+    "detectron2.data.dataset_mapper",
+):
+    logging.getLogger(_name).setLevel(logging.ERROR)

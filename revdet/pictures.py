@@ -22,6 +22,9 @@ import matplotlib.pyplot as plt
 # Height of one panel in pixels; small images are enlarged so that labels are legible.
 PANEL_HEIGHT = 480
 
+# Logged losses are those of one batch, which may hold no object; as many are averaged in the plot.
+SMOOTHED = 7
+
 
 def draw_predictions(
     model: nn.Module,
@@ -73,7 +76,7 @@ def draw_predictions(
 
 def _side_by_side(panels: Sequence[np.ndarray], titles: Sequence[str], file: Path) -> None:
     height, width = panels[0].shape[:2]
-    figure, axes = plt.subplots(1, len(panels), figsize=(len(panels) * width / 100, height / 100))
+    figure, axes = plt.subplots(1, len(panels), figsize=(len(panels) * width / 90, height / 90))
     for axis, panel, title in zip(axes, panels, titles, strict=True):
         axis.imshow(panel)
         axis.set_title(title, fontsize=11)
@@ -96,9 +99,10 @@ def draw_curves(metrics_file: Path, output: Path) -> None:
     names = sorted({key for line in lines for key in line if "loss" in key})
     names.sort(key=lambda name: name != "total_loss")
     for name in names:
+        iterations, values = _series(lines, name)
         width = 2.2 if name == "total_loss" else 1.0
-        losses.plot(*_series(lines, name), label=name, linewidth=width)
-    losses.set(title="losses", xlabel="iteration", yscale="log")
+        losses.plot(iterations, _smooth(values), label=name, linewidth=width)
+    losses.set(title=f"losses (mean of {SMOOTHED} logged values)", xlabel="iteration", yscale="log")
     losses.legend(fontsize=8)
     rates.plot(*_series(lines, "lr"))
     rates.set(title="learning rate", xlabel="iteration")
@@ -109,6 +113,7 @@ def draw_curves(metrics_file: Path, output: Path) -> None:
     scores.set(title="validation", xlabel="iteration", ylabel="COCO points", ylim=(0, 100))
     for axis in (losses, rates, scores):
         axis.grid(alpha=0.3)
+        axis.set_xlim(0, 1.03 * (lines[-1]["iteration"] + 1))
     figure.tight_layout()
     figure.savefig(output, dpi=110)
     plt.close(figure)
@@ -117,3 +122,9 @@ def draw_curves(metrics_file: Path, output: Path) -> None:
 def _series(lines: Sequence[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
     points = [(line["iteration"], line[name]) for line in lines if name in line]
     return [x for x, _ in points], [y for _, y in points]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """The mean of up to ``SMOOTHED`` values around each."""
+    half = SMOOTHED // 2
+    return [float(np.mean(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]

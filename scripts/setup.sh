@@ -82,7 +82,7 @@ say_if_disk_is_low() {
 # A sign of life while pip is at work: the last line it wrote. Ends with this script, however that ends.
 heartbeat() {
     while sleep 20 >/dev/null 2>&1 && kill -0 "$$" 2>/dev/null; do
-        printf '    [%ss] %s\n' "$SECONDS" "$(tail -n 1 "$tmp/pip.log" | cut -c 1-90)"
+        printf '    [%ss] %s\n' "$SECONDS" "$(grep -v WARNING "$tmp/pip.log" | tail -n 1 | cut -c 1-90)"
     done
 }
 

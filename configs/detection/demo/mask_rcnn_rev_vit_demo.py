@@ -49,6 +49,6 @@ optimizer.update(lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
 
 train.output_dir = "output/demo"
 train.max_iter = 1200
-train.eval_period = 0
+train.eval_period = 400
 train.clip_grad_norm = 10.0
 train.checkpointer.period = 300
