@@ -39,6 +39,7 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import CommonMetricPrinter, TensorboardXWriter
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch.multiprocessing.spawn import ProcessExitedException
@@ -51,7 +52,7 @@ from revdet.datasets import register_datasets
 from revdet.errors import UserError
 from revdet.evaluation import to_json
 from revdet.pictures import draw_curves, draw_predictions
-from revdet.trainer import AMP_DTYPES, Trainer, build_writers
+from revdet.trainer import AMP_DTYPES, MetricsWriter, Trainer
 
 logger = logging.getLogger("revdet")
 
@@ -266,19 +267,27 @@ def train(cfg: DictConfig, args: argparse.Namespace, model: torch.nn.Module) -> 
     checkpointer.resume_or_load(settings.init_checkpoint, resume=resuming)
     start_iter = trainer.iter + 1 if resuming else 0
     loader.batch_sampler.start_batch = start_iter
-    # In this order: what is evaluated has been saved, and what was evaluated is written.
-    on_main: list[hooks.HookBase] = []
+    evaluation = hooks.EvalHook(settings.eval_period, evaluate_and_keep)
     if comm.is_main_process():
-        on_main = [
-            hooks.PeriodicCheckpointer(checkpointer, **settings.checkpointer),
-            hooks.PeriodicWriter(
-                build_writers(settings.output_dir, settings.max_iter, start_iter),
-                period=settings.log_period,
-            ),
-        ]
-    trainer.register_hooks(
-        [*on_main[:1], hooks.EvalHook(settings.eval_period, evaluate_and_keep), *on_main[1:]]
-    )
+        metrics = MetricsWriter(Path(settings.output_dir) / "metrics.json", start_iter)
+        progress = CommonMetricPrinter(settings.max_iter)
+        events = TensorboardXWriter(settings.output_dir, purge_step=start_iter)
+
+        def log_before_saving(trainer: Trainer) -> None:
+            if (trainer.iter + 1) % settings.log_period == 0:
+                metrics.write()
+
+        # In this order: what is saved has been logged, and what is evaluated has been saved.
+        trainer.register_hooks(
+            [
+                hooks.CallbackHook(after_step=log_before_saving),
+                hooks.PeriodicCheckpointer(checkpointer, **settings.checkpointer),
+                evaluation,
+                hooks.PeriodicWriter([progress, metrics, events], period=settings.log_period),
+            ]
+        )
+    else:
+        trainer.register_hooks([evaluation])
     began = time.perf_counter()
     trainer.train(start_iter, settings.max_iter)
     seconds = time.perf_counter() - began

@@ -12,12 +12,7 @@ import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import (
-    CommonMetricPrinter,
-    EventWriter,
-    JSONWriter,
-    TensorboardXWriter,
-)
+from detectron2.utils.events import EventWriter, get_event_storage
 
 from revdet.dataloader import seed_of
 
@@ -84,19 +79,39 @@ class Trainer(SimpleTrainer):
             self.scaler.load_state_dict(state_dict["grad_scaler"])
 
 
-def build_writers(output_dir: str, max_iter: int, start_iter: int) -> list[EventWriter]:
-    """A progress line with ETA, ``metrics.json`` and TensorBoard events.
+class MetricsWriter(EventWriter):
+    """Append to ``metrics.json`` what is new since the last write, one line for each iteration.
 
-    What an interrupted run logged after the checkpoint that it resumes from is dropped, since it
-    will be logged again. ``metrics.json`` holds values of single iterations, not running medians.
+    Values of single iterations, where Detectron2's own writer has running medians. It may write
+    twice in an iteration, and so both before a checkpoint is saved and after an evaluation: no
+    line is missing when a run resumes from that checkpoint.
+
+    Args:
+        path: the file. What an interrupted run logged from ``start_iter`` on is dropped, since it
+            will be logged again.
+        start_iter: the first iteration of this run.
     """
-    metrics = Path(output_dir) / "metrics.json"
-    _drop_from(metrics, start_iter)
-    return [
-        CommonMetricPrinter(max_iter),
-        JSONWriter(str(metrics), window_size=1),
-        TensorboardXWriter(output_dir, purge_step=start_iter),
-    ]
+
+    def __init__(self, path: Path, start_iter: int) -> None:
+        _drop_from(path, start_iter)
+        self._file = path.open("a")
+        self._written: dict[str, int] = {}
+
+    def write(self) -> None:
+        """Write the scalars that have been put into the event storage since the last call."""
+        lines: dict[int, dict[str, float]] = {}
+        for key, (value, iteration) in get_event_storage().latest().items():
+            if self._written.get(key) != iteration:
+                self._written[key] = iteration
+                lines.setdefault(iteration, {})[key] = value
+        for iteration in sorted(lines):
+            line = {**lines[iteration], "iteration": iteration}
+            self._file.write(json.dumps(line, sort_keys=True) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
