@@ -15,7 +15,7 @@ setup: ## make the environment in .venv: torch, Detectron2, this package, the to
 
 demo: setup ## make a small dataset of photographs and train a Mask R-CNN on it
 	$(PY) -m revdet.demo_dataset --output datasets/demo
-	$(PY) revdet/train_net.py --config configs/detection/demo/mask_rcnn_rev_vit_demo.py --resume $(ARGS)
+	DETECTRON2_DATASETS=datasets $(PY) revdet/train_net.py --config configs/detection/demo/mask_rcnn_rev_vit_demo.py --resume $(ARGS)
 
 test: setup ## run the tests
 	$(PY) -m pytest -q $(ARGS)

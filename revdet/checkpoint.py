@@ -85,7 +85,11 @@ class Checkpointer(DetectionCheckpointer):
                 "of weights"
             ) from error
         weights = content.get("model", content) if isinstance(content, dict) else None
-        if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        if (
+            not isinstance(weights, dict)
+            or not weights
+            or not all(isinstance(value, torch.Tensor) for value in weights.values())
+        ):
             raise UserError(f"checkpoint {filename} holds no weights under 'model'")
         return content if "model" in content else {"model": content}
 
@@ -95,6 +99,7 @@ class Checkpointer(DetectionCheckpointer):
         missing = [key for key in ours if key not in theirs]
         unexpected = [key for key in theirs if key not in ours]
         reshaped = [k for k in ours if k in theirs and ours[k].shape != theirs[k].shape]
+        classes = []
         if not self.strict:
             classes = [key for key in reshaped if key.startswith(CLASS_LAYERS)]
             reshaped = [key for key in reshaped if key not in classes]
@@ -103,6 +108,8 @@ class Checkpointer(DetectionCheckpointer):
         if reshaped or nothing_fits or (self.strict and (missing or unexpected)):
             raise UserError(self._misfit(missing, unexpected, reshaped))
         self.model.load_state_dict(theirs, strict=False)
+        if classes:
+            self.logger.warning(f"trained anew, for other classes: {', '.join(classes)}")
         return _IncompatibleKeys(missing, unexpected, [])
 
     def _misfit(self, missing: list[str], unexpected: list[str], reshaped: list[str]) -> str:

@@ -18,6 +18,28 @@ from revdet.errors import UserError
 # What train_net.py needs from a recipe.
 SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
+# Settings of the run, and all the keys that the train section may have.
+TRAIN_DEFAULTS = OmegaConf.create(
+    dict(
+        output_dir="output/run",
+        init_checkpoint="",  # weights to start from, a file or an address
+        max_iter=90000,
+        seed=0,
+        device="auto",  # cuda where there is one
+        # What the trunk keeps for the backward pass: store, checkpoint or reversible.
+        memory="reversible",
+        stored_blocks=0,  # how many of its last blocks store whatever the policy
+        amp=dict(enabled=False, dtype="bfloat16"),  # autocast; float16 scales the loss
+        clip_grad_norm=0.0,  # 0: no clipping
+        ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
+        checkpointer=dict(period=5000, max_to_keep=3),
+        eval_period=5000,  # 0: at the end only
+        log_period=20,
+        check_data=True,  # decode every image before training starts
+        pictures=8,  # validation images drawn with their predictions at the end
+    )
+)
+
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Load a recipe and apply overrides to it.
@@ -42,9 +64,29 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
         raise UserError(
             f"config {path!r} is no recipe: it lacks the section(s) {', '.join(missing)}"
         )
+    _check_tree(cfg, "")
+    unknown = [key for key in cfg.train if key not in TRAIN_DEFAULTS]
+    if unknown:
+        raise UserError(_unknown_key(f"train.{unknown[0]}", unknown[0], [*TRAIN_DEFAULTS], "train"))
+    cfg.train = OmegaConf.merge(TRAIN_DEFAULTS, cfg.train)
     for override in overrides:
         _check_override(cfg, override)
     return LazyConfig.apply_overrides(cfg, list(overrides))
+
+
+def _check_tree(node: object, where: str) -> None:
+    """Refuse an argument that the target of a section does not take, before anything is built."""
+    if isinstance(node, DictConfig):
+        known = _parameters(node)
+        for key in node:
+            path = f"{where}.{key}".lstrip(".")
+            if known is not None and key != "_target_" and key not in known:
+                raise UserError(_unknown_key(path, str(key), known, where))
+            if not OmegaConf.is_interpolation(node, key):
+                _check_tree(node[key], path)
+    elif isinstance(node, ListConfig):
+        for index, item in enumerate(node):
+            _check_tree(item, f"{where}.{index}")
 
 
 def _check_override(cfg: DictConfig, override: str) -> None:
@@ -66,13 +108,21 @@ def _check_override(cfg: DictConfig, override: str) -> None:
     if known is not None and last not in known:
         raise UserError(_unknown_key(key, last, known, ".".join(parents)))
     old = OmegaConf.select(cfg, key)
-    if isinstance(old, bool) != isinstance(value, bool) and isinstance(old, bool | int | float):
-        mismatch = True
-    else:
-        mismatch = isinstance(old, int | float) and not isinstance(value, int | float)
-    if mismatch and value is not None:
-        kind = type(old).__name__
+    if old is not None and not _same_kind(old, value):
+        kind = "a section" if OmegaConf.is_config(old) else type(old).__name__
         raise UserError(f"config key {key!r} takes a value like {old!r} ({kind}), got {value!r}")
+
+
+def _same_kind(old: object, new: object) -> bool:
+    if isinstance(old, DictConfig):
+        return isinstance(new, dict)
+    if isinstance(old, bool) or isinstance(new, bool):
+        return isinstance(old, bool) and isinstance(new, bool)
+    if isinstance(old, int):
+        return isinstance(new, int)
+    if isinstance(old, float):
+        return isinstance(new, int | float)
+    return new is not None
 
 
 def _child(node: DictConfig | ListConfig, part: str, key: str, where: str) -> object:
@@ -89,16 +139,24 @@ def _known_keys(node: DictConfig | ListConfig) -> list[str] | None:
     if isinstance(node, ListConfig):
         return [str(index) for index in range(len(node))]
     known = [str(key) for key in node if key != "_target_"]
+    if "_target_" not in node:
+        return known
+    parameters = _parameters(node)
+    return None if parameters is None else sorted({*known, *parameters})
+
+
+def _parameters(node: DictConfig) -> list[str] | None:
+    """The arguments of what ``node`` builds; None if it builds nothing or takes any keyword."""
     target = node.get("_target_")
     if target is None:
-        return known
+        return None
     if isinstance(target, str):
         target = locate(target)
     # Detectron2's @configurable wraps __init__; the signature shows through functools.wraps.
     parameters = inspect.signature(target).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
-    return sorted({*known, *(parameter.name for parameter in parameters)})
+    return [parameter.name for parameter in parameters]
 
 
 def _unknown_key(key: str, part: str, known: Sequence[str], where: str) -> str:

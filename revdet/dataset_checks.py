@@ -43,7 +43,7 @@ def check_dataset(name: str, *, num_classes: int | None = None, decode: bool = T
         raise UserError(
             f"dataset {name!r} needs {annotations}, which does not exist: set the environment "
             f"variable DETECTRON2_DATASETS to the folder that holds your datasets "
-            f"(now: {datasets_root().absolute()})"
+            f"(now: {datasets_root().absolute()}); `make demo` builds those named demo_…"
         )
     images, num_categories = _check_annotations(annotations)
     if num_classes is not None and num_classes != num_categories:
@@ -71,25 +71,25 @@ def _check_annotations(path: Path) -> tuple[list[dict[str, Any]], int]:
         content = json.loads(path.read_bytes())
         images, annotations = content["images"], content.get("annotations", [])
         categories = {category["id"] for category in content["categories"]}
-        image_ids = {image["id"] for image in images}
-    except (ValueError, KeyError, TypeError) as error:
+        image_ids = {image["id"] for image in images if image["file_name"]}
+        strays = [
+            [
+                f"annotation {a.get('id', 'without id')}: {a[key]}"
+                for a in annotations
+                if a[key] not in known
+            ]
+            for key, known in (("category_id", categories), ("image_id", image_ids))
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path} is not COCO JSON ({reason}): check the file") from error
     _report(
-        [
-            f"annotation {a['id']}: {a['category_id']}"
-            for a in annotations
-            if a["category_id"] not in categories
-        ],
+        strays[0],
         f"annotations in {path} have a category id outside its list {sorted(categories)[:20]}",
         "add the category, or correct the annotation",
     )
     _report(
-        [
-            f"annotation {a['id']}: {a['image_id']}"
-            for a in annotations
-            if a["image_id"] not in image_ids
-        ],
+        strays[1],
         f"annotations in {path} belong to an image that it does not list",
         "add the image, or remove the annotation",
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 from detectron2.evaluation import COCOEvaluator
@@ -15,8 +17,8 @@ from faster_coco_eval import COCO, COCOeval_faster
 class FasterCOCOEvaluator(COCOEvaluator):
     """Detectron2's ``COCOEvaluator`` on faster-coco-eval, whose numbers are those of pycocotools.
 
-    Args as for ``COCOEvaluator``. Metrics are in COCO points, 0 to 100; NaN for an area range
-    without ground truth. A model that predicts nothing scores 0.
+    Args as for ``COCOEvaluator``, for boxes and masks. Metrics are in COCO points, 0 to 100; NaN
+    for an area range without ground truth. A model that predicts nothing scores 0.
     """
 
     def __init__(self, dataset_name: str, **kwargs: Any) -> None:
@@ -29,6 +31,10 @@ class FasterCOCOEvaluator(COCOEvaluator):
         dataset_id = {v: k for k, v in self._metadata.thing_dataset_id_to_contiguous_id.items()}
         for result in results:
             result["category_id"] = dataset_id[result["category_id"]]
+        if self._output_dir:
+            Path(self._output_dir, "coco_instances_results.json").write_text(json.dumps(results))
+        if not self._do_evaluation:  # a test set without annotations
+            return
         for task in self._tasks or self._tasks_from_predictions(results):
             self._results[task] = self._evaluate_task(task, results, img_ids)
 

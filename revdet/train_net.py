@@ -42,11 +42,12 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import CommonMetricPrinter, TensorboardXWriter
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
-from torch.multiprocessing.spawn import ProcessExitedException
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 import backbones
 from revdet.checkpoint import Checkpointer
 from revdet.config import load_config
+from revdet.dataloader import ResumableBatchSampler
 from revdet.dataset_checks import check_dataset
 from revdet.datasets import register_datasets
 from revdet.errors import UserError
@@ -120,13 +121,26 @@ def main(argv: list[str] | None = None) -> int:
             args=(cfg, args),
         )
     except UserError as error:
-        # A loader process wraps the message in its traceback; the message is the last line.
-        message = str(error).strip().splitlines()[-1].removeprefix("revdet.errors.UserError: ")
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {_last_line(error)}", file=sys.stderr)
         return 2
-    except ProcessExitedException as error:
-        return error.exit_code if error.exit_code is not None else 1
+    except ProcessRaisedException as error:
+        # A spawned process sends its traceback, whose last line is the message.
+        if "revdet.errors.UserError: " not in str(error).strip().splitlines()[-1]:
+            raise
+        print(f"error: {_last_line(error)}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _last_line(error: Exception) -> str:
+    """The message of a :class:`UserError`, also if other processes wrapped it in a traceback."""
+    return str(error).strip().splitlines()[-1].removeprefix("revdet.errors.UserError: ")
+
+
+def _device(cfg: DictConfig) -> str:
+    if cfg.train.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return str(cfg.train.device)
 
 
 def preflight(cfg: DictConfig, args: argparse.Namespace) -> None:
@@ -136,19 +150,24 @@ def preflight(cfg: DictConfig, args: argparse.Namespace) -> None:
         UserError: with the thing and the remedy.
     """
     train = cfg.train
-    if train.device == "auto":
-        train.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if train.device.startswith("cuda") and not torch.cuda.is_available():
+    on_gpu = _device(cfg).startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
         raise UserError("train.device=cuda, but no GPU is found: set train.device=cpu")
     if train.amp.enabled and train.amp.dtype not in AMP_DTYPES:
         raise UserError(f"train.amp.dtype={train.amp.dtype!r}: use {' or '.join(AMP_DTYPES)}")
-    if train.device.startswith("cuda") and args.num_gpus > torch.cuda.device_count():
+    if not on_gpu and args.num_gpus > 1 and torch.cuda.is_available():
+        raise UserError("several processes on the CPU: hide the GPUs with CUDA_VISIBLE_DEVICES=''")
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise UserError("--num-machines > 1 needs --dist-url tcp://HOST:PORT")
+    if train.seed < 0:
+        raise UserError(f"train.seed={train.seed}: use a number >= 0")
+    if on_gpu and args.num_gpus > torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise UserError(
             f"--num-gpus {args.num_gpus}, but {found} are found: set --num-gpus {found}"
         )
     if args.eval_only:
-        train.init_checkpoint = _weights_to_evaluate(cfg, args)
+        args.weights = _weights_to_evaluate(cfg, args)
     elif not args.resume and (last := _last_checkpoint(train.output_dir)):
         raise UserError(
             f"{train.output_dir} already holds a run ({Path(last).name}): add --resume to continue "
@@ -184,29 +203,16 @@ def _weights_to_evaluate(cfg: DictConfig, args: argparse.Namespace) -> str:
 
 
 def run(cfg: DictConfig, args: argparse.Namespace) -> None:
-    """What each process does. Exits with status 2 on a :class:`UserError` in a spawned one."""
+    """What each process does."""
     register_datasets()
-    if comm.get_world_size() == 1:
-        _run(cfg, args)
-        return
-    try:
-        _run(cfg, args)
-    except UserError as error:
-        if comm.is_main_process():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _run(cfg: DictConfig, args: argparse.Namespace) -> None:
     _set_up_output(cfg, args)
     seed_all_rng(cfg.train.seed)
     model = _build_model(cfg)
     if args.eval_only:
-        Checkpointer(model).load(cfg.train.init_checkpoint)
-        metrics = evaluate(cfg, model)
-        _finish(cfg, model, metrics, {"checkpoint": cfg.train.init_checkpoint})
-        return
-    train(cfg, args, model)
+        Checkpointer(model).load(args.weights)
+        _finish(cfg, model, evaluate(cfg, model), {"checkpoint": args.weights}, trained=False)
+    else:
+        train(cfg, args, model)
 
 
 def _set_up_output(cfg: DictConfig, args: argparse.Namespace) -> None:
@@ -214,35 +220,45 @@ def _set_up_output(cfg: DictConfig, args: argparse.Namespace) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     for name in ("revdet", "detectron2", "fvcore"):
         setup_logger(str(output_dir), distributed_rank=comm.get_rank(), name=name)
-    if comm.is_main_process():
+    # The trainer logs the traceback of any error; for one that the user can fix, a line is enough.
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_not_user_error)
+    if comm.is_main_process() and not args.eval_only:
         (output_dir / "environment.txt").write_text(collect_env_info() + "\n")
         LazyConfig.save(cfg, str(output_dir / "config.yaml"))
         logger.info(f"{args.config} -> {output_dir} (config.yaml, environment.txt, log.txt)")
+
+
+def _is_not_user_error(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
 
 
 def _build_model(cfg: DictConfig) -> torch.nn.Module:
     try:
         model = instantiate(cfg.model)
         backbones.set_memory(model.backbone, cfg.train.memory, cfg.train.stored_blocks)
-    except ValueError as error:
-        raise UserError(f"the model cannot be built: {error}") from error
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the model cannot be built: {type(error).__name__}: {error}") from error
     trunk = sum(p.numel() for p in model.backbone.parameters())
     total = sum(p.numel() for p in model.parameters())
     logger.info(
         f"model: {total / 1e6:.2f} M parameters, {trunk / 1e6:.2f} M of them in the trunk and "
         f"pyramid; memory policy {cfg.train.memory}, {cfg.train.stored_blocks} blocks stored"
     )
-    return model.to(cfg.train.device)
+    return model.to(_device(cfg))
 
 
 def train(cfg: DictConfig, args: argparse.Namespace, model: torch.nn.Module) -> None:
     """Train from ``train.init_checkpoint`` or the last checkpoint to ``train.max_iter``."""
     settings = cfg.train
     cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
+    try:
+        optimizer = instantiate(cfg.optimizer)
+        schedule = instantiate(cfg.lr_multiplier)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UserError(f"the optimizer cannot be built: {error}") from error
     loader = instantiate(cfg.dataloader.train)
     ddp = dict(settings.ddp)
-    if not settings.device.startswith("cuda"):
+    if not _device(cfg).startswith("cuda"):
         ddp["device_ids"] = None
     trainer = Trainer(
         create_ddp_model(model, **ddp),
@@ -259,14 +275,20 @@ def train(cfg: DictConfig, args: argparse.Namespace, model: torch.nn.Module) -> 
         results.update(evaluate(cfg, model))
         return results
 
-    trainer.register_hooks(
-        [hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))]
-    )
+    trainer.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(scheduler=schedule)])
     resuming = args.resume and checkpointer.has_checkpoint()
     checkpointer.strict = resuming
     checkpointer.resume_or_load(settings.init_checkpoint, resume=resuming)
     start_iter = trainer.iter + 1 if resuming else 0
-    loader.batch_sampler.start_batch = start_iter
+    if start_iter >= settings.max_iter:
+        logger.info(f"{settings.output_dir} has finished its {start_iter} iterations: evaluating")
+        _finish(cfg, model, evaluate(cfg, model), {"iterations": start_iter}, trained=False)
+        return
+    sampler = getattr(loader, "batch_sampler", None)
+    if isinstance(sampler, ResumableBatchSampler):
+        sampler.start_batch = start_iter
+    elif start_iter:
+        logger.warning("dataloader.train is not revdet's: the order of the data starts over")
     evaluation = hooks.EvalHook(settings.eval_period, evaluate_and_keep)
     if comm.is_main_process():
         metrics = MetricsWriter(Path(settings.output_dir) / "metrics.json", start_iter)
@@ -291,7 +313,15 @@ def train(cfg: DictConfig, args: argparse.Namespace, model: torch.nn.Module) -> 
     began = time.perf_counter()
     trainer.train(start_iter, settings.max_iter)
     seconds = time.perf_counter() - began
-    _finish(cfg, model, results, {"iterations": settings.max_iter, "seconds": round(seconds, 1)})
+    facts = {
+        "iterations": settings.max_iter,
+        "seconds": round(seconds, 1),  # since the last resume
+        "memory": settings.memory,
+        "stored_blocks": settings.stored_blocks,
+    }
+    if _device(cfg).startswith("cuda"):
+        facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    _finish(cfg, model, results, facts, trained=True)
 
 
 def evaluate(cfg: DictConfig, model: torch.nn.Module) -> dict[str, Any]:
@@ -302,20 +332,28 @@ def evaluate(cfg: DictConfig, model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _finish(
-    cfg: DictConfig, model: torch.nn.Module, metrics: dict[str, Any], facts: dict[str, Any]
+    cfg: DictConfig,
+    model: torch.nn.Module,
+    metrics: dict[str, Any],
+    facts: dict[str, Any],
+    *,
+    trained: bool,
 ) -> None:
-    """Write results.json and the pictures, and say where they are."""
+    """Write results.json and the pictures, and say where they are.
+
+    What an earlier session wrote about its training is kept where this one has only evaluated.
+    """
     if not comm.is_main_process():
         return
     settings = cfg.train
     output_dir = Path(settings.output_dir)
-    facts = {**facts, "memory": settings.memory, "stored_blocks": settings.stored_blocks}
-    if settings.device.startswith("cuda"):
-        facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    results = output_dir / "results.json"
+    if not trained and results.is_file():
+        facts = {**json.loads(results.read_text()).get("run", {}), **facts}
     content = {**to_json(metrics), "run": facts}
     partial = output_dir / "results.json.partial"
     partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, output_dir / "results.json")
+    os.replace(partial, results)
 
     name = cfg.dataloader.test.dataset.names
     name = name if isinstance(name, str) else name[0]

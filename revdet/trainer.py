@@ -61,6 +61,7 @@ class Trainer(SimpleTrainer):
             losses = self.model(data)
             total = sum(losses.values())
         self.scaler.scale(total).backward()
+        self.after_backward()
         if self.clip_grad_norm > 0:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)

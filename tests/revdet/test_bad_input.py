@@ -33,6 +33,10 @@ def error_of(capsys) -> str:
         ("model.backbone.nrom=LN", ["model.backbone.nrom", "model.backbone.norm"]),
         ("model.backbone.net.model.dpeth=3", ["dpeth", "depth"]),
         ("train.max_iter=many", ["train.max_iter", "many", "int"]),
+        ("train.max_iter=1e3", ["train.max_iter", "1000.0", "int"]),
+        ("train.amp=true", ["train.amp", "section"]),
+        ("train.seed=-1", ["train.seed=-1"]),
+        ("model.backbone.in_feature=scale4", ["scale4"]),
         ("train.max_iter", ["train.max_iter", "key=value"]),
         ("train.memory=revresible", ["revresible", "reversible"]),
         ("train.stored_blocks=9", ["stored_blocks", "9"]),
@@ -67,6 +71,26 @@ def test_a_config_that_is_no_recipe(tmp_path):
         load_config(str(path))
     path.write_text("train = dict(\n")
     with pytest.raises(UserError, match="cannot be read"):
+        load_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("train.max_itr = 3", "train.max_itr.*train.max_iter"),
+        ("optimizer.learning_rate = 1", "optimizer.learning_rate.*did you mean"),
+    ],
+)
+def test_a_config_with_an_unknown_key(tmp_path, line, words):
+    path = tmp_path / "mine.py"
+    demo = Path(DEMO).resolve()
+    path.write_text(
+        "from detectron2.config import LazyConfig\n"
+        f"whole = LazyConfig.load({str(demo)!r})\n"
+        "model, dataloader, optimizer = whole.model, whole.dataloader, whole.optimizer\n"
+        f"lr_multiplier, train = whole.lr_multiplier, whole.train\n{line}\n"
+    )
+    with pytest.raises(UserError, match=words):
         load_config(str(path))
 
 

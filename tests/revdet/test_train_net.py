@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import backbones
 from revdet.trainer import read_metrics
 from tests.revdet.conftest import DEMO, SMALL
 
@@ -53,8 +55,35 @@ def test_a_run_leaves_results_pictures_and_a_checkpoint_that_evaluates_the_same(
     again = json.loads((output / "results.json").read_text())
     assert (again["bbox"], again["segm"]) == (results["bbox"], results["segm"])
 
-    # The config that a run saves is a recipe itself.
+    assert again["run"]["iterations"] == 3
+
+    # The config that a run saves is a recipe itself, and evaluating does not change it.
+    assert "model_final" not in (output / "config.yaml").read_text()
     assert train_net(output, "--eval-only", config=str(output / "config.yaml")) == 0
+
+
+def test_resuming_a_finished_run_evaluates_it(train_net, tmp_path):
+    assert train_net(tmp_path, "train.max_iter=2") == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert train_net(tmp_path, "train.max_iter=2", "train.memory=store", "--resume") == 0
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert again == results
+    assert sorted(losses(tmp_path)) == [0, 1]
+
+
+def test_the_policy_reaches_every_block(train_net, tmp_path, monkeypatch):
+    seen = []
+    set_memory = backbones.set_memory
+
+    def spy(model, *arguments):
+        set_memory(model, *arguments)
+        blocks = [m for m in model.modules() if isinstance(m, backbones.ReversibleBlock)]
+        seen.extend(block.memory_policy for block in blocks)
+
+    monkeypatch.setattr(backbones, "set_memory", spy)
+    arguments = ["train.memory=checkpoint", "train.stored_blocks=1", "train.max_iter=1"]
+    assert train_net(tmp_path, *arguments) == 0
+    assert seen == ["checkpoint", "store"]
 
 
 def test_a_finished_run_is_not_overwritten(train_net, tmp_path, capsys):
@@ -63,13 +92,17 @@ def test_a_finished_run_is_not_overwritten(train_net, tmp_path, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
-def test_autocast_trains(train_net, tmp_path):
-    arguments = ["train.amp.enabled=true", "train.max_iter=2", "train.memory=reversible"]
-    assert train_net(tmp_path / "bf16", *arguments) == 0
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_autocast_trains(train_net, tmp_path, dtype):
+    arguments = ["train.amp.enabled=true", f"train.amp.dtype={dtype}", "train.max_iter=2"]
+    assert train_net(tmp_path / "half", *arguments) == 0
     assert train_net(tmp_path / "fp32", "train.max_iter=2") == 0
-    half, full = losses(tmp_path / "bf16"), losses(tmp_path / "fp32")
+    half, full = losses(tmp_path / "half"), losses(tmp_path / "fp32")
     assert half != full
     assert half == pytest.approx(full, rel=0.05)
+
+
+CPU_ONLY = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def command(output: Path, *arguments: str) -> list[str]:
@@ -109,6 +142,9 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(datasets_root, tmp_path
     subprocess.run(
         command(killed, "--resume", *arguments), check=True, capture_output=True, timeout=240
     )
+    log = (killed / "log.txt").read_text()
+    starts = [int(n) for n in re.findall(r"Starting training from iteration (\d+)", log)]
+    assert len(starts) == 2 and starts[0] == 0 and starts[1] >= 6
     whole, resumed = losses(tmp_path / "whole"), losses(killed)
     assert sorted(resumed) == list(range(16))
     assert resumed == pytest.approx(whole, rel=1e-4)
@@ -121,6 +157,16 @@ def test_two_processes_train_on_the_cpu(datasets_root, tmp_path):
         check=True,
         capture_output=True,
         timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=CPU_ONLY,
     )
     assert "bbox" in json.loads((tmp_path / "results.json").read_text())
+
+
+def test_an_error_in_a_spawned_process_is_one_line_too(datasets_root, tmp_path):
+    arguments = ["--num-gpus", "2", "train.device=cpu", "train.memory=revresible"]
+    run = subprocess.run(
+        command(tmp_path, *arguments), capture_output=True, text=True, timeout=240, env=CPU_ONLY
+    )
+    assert run.returncode == 2
+    assert [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert "revresible" in run.stderr
