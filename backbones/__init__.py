@@ -7,7 +7,9 @@ torch.Size([2, 10])
 >>> backbones.set_memory(model, "reversible", stored_blocks=2)
 """
 
+from backbones.drift import DriftReport, probe_drift
 from backbones.files import WeightsError
+from backbones.fit import MemoryPlan, fit_memory
 from backbones.formats import convert_state_dict
 from backbones.memory import MemoryPolicy, set_memory
 from backbones.models import create_model, list_models, register_model
@@ -18,8 +20,10 @@ from backbones.vit import RevViT, ViT
 from backbones.weights import LoadReport, load_weights, save_weights
 
 __all__ = [
+    "DriftReport",
     "LoadReport",
     "MViT",
+    "MemoryPlan",
     "MemoryPolicy",
     "RevMViT",
     "RevViT",
@@ -29,10 +33,12 @@ __all__ = [
     "WeightsError",
     "convert_state_dict",
     "create_model",
+    "fit_memory",
     "from_pyslowfast",
     "list_models",
     "load_model",
     "load_weights",
+    "probe_drift",
     "register_model",
     "save_weights",
     "set_memory",

@@ -129,11 +129,9 @@ class PositionEmbedding(nn.Module):
         height, width = x.shape[2:4]
         weight = self.weight.view(1, *self.grid, -1)
         if (height, width) != self.grid:
-            # In float32 because bicubic resizing in half precision visibly shifts the embedding.
-            with torch.autocast(x.device.type, enabled=False):
-                weight = F.interpolate(
-                    weight.permute(0, 3, 1, 2), size=(height, width), mode="bicubic"
-                ).permute(0, 2, 3, 1)
+            weight = F.interpolate(
+                weight.permute(0, 3, 1, 2), size=(height, width), mode="bicubic"
+            ).permute(0, 2, 3, 1)
         return x + weight.unsqueeze(1)
 
 
@@ -160,11 +158,9 @@ class SpaceTimePositionEmbedding(nn.Module):
         """
         temporal: Tensor = self.temporal
         if x.shape[1] != temporal.shape[1]:
-            # In float32, as in space.
-            with torch.autocast(x.device.type, enabled=False):
-                temporal = F.interpolate(
-                    temporal.transpose(1, 2), size=x.shape[1], mode="linear"
-                ).transpose(1, 2)
+            temporal = F.interpolate(
+                temporal.transpose(1, 2), size=x.shape[1], mode="linear"
+            ).transpose(1, 2)
         return cast(Tensor, self.spatial(x)) + temporal[:, :, None, None]
 
 

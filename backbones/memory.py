@@ -17,6 +17,10 @@ from torch import nn
 
 __all__ = ["MemoryManaged", "MemoryPolicy", "set_memory"]
 
+# As a command this module runs a second time beside the one that the package imported, about which
+# runpy warns unless that one has this attribute. Both are harmless: main() uses the package's.
+__path__: list[str] = []
+
 MemoryPolicy = Literal["store", "checkpoint", "reversible"]
 
 
@@ -65,3 +69,15 @@ def set_memory(module: nn.Module, policy: MemoryPolicy, stored_blocks: int = 0) 
             block.memory_policy = "checkpoint"
         else:
             block.memory_policy = policy
+
+
+def main() -> None:
+    """The command; see :func:`backbones.fit_command.main`."""
+    # Late, because that module imports this one.
+    from backbones.fit_command import main as command
+
+    command()
+
+
+if __name__ == "__main__":
+    main()

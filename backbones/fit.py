@@ -1,0 +1,192 @@
+"""How much memory a training step takes, and the fastest memory policy within a budget.
+
+A training step is run on shape-only (meta) tensors while the bytes of all storages alive are
+counted. So nothing of the size of the model is allocated, and no GPU is needed; and what is counted
+is what the engine does, not a formula about it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from backbones.memory import MemoryPolicy, set_memory
+from backbones.simulate import Simulation, nbytes
+
+__all__ = ["MemoryPlan", "fit_memory", "parse_budget", "predict_memory"]
+
+
+# Of the memory that is free, what "auto" plans with: the allocator fragments, and kernels take
+# scratch memory of their own, neither of which can be counted beforehand.
+_AUTO_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What :func:`fit_memory` chose.
+
+    Attributes:
+        policy: the policy of the blocks in front.
+        stored_blocks: how many of the last blocks store their activations.
+        blocks: how many blocks the model has.
+        predicted_bytes: the peak of a training step, parameters and optimizer included.
+        budget: what it had to stay within, in bytes.
+        parts: the bytes of each of :data:`PARTS` at the moment of the peak; their sum is
+            ``predicted_bytes``. Gradients grow while held activations go, so that the two are
+            never there in full at the same time.
+    """
+
+    policy: MemoryPolicy
+    stored_blocks: int
+    blocks: int
+    predicted_bytes: int
+    budget: int
+    parts: dict[str, int]
+
+    @property
+    def relative_speed(self) -> float:
+        """The throughput by operation count, 1 being that of ``"store"``, all blocks alike.
+
+        A backward pass takes twice the operations of a forward pass, recomputing one forward pass.
+        """
+        return 3 / (4 - self.stored_blocks / self.blocks)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.policy}, the last {self.stored_blocks} of {self.blocks} blocks stored: "
+            f"{readable(self.predicted_bytes)} of {readable(self.budget)}, "
+            f"about {self.relative_speed:.2f} of the speed of 'store'"
+        ]
+        lines += [f"  {name:<16} {readable(size):>10}" for name, size in self.parts.items()]
+        return "\n".join(lines)
+
+
+def fit_memory(
+    model: nn.Module, example_input: Tensor | Sequence[Tensor], budget: int | str
+) -> MemoryPlan:
+    """Give ``model`` the fastest memory policy whose training step fits ``budget``, and report it.
+
+    The blocks in front are reversed (checkpointed, in a model without reversible blocks), and as
+    many of the last ones as fit store their activations; see :func:`backbones.set_memory`. A
+    training step is forward, backward and AdamW, in the dtype of the parameters: autocast to half
+    precision takes less than predicted. Attention is counted as fused, what is needed by the loss
+    on the outputs is not counted, and neither is scratch memory that kernels allocate inside.
+
+    >>> print(fit_memory(model, torch.zeros(64, 3, 224, 224), "12GB"))
+
+    Args:
+        model: not wrapped (DistributedDataParallel, …), on any device. Its weights and random
+            state are left alone.
+        example_input: an input of the size to train with, on any device, such as (B, 3, H, W);
+            only its shape and dtype are used. For a model of several inputs, all of them.
+        budget: bytes; or ``"12GB"``, ``"800MB"`` (powers of 1000), ``"8GiB"`` (powers of 1024);
+            or ``"auto"``, nine tenths of what the model holds already and what is free on its GPU.
+            For ``"auto"``, call before the optimizer has made its state.
+
+    Returns:
+        the plan, which is in force from the next forward pass on.
+
+    Raises:
+        ValueError: a budget that is too small (the message has the smallest) or cannot be read;
+            ``"auto"`` on a CPU; no block in ``model`` whose memory can be managed.
+    """
+    device = _device_of(model)
+    limit = parse_budget(budget, device) if budget != "auto" else _free_bytes(model, device)
+    plan = largest_that_fits(Simulation(model, example_input, device.type), limit)
+    set_memory(model, plan.policy, plan.stored_blocks)
+    return plan
+
+
+def predict_memory(
+    model: nn.Module,
+    example_input: Tensor | Sequence[Tensor],
+    policy: MemoryPolicy,
+    stored_blocks: int = 0,
+) -> dict[str, int]:
+    """The bytes of each of :data:`PARTS` at the peak of a training step under a policy.
+
+    Arguments as for :func:`fit_memory` and :func:`backbones.set_memory`. ``model`` is unchanged.
+    """
+    simulation = Simulation(model, example_input, _device_of(model).type)
+    return simulation.parts(policy, stored_blocks)
+
+
+def parse_budget(budget: int | str, device: torch.device | None = None) -> int:
+    """Bytes from a number or from a string as :func:`fit_memory` takes; ``"auto"`` for a GPU.
+
+    Raises:
+        ValueError: not such a string; not positive; ``"auto"`` for a device that is no GPU.
+    """
+    if budget == "auto":
+        return _free_bytes(None, device or torch.device("cpu"))
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([KMGT]i?)?B?\s*", str(budget), re.IGNORECASE)
+    size = 0
+    if match:
+        unit = (match[2] or "").upper()
+        base = 1024 if unit.endswith("I") else 1000
+        size = int(float(match[1]) * base ** " KMGT".index(unit[:1] or " "))
+    if size <= 0:
+        raise ValueError(
+            f"cannot read the budget {budget!r}: give bytes, or a size such as '12GB', '800MB' "
+            "or '8GiB', or 'auto' on a GPU"
+        )
+    return size
+
+
+def largest_that_fits(simulation: Simulation, budget: int) -> MemoryPlan:
+    """The largest number of stored blocks that fits, by bisection: the peak grows with it."""
+    policy, blocks = simulation.saving_policy, simulation.blocks
+
+    def peak(stored: int) -> int:
+        return sum(simulation.parts(policy, stored).values())
+
+    if peak(0) > budget:
+        raise ValueError(
+            f"a training step does not fit {readable(budget)}: the smallest budget is {peak(0)} "
+            f"bytes ({readable(peak(0))}), with no block stored. Give more, or a smaller batch."
+        )
+    fits, too_many = 0, blocks + 1
+    if peak(blocks) <= budget:
+        fits = blocks
+    while fits + 1 < too_many and fits < blocks:
+        middle = (fits + too_many) // 2
+        if peak(middle) <= budget:
+            fits = middle
+        else:
+            too_many = middle
+    return MemoryPlan(policy, fits, blocks, peak(fits), budget, simulation.parts(policy, fits))
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _free_bytes(model: nn.Module | None, device: torch.device) -> int:
+    """What "auto" stands for: memory that is free, or that the model has taken out of it."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise ValueError(
+            "the budget 'auto' needs a GPU that tells what it has free: give a number, "
+            "such as '12GB'"
+        )
+    free, _ = torch.cuda.mem_get_info(device)
+    # What the caching allocator keeps for later is free too.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if model is not None:
+        grads = (p.grad for p in model.parameters() if p.grad is not None)
+        free += sum(map(nbytes, chain(model.parameters(), model.buffers(), grads)))
+    return int(_AUTO_SHARE * free)
+
+
+def readable(size: int) -> str:
+    if size < 1e6:
+        return f"{size / 1e3:.1f} KB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+# ---- The simulated training step

@@ -1,0 +1,93 @@
+"""The code in the documentation runs as it stands, and its heads train under every policy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from backbones import MemoryPolicy, probe_drift, set_memory
+from tests.backbones.helpers import assert_grads_near
+
+ROOT = Path(__file__).resolve().parents[2]
+HEADS = "docs/heads.md"
+
+
+def blocks_of(document: str) -> list[tuple[str, int, str]]:
+    """The Python blocks that need no other package of this repository: file, line, code."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [
+        (document, text.count("\n", 0, match.start(1)), match[1])
+        for match in found
+        if not re.search(r"^\s*(from|import) (revdet|revvideo)\b", match[1], re.MULTILINE)
+    ]
+
+
+def run(block: tuple[str, int, str]) -> dict[str, Any]:
+    """The names that a block defines. Errors point to the line in the document."""
+    document, line, code = block
+    names: dict[str, Any] = {"__name__": "documentation"}
+    exec(compile("\n" * line + code, str(ROOT / document), "exec"), names)
+    return names
+
+
+BLOCKS = [block for document in (HEADS, "README.md") for block in blocks_of(document)]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[f"{name}:{line}" for name, line, _ in BLOCKS])
+def test_it_runs(block: tuple[str, int, str]) -> None:
+    run(block)
+
+
+def test_the_blocks_were_found() -> None:
+    assert len(blocks_of(HEADS)) == 3
+    assert any("create_model" in code for _, _, code in blocks_of("README.md"))
+
+
+def gradients(module: torch.nn.Module, loss_of: Callable[[], Tensor]) -> dict[str, Tensor | None]:
+    module.zero_grad(set_to_none=True)
+    loss_of().backward()
+    # Attention does not depend on a constant in all keys: the gradient of this bias is rounding.
+    return {
+        name: param.grad
+        for name, param in module.named_parameters()
+        if not name.endswith("norm_k.bias")
+    }
+
+
+def assert_same_under_every_policy(module: torch.nn.Module, loss_of: Callable[[], Tensor]) -> None:
+    set_memory(module, "store")
+    stored = gradients(module, loss_of)
+    for policy in get_args(MemoryPolicy):
+        for k in (0, 1):
+            set_memory(module, policy, k)
+            assert_grads_near(gradients(module, loss_of), stored, 1e-9)
+
+
+def test_linear_probe() -> None:
+    names = run(blocks_of(HEADS)[0])
+    assert all(param.grad is None for param in names["trunk"].parameters())
+    assert names["features"].shape == (8, 384) and not names["features"].requires_grad
+
+
+def test_segmentation_head() -> None:
+    names = run(blocks_of(HEADS)[1])
+    segmenter, images = names["segmenter"].double(), names["images"].double()
+    assert all(param.grad is not None for param in segmenter.parameters())
+    assert segmenter(images[:1, :, :50, :70]).shape == (1, 3, 50, 70)
+    loss = names["cross_entropy"]
+    assert_same_under_every_policy(segmenter, lambda: loss(segmenter(images), names["target"]))
+    assert probe_drift(segmenter, images).ok
+
+
+def test_two_towers() -> None:
+    names = run(blocks_of(HEADS)[2])
+    towers, images = names["towers"].double(), names["images"].double()
+    assert_same_under_every_policy(towers, lambda: towers(images, images.flip(-1)))
+    assert_same_under_every_policy(towers, lambda: towers(images, images[..., :48, :48]))

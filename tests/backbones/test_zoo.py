@@ -1,0 +1,69 @@
+"""The zoo table: its numbers are those of the released models, its columns are aligned."""
+
+from __future__ import annotations
+
+import pytest
+
+from backbones.__main__ import main
+from backbones.models import list_models
+from backbones.zoo import PUBLISHED_TOP1, describe, zoo_table
+
+# Parameters; fvcore's total for the original, which counts layer norms; and without them.
+RELEASED = {
+    "rev_vit_small": (22_434_664, 4_584_195_072, 4_574_410_752),
+    "rev_vit_base": (87_335_656, 17_491_986_432, 17_472_417_792),
+    "rev_mvit_base": (39_689_320, 8_674_319_616, 8_637_816_576),
+    "rev_mvit_base_16x4": (34_963_120, 63_847_667_712, 63_652_357_632),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_sizes_of_the_released_models(name: str) -> None:
+    parameters, fvcore, without_norms = RELEASED[name]
+    entry = describe(name)
+    assert entry.parameters == parameters
+    assert entry.macs == without_norms  # so fused attention was counted
+    assert entry.macs == pytest.approx(fvcore, rel=0.005)
+    assert entry.released
+    assert entry.top1 == PUBLISHED_TOP1[name]
+    assert entry.input_shape == ((3, 16, 224, 224) if "16x4" in name else (3, 224, 224))
+    assert entry.reversible_bytes is not None
+    assert entry.stored_bytes > 5 * entry.reversible_bytes
+
+
+def test_a_model_that_is_neither_released_nor_reversible() -> None:
+    entry = describe("vit_tiny")
+    assert (entry.released, entry.top1, entry.reversible_bytes) == (False, None, None)
+    name, *cells = zoo_table([entry]).splitlines()[1].split()
+    assert name == "vit_tiny"
+    assert cells == ["5.72", "1.25", "3x224x224", "-", "-", f"{entry.stored_bytes / 1e6:.1f}", "-"]
+
+
+def test_published_scores_are_of_models_that_exist() -> None:
+    assert PUBLISHED_TOP1.keys() <= set(list_models())
+
+
+def test_plain_text_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rev_vit_tiny", "vit_tiny"]) == 0
+    captured = capsys.readouterr()
+    header, *rows = captured.out.splitlines()[:3]
+    assert captured.err == ""  # the progress is for terminals
+    assert [row.split()[0] for row in rows] == ["rev_vit_tiny", "vit_tiny"]
+    for row in rows:
+        assert row.index("3x224x224") == header.index("input")
+        assert len(row) == len(header)
+
+
+def test_markdown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--markdown", "vit_tiny"]) == 0
+    header, rule, row = capsys.readouterr().out.splitlines()[:3]
+    assert header.startswith("| name |")
+    assert {line.count("|") for line in (header, rule, row)} == {9}
+    assert set(rule) <= set("|-: ")
+
+
+def test_an_unknown_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["rev_vit_smal"])
+    assert stop.value.code == 2
+    assert "did you mean rev_vit_small" in capsys.readouterr().err
