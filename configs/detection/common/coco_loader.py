@@ -45,5 +45,7 @@ dataloader = dict(
         ),
         num_workers=4,
     ),
-    evaluator=L(FasterCOCOEvaluator)(dataset_name="${..test.dataset.names}"),
+    evaluator=L(FasterCOCOEvaluator)(
+        dataset_name="${..test.dataset.names}", tasks=["bbox", "segm"]
+    ),
 )
