@@ -47,7 +47,10 @@ def test_jpegs_have_the_recorded_sizes(dataset: Path, split: str) -> None:
             image.load()
             assert image.mode == "RGB"
             assert image.size == (record["width"], record["height"])
-            assert all(128 <= side <= 192 for side in image.size)
+            assert all(
+                demo_dataset.IMAGE_SIDE[0] <= side <= demo_dataset.IMAGE_SIDE[1]
+                for side in image.size
+            )
     assert len({(record["width"], record["height"]) for record in records}) > 5
 
 

@@ -102,7 +102,8 @@ def test_autocast_trains(train_net, tmp_path, dtype):
     assert half == pytest.approx(full, rel=0.05)
 
 
-CPU_ONLY = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def cpu_only() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def command(output: Path, *arguments: str) -> list[str]:
@@ -157,7 +158,7 @@ def test_two_processes_train_on_the_cpu(datasets_root, tmp_path):
         check=True,
         capture_output=True,
         timeout=240,
-        env=CPU_ONLY,
+        env=cpu_only(),
     )
     assert "bbox" in json.loads((tmp_path / "results.json").read_text())
 
@@ -165,7 +166,7 @@ def test_two_processes_train_on_the_cpu(datasets_root, tmp_path):
 def test_an_error_in_a_spawned_process_is_one_line_too(datasets_root, tmp_path):
     arguments = ["--num-gpus", "2", "train.device=cpu", "train.memory=revresible"]
     run = subprocess.run(
-        command(tmp_path, *arguments), capture_output=True, text=True, timeout=240, env=CPU_ONLY
+        command(tmp_path, *arguments), capture_output=True, text=True, timeout=240, env=cpu_only()
     )
     assert run.returncode == 2
     assert [line for line in run.stderr.splitlines() if line.startswith("error: ")]
