@@ -146,7 +146,7 @@ else
 fi
 
 step "installing this package and what it needs (the first time: some minutes)"
-pip_install -c "$constraints" -e ".[detection,dev]"
+pip_install -c "$constraints" -e ".[detection,video,dev]"
 
 if [ "$detectron2" = none ]; then
     step "installing Detectron2 (pure Python part)"
@@ -158,13 +158,16 @@ fi
 
 step "checking"
 "$py" - <<'EOF' || fail "an import failed, see above. To start over, remove $venv and run make setup again."
+import av
 import detectron2
 import faster_coco_eval
+import lightning
+import pytorchvideo.data
 import torch
 import torchvision
 import torchvision.ops
 
-modules = (torch, torchvision, detectron2, faster_coco_eval)
+modules = (torch, torchvision, detectron2, faster_coco_eval, lightning, av)
 print("    " + ", ".join(f"{m.__name__} {m.__version__}" for m in modules))
 EOF
 printf '%s\n' "$sum" >"$stamp"
