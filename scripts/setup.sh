@@ -146,7 +146,7 @@ else
 fi
 
 step "installing this package and what it needs (the first time: some minutes)"
-pip_install -c "$constraints" -e ".[detection,video,dev]"
+pip_install -c "$constraints" -e ".[images,detection,video,dev]"
 
 if [ "$detectron2" = none ]; then
     step "installing Detectron2 (pure Python part)"

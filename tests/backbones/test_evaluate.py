@@ -1,0 +1,358 @@
+"""python -m backbones.evaluate: exact accuracies of a model whose every answer is known."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+
+import backbones
+from backbones.evaluate import PUBLISHED_TOP5, find_classes, main, name_of
+from backbones.images import ImageFiles, eval_transform, read_image
+from backbones.zoo import PUBLISHED_TOP1
+from tests.backbones.image_data import (
+    MEAN,
+    RANKING,
+    STD,
+    colour_model,
+    command,
+    save_colour_model,
+    save_image,
+    save_truncated,
+)
+
+# The colours of the images in each class folder. By RANKING, 4 of these 9 are of the likeliest
+# class, and 2 of class 5, the least likely one of six.
+IMAGES = {
+    "a": ["red", "red", "blue"],
+    "b": ["green"],
+    "c": ["blue"],
+    "d": ["green"],
+    "e": ["red"],
+    "f": ["blue", "green"],
+}
+TOP1, TOP5 = 100 * 4 / 9, 100 * 7 / 9
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    for folder, colours in IMAGES.items():
+        for index, colour in enumerate(colours):
+            save_image(tmp_path / "data" / folder / f"{index}_{colour}.png", colour)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> str:
+    return save_colour_model(tmp_path)
+
+
+def run(data: Path, weights: str, *more: str) -> dict[str, Any]:
+    """The JSON of an evaluation."""
+    file = data.parent / "result.json"
+    arguments = ["--data", str(data), "--weights", weights, "--device", "cpu", "--workers", "0"]
+    assert main([*arguments, "--json", str(file), *more]) == 0
+    result: dict[str, Any] = json.loads(file.read_text())
+    return result
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which the command refuses."""
+    with pytest.raises(SystemExit) as stop:
+        main(["--device", "cpu", *arguments])
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    line = captured.err
+    assert captured.out == ""
+    assert line.startswith("error: ") and line.endswith("\n") and line.count("\n") == 1
+    return line
+
+
+def test_the_counted_accuracy(data: Path, weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+    hits = [
+        RANKING[colour].index(label)
+        for label, colours in enumerate(IMAGES.values())
+        for colour in colours
+    ]
+    assert (sum(rank < 1 for rank in hits), sum(rank < 5 for rank in hits)) == (4, 7)
+    result = run(data, weights)
+    assert (result["top1"], result["top5"]) == (pytest.approx(TOP1), pytest.approx(TOP5))
+    assert (result["evaluated"], result["images"], result["classes"]) == (9, 9, 6)
+    assert result["unreadable"] == {} and result["published_top1"] is None
+    out = capsys.readouterr().out
+    assert f"44.44 top-1, 77.78 top-5 on 9 of 9 images in {data}\n" in out
+    assert "published" not in out
+
+
+@pytest.mark.parametrize("more", (["--workers", "2"], ["--batch-size", "2"], ["--img-size", "48"]))
+def test_options_do_not_change_it(data: Path, weights: str, more: list[str]) -> None:
+    """Nor does the size, since the images have one colour."""
+    save_truncated(data / "b" / "broken.png")
+    save_truncated(data / "c" / "broken.png")
+    expected = run(data, weights)
+    assert expected["evaluated"] == 9 and len(expected["unreadable"]) == 2
+    result = run(data, weights, *more)
+    assert result["img_size"] == (48 if "--img-size" in more else 32)
+    assert {**result, "img_size": 32} == expected
+
+
+def test_val_is_found(data: Path, weights: str) -> None:
+    data.rename(data.parent / "val")
+    (data.parent / "train").mkdir()
+    assert run(data.parent, weights)["top1"] == pytest.approx(TOP1)
+
+
+def test_damaged_images_are_counted_and_named(
+    data: Path, weights: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truncated = save_truncated(data / "a" / "truncated.png")
+    text, empty, deep = (data / "b" / name for name in ("text.jpg", "empty.png", "deep.png"))
+    text.write_text("no image")
+    empty.touch()
+    Image.new("I;16", (8, 8)).save(deep)
+    result = run(data, weights, "--batch-size", "1")
+    assert (result["evaluated"], result["images"]) == (9, 13)
+    assert result["top1"] == pytest.approx(TOP1)  # of those that were read
+    assert result["unreadable"].keys() == {str(path) for path in (truncated, text, empty, deep)}
+    assert "8 bits" in result["unreadable"][str(deep)]
+    out = capsys.readouterr().out
+    assert "on 9 of 13 images" in out and "4 unreadable:\n" in out
+    for path in (truncated, text, empty, deep):
+        assert len(re.findall(rf"^  {re.escape(str(path))}: \w.*$", out, re.MULTILINE)) == 1
+        assert out.count(str(path)) == 1
+
+
+def test_nothing_can_be_read(
+    tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in IMAGES:
+        save_truncated(tmp_path / "bad" / name / "x.png")
+    line = refused(["--data", str(tmp_path / "bad"), "--weights", weights], capsys)
+    assert "none of the 6 images could be read" in line
+
+
+@contextmanager
+def linear_dtypes() -> Iterator[set[torch.dtype]]:
+    """What linear layers return inside the context."""
+    seen: set[torch.dtype] = set()
+
+    def look(module: nn.Module, _args: object, output: object) -> None:
+        if isinstance(module, nn.Linear) and isinstance(output, torch.Tensor):
+            seen.add(output.dtype)
+
+    handle = register_module_forward_hook(look)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("amp", (None, "bfloat16", "float16"))
+def test_autocast_is_in_force(data: Path, weights: str, amp: str | None) -> None:
+    with linear_dtypes() as seen:
+        result = run(data, weights, *([] if amp is None else ["--amp", amp]))
+    assert seen == {getattr(torch, amp or "float32")}
+    assert result["top1"] == pytest.approx(TOP1) and result["precision"] == (amp or "float32")
+
+
+def test_outputs_that_are_not_finite_end_it(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "large.safetensors"
+    backbones.save_weights(colour_model(scale=1e5), path)
+    arguments = ["--data", str(data), "--weights", str(path), "--workers", "0"]
+    line = refused([*arguments, "--amp", "float16"], capsys)
+    assert "0_red.png is not finite; try another --amp" in line
+    assert main([*arguments, "--device", "cpu"]) == 0
+
+
+def test_the_transform_is_the_originals(tmp_path: Path) -> None:
+    """Done by hand: bicubic to 256/224 of the crop, its centre, ImageNet's mean and deviation."""
+    pixels = torch.randint(256, (90 * 61 * 3,), dtype=torch.uint8)
+    image = Image.frombytes("RGB", (90, 61), bytes(pixels.tolist()))
+    small = image.resize((int(90 * 64 / 61), 64), Image.Resampling.BICUBIC)
+    left = round((small.width - 56) / 2)
+    crop = small.crop((left, 4, left + 56, 60))
+    expected = torch.tensor(list(crop.tobytes()), dtype=torch.float64).view(56, 56, 3) / 255
+    expected = (expected - torch.tensor(MEAN)) / torch.tensor(STD)
+    actual = eval_transform(56, 56)(image)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), expected.permute(2, 0, 1), atol=1e-6, rtol=0)
+    assert eval_transform(224, 224).transforms[0].size == [256]
+    assert eval_transform(32, 64)(image).shape == (3, 32, 64)
+
+
+def test_exif_turns_only_where_asked(tmp_path: Path) -> None:
+    path, exif = tmp_path / "x.png", Image.Exif()
+    exif[0x0112] = 6  # lies on its left side
+    Image.new("RGB", (8, 4)).save(path, exif=exif)
+    assert read_image(path).size == (8, 4)
+    assert read_image(path, upright=True).size == (4, 8)
+
+
+def test_an_error_of_the_code_is_no_unreadable_image(tmp_path: Path) -> None:
+    files = ImageFiles([str(save_image(tmp_path / "x.png", "red"))], 32, 32)
+    files.transform = None
+    with pytest.raises(TypeError):
+        files[0]
+
+
+def test_other_modes_become_rgb(tmp_path: Path) -> None:
+    for mode in ("L", "P", "RGBA", "CMYK", "1"):
+        path = tmp_path / f"{mode}.tif"
+        Image.new(mode, (4, 4)).save(path)
+        assert read_image(path).mode == "RGB"
+
+
+def test_missing_and_misnamed_folders(
+    data: Path, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def line(folder: Path, *more: str) -> str:
+        return refused(["--data", str(folder), "--weights", weights, *more], capsys)
+
+    assert "nowhere is not there" in line(tmp_path / "nowhere")
+    assert "is no folder" in line(data / "a" / "0_red.png")
+    assert "images directly in it (0_red.png, 1_red.png, 2_blue.png)" in line(data / "a")
+    (tmp_path / "nothing").mkdir()
+    assert "has no folders" in line(tmp_path / "nothing")
+    (data / ".cache").mkdir()  # hidden, so no class
+    find_classes(data)
+    (data / "g").mkdir()
+    (data / "g" / "notes.txt").touch()
+    assert re.search(r"1 of 7 class folders in .* have no image \(\.jpg, .*\): g$", line(data))
+    save_image(data / "g" / "x.png", "red")
+    assert re.search(r"head has 6 classes, .* has 7 of them \(a, b, c and 4 more\)$", line(data))
+    assert "result.json" not in " ".join(path.name for path in tmp_path.iterdir())
+
+
+def test_bad_options_are_one_line(
+    data: Path, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["--data", str(data)]
+    golden = Path(__file__).parents[1] / "golden"
+    plain = tmp_path / "plain.pth"
+    torch.save(colour_model().state_dict(), plain)
+    trunk = tmp_path / "trunk.safetensors"
+    backbones.save_weights(
+        backbones.create_model("rev_vit_tiny", img_size=32, depth=1, num_classes=0), trunk
+    )
+    clips = str(golden / "rev_mvit_video_tiny.pyth")
+    for arguments, message in (
+        (["--weights", "nowhere.pth"], "cannot read nowhere.pth"),
+        (["--pretrained"], "--pretrained needs --model NAME"),
+        (["--pretrained", "--model", "rev_vit_tiny"], "no weights are released"),
+        (["--weights", str(plain)], "does not say which model it is of; add --model NAME"),
+        (["--weights", str(plain), "--model", "rev_vit_tinny"], "did you mean rev_vit_tiny"),
+        (["--weights", str(plain), "--model", "rev_vit_tiny"], "does not fit this RevViT"),
+        (["--weights", weights, "--model", "vit_tiny"], "is of rev_vit_tiny, not of vit_tiny"),
+        (["--weights", clips], "takes clips, not images"),
+        (["--weights", str(trunk)], "has no head"),
+        (["--weights", weights, "--device", "cuda:99"], "cannot use --device cuda:99"),
+        (["--weights", weights, "--device", "nothing"], "cannot use --device nothing"),
+        (["--weights", weights, "--json", str(tmp_path)], "is a folder"),
+    ):
+        assert message in refused([*base, *arguments], capsys)
+    for arguments in ([], ["--weights", weights, "--batch-size", "0"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*base, *arguments])
+        assert stop.value.code == 2
+
+
+def test_a_missing_library_is_named(
+    data: Path, weights: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision.datasets.folder", None)
+    line = refused(["--data", str(data), "--weights", weights], capsys)
+    assert "extra 'images'" in line and "pip install torchvision" in line
+
+
+def test_weights_by_name_bring_their_own_head(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published number of classes gives way to the file's, and the score to nothing."""
+    monkeypatch.setitem(PUBLISHED_TOP1, "rev_vit_tiny", 12.5)
+    model = backbones.create_model("rev_vit_tiny", img_size=32, num_classes=6)
+    file = tmp_path / "plain.pth"
+    torch.save(model.state_dict(), file)
+    named = ["--model", "rev_vit_tiny", "--img-size", "32"]
+    result = run(data, str(file), *named)
+    own = tmp_path / "own.safetensors"
+    backbones.save_weights(model, own)
+    assert (result["model"], result["published_top1"]) == ("rev_vit_tiny", None)
+    for key in ("top1", "top5", "img_size", "classes"):
+        assert result[key] == run(data, str(own))[key]
+
+
+def test_pyslowfast_says_what_it_is(data: Path) -> None:
+    golden = Path(__file__).parents[1] / "golden" / "rev_vit_tiny.pyth"
+    classes = torch.load(golden, weights_only=True)["model_state"]["head.projection.bias"]
+    for name in sorted(IMAGES)[len(classes) :]:
+        (data / name).rename(data.parent / name)
+    result = run(data, str(golden))
+    assert result["classes"] == len(classes) == 5
+    assert result["model"] == "RevViT" and result["published_top1"] is None
+
+
+def test_the_published_score_stands_beside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model of the released shape with 1000 classes, whatever it is called."""
+    monkeypatch.setitem(PUBLISHED_TOP1, "rev_vit_tiny", 12.5)
+    monkeypatch.setitem(PUBLISHED_TOP5, "rev_vit_tiny", 34.75)
+    arguments = {"embed_dim": 192, "num_heads": 3}
+    model = backbones.create_model("rev_vit_base", img_size=32, **arguments)
+    backbones.save_weights(model, tmp_path / "tiny.safetensors")
+    for label in range(1000):
+        folder = tmp_path / "data" / f"n{label:08d}"
+        folder.mkdir(parents=True)
+        (folder / "x.png").touch()
+    save_image(folder / "y.png", "red")
+    result = run(tmp_path / "data", str(tmp_path / "tiny.safetensors"), "--batch-size", "999")
+    assert (result["model"], result["published_top1"]) == ("rev_vit_tiny", 12.5)
+    assert len(result["unreadable"]) == 1000
+    captured = capsys.readouterr()
+    assert re.search(
+        r"^[\d.]+ top-1 \(published 12\.5\), [\d.]+ top-5 \(published 34\.75\) "
+        r"on 1 of 1,001 images",
+        captured.out,
+        re.MULTILINE,
+    )
+    assert f"  and 980 more, which are in {tmp_path / 'result.json'}\n" in captured.out
+    assert "note" not in captured.err
+    folder.rename(tmp_path / "data" / "tench")
+    run(tmp_path / "data", str(tmp_path / "tiny.safetensors"), "--batch-size", "999")
+    assert "not named by wnid" in capsys.readouterr().err
+
+
+def test_names_of_the_zoo() -> None:
+    with torch.device("meta"):
+        small = {"embed_dim": 384, "num_heads": 6}
+        for name, arguments, expected in (
+            ("rev_vit_base", small, "rev_vit_small"),
+            ("vit_base", {**small, "num_classes": 7, "img_size": 64}, "vit_small"),
+            ("rev_vit_small", {"depth": 11}, "RevViT"),
+        ):
+            assert name_of(backbones.create_model(name, **arguments)) == expected
+    assert PUBLISHED_TOP5.keys() <= PUBLISHED_TOP1.keys()
+    assert all(PUBLISHED_TOP1[name] < top5 for name, top5 in PUBLISHED_TOP5.items())
+
+
+def test_as_a_user_types_it(data: Path, weights: str) -> None:
+    save_truncated(data / "a" / "broken.png")
+    done = command(
+        "backbones.evaluate",
+        ["--weights", weights, "--data", str(data), "--workers", "2", "--batch-size", "4"],
+    )
+    assert done.returncode == 0, done.stderr
+    assert "44.44 top-1, 77.78 top-5 on 9 of 10 images" in done.stdout
+    assert "broken.png" in done.stdout and done.stderr == ""

@@ -1,0 +1,276 @@
+"""python -m backbones.predict: the five likeliest classes in their order, features, pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+import backbones
+from backbones.download import RELEASED_WEIGHTS
+from backbones.images import eval_transform, read_image
+from backbones.predict import class_names, find_images, main
+from tests.backbones.image_data import (
+    RANKING,
+    ROOT,
+    colour_model,
+    command,
+    save_colour_model,
+    save_image,
+    save_truncated,
+)
+
+NAMES = ["Ampel", "Blatt", "Casino", "Dose", "Esel", "Feder"]
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> str:
+    return save_colour_model(tmp_path)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three photographs of one colour each, one of them in a folder."""
+    folder = tmp_path / "photos"
+    save_image(folder / "1 red.png", "red")
+    save_image(folder / "2.JPG", "blue", (70, 33))
+    save_image(folder / "deep" / "3.png", "green")
+    (folder / "notes.txt").touch()
+    return folder
+
+
+def run(arguments: list[str], weights: str) -> None:
+    assert main([*arguments, "--weights", weights, "--device", "cpu", "--workers", "0"]) == 0
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which the command refuses."""
+    with pytest.raises(SystemExit) as stop:
+        main(["--device", "cpu", *arguments])
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    line = captured.err
+    assert line.startswith("error: ") and line.endswith("\n") and line.count("\n") == 1
+    return line
+
+
+def test_the_five_likeliest(
+    photos: Path, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names, file = tmp_path / "names.txt", tmp_path / "new" / "out.json"
+    names.write_text("\n".join(NAMES) + "\n")
+    broken = save_truncated(photos / "broken.png")
+    more = ["--classes", str(names), "--json", str(file), "--batch-size", "2"]
+    run([str(photos), *more], weights)
+    result: dict[str, Any] = json.loads(file.read_text())
+    expected = {"1 red.png": "red", "2.JPG": "blue", "deep/3.png": "green"}
+    assert [entry["file"] for entry in result["predictions"]] == [
+        str(photos / name) for name in expected
+    ]
+    lines = iter(capsys.readouterr().out.splitlines())
+    for entry, (name, colour) in zip(result["predictions"], expected.items(), strict=True):
+        ranking = RANKING[colour][:5]
+        assert [place["index"] for place in entry["classes"]] == list(ranking)
+        assert [place["name"] for place in entry["classes"]] == [NAMES[c] for c in ranking]
+        assert next(lines) == str(photos / name)
+        for place in entry["classes"]:
+            percent, _, word = next(lines).split()
+            assert word == place["name"]
+            assert float(percent) == pytest.approx(100 * place["probability"], abs=0.005)
+    assert next(lines) == "1 unreadable:"
+    assert next(lines).startswith(f"  {broken}: ")
+    assert list(result["unreadable"]) == [str(broken)]
+
+
+def test_probabilities_are_those_of_the_softmax(photos: Path, weights: str, tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    run([str(photos / "1 red.png"), "--json", str(file)], weights)
+    (entry,) = json.loads(file.read_text())["predictions"]
+    model = backbones.load_model(weights).eval()
+    with torch.no_grad():
+        x = eval_transform(32, 32)(read_image(photos / "1 red.png"))
+        logits = model(x.unsqueeze(0))[0].tolist()
+    total = sum(math.exp(logit) for logit in logits)
+    for place in entry["classes"]:
+        assert place["probability"] == pytest.approx(math.exp(logits[place["index"]]) / total)
+        assert place["name"] == str(place["index"])  # six classes have no names of their own
+
+
+def test_features(
+    photos: Path, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_truncated(photos / "0.png")
+    file = tmp_path / "features.npz"
+    run([str(photos), "--features", str(file), "--batch-size", "1"], weights)
+    saved = numpy.load(file)  # refuses pickles
+    files = [photos / name for name in ("1 red.png", "2.JPG", "deep/3.png")]
+    assert saved["files"].tolist() == [str(path) for path in files]
+    model = backbones.load_model(weights).eval()
+    with torch.no_grad():
+        x = torch.stack([eval_transform(32, 32)(read_image(path)) for path in files])
+        expected = model.forward_features(x).mean(1)
+    assert saved["features"].dtype == numpy.float32
+    numpy.testing.assert_allclose(saved["features"], expected.numpy(), atol=1e-6)
+    assert len(numpy.unique(saved["features"].round(3), axis=0)) == 3
+    out = capsys.readouterr().out
+    assert "features 3 x 24, of 3 of 4 images" in out and f"{photos / '0.png'}: " in out
+
+
+def test_features_need_no_head(photos: Path, tmp_path: Path) -> None:
+    trunk = backbones.create_model("rev_vit_tiny", img_size=32, num_classes=0)
+    plain, file = tmp_path / "trunk.pth", tmp_path / "features.npz"
+    torch.save(trunk.state_dict(), plain)
+    named = ["--model", "rev_vit_tiny", "--img-size", "32"]
+    run([str(photos), *named, "--features", str(file)], str(plain))
+    assert numpy.load(file)["features"].shape == (3, 384)
+
+
+def test_a_picture_of_each(photos: Path, weights: str, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    run([str(photos / "1 red.png"), str(photos / "deep"), "--pictures", str(pictures)], weights)
+    assert sorted(path.name for path in pictures.iterdir()) == ["00000_1 red.png", "00001_3.png"]
+    with Image.open(pictures / "00000_1 red.png") as picture:
+        colours = [colour for _, colour in picture.convert("RGB").getcolors(1 << 16) or []]
+    assert (255, 0, 0) in colours and (0, 255, 0) not in colours
+
+
+def test_a_photograph_that_lies_on_its_side(tmp_path: Path) -> None:
+    """A wide crop of its middle is red as it should be seen, and half green as it is stored."""
+    upright = Image.new("RGB", (80, 80), (0, 255, 0))
+    upright.paste((255, 0, 0), (0, 24, 80, 56))
+    exif = Image.Exif()
+    exif[0x0112] = 8  # a viewer turns it by 90 degrees to the left
+    upright.rotate(-90).save(tmp_path / "side.png", exif=exif)
+    assert read_image(tmp_path / "side.png", upright=True).tobytes() == upright.tobytes()
+    read_image(tmp_path / "side.png").save(tmp_path / "stored.png")  # without its EXIF data
+    weights, file = str(tmp_path / "wide.safetensors"), tmp_path / "out.json"
+    backbones.save_weights(colour_model(img_size=(32, 64)), weights)
+    for name, colour in (("side", "red"), ("stored", "green")):
+        run([str(tmp_path / f"{name}.png"), "--json", str(file)], weights)
+        (entry,) = json.loads(file.read_text())["predictions"]
+        assert entry["classes"][0]["index"] == RANKING[colour][0]
+
+
+def test_files_folders_and_patterns(photos: Path) -> None:
+    first, second, third = (str(photos / name) for name in ("1 red.png", "2.JPG", "deep/3.png"))
+    assert find_images([third, str(photos)]) == [third, first, second]  # each once
+    assert find_images([str(photos / "*.png")]) == [first]
+    assert find_images([str(photos / "**" / "*.png")]) == [first, third]
+    assert find_images([str(photos / "d*")]) == [third]
+    text = str(photos / "notes.txt")
+    assert find_images([text]) == [text]  # whoever names it means it
+    odd = save_image(photos / "x[1].png", "red")
+    assert find_images([str(odd)]) == [str(odd)]
+
+
+def test_what_is_no_image_is_one_line(
+    photos: Path, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, own = str(photos / "1 red.png"), ["--weights", weights]
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "names.txt").write_text("one\ntwo\n")
+    (tmp_path / "latin.txt").write_bytes(b"\xe9\n")
+    trunk = tmp_path / "trunk.safetensors"
+    backbones.save_weights(
+        backbones.create_model("rev_vit_tiny", img_size=32, depth=1, num_classes=0), trunk
+    )
+    for arguments, message in (
+        ([image, "nowhere.jpg", *own], "there is no file nowhere.jpg"),
+        ([image, "*.nothing", *own], "there is no file *.nothing"),
+        ([str(tmp_path / "nothing"), *own], "there is no image (.jpg, "),
+        ([str(photos / "notes.txt"), *own], "none of the 1 images could be read"),
+        ([image, *own, "--classes", str(tmp_path / "names.txt")], "names 2 classes, the model's"),
+        ([image, *own, "--classes", str(tmp_path / "latin.txt")], "no text in UTF-8"),
+        ([image, *own, "--classes", str(tmp_path / "no.txt")], "no.txt"),
+        ([image, *own, "--features", "x.safetensors"], "x.safetensors should end in .npz"),
+        ([image, *own, "--features", "x.npz", "--json", "x.json"], "--features goes without"),
+        ([image, *own, "--pictures", image], "File exists"),
+        ([image, "--weights", str(trunk)], "has no head"),
+    ):
+        assert message in refused([*arguments, "--workers", "0"], capsys)
+
+
+def test_matplotlib_is_named_before_the_work(
+    photos: Path,
+    weights: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    arguments = [str(photos), "--weights", weights, "--pictures", str(tmp_path / "p")]
+    assert "--pictures needs matplotlib: pip install matplotlib" in refused(arguments, capsys)
+
+
+def test_addresses_and_released_weights(
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A file behind an address, as --weights, and as what is released under a model's name."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    state = backbones.create_model("rev_vit_tiny", img_size=32).state_dict()
+    torch.save(state, tmp_path / "released.pth")
+    address = (tmp_path / "released.pth").as_uri()
+    monkeypatch.setitem(RELEASED_WEIGHTS, "rev_vit_tiny", address)
+    named = [str(photos), "--model", "rev_vit_tiny", "--img-size", "32"]
+    run(named, address)
+    by_address = capsys.readouterr().out
+    assert main([*named, "--pretrained", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == by_address
+    names = {line.partition("%  ")[2] for line in by_address.splitlines() if "%  " in line}
+    assert names and names <= set(class_names(1000))
+    del state["head.bias"]
+    torch.save(state, tmp_path / "half.pth")
+    line = refused([*named, "--weights", str(tmp_path / "half.pth")], capsys)
+    assert "half.pth has no head.bias" in line
+
+
+def test_imagenet_names() -> None:
+    names = class_names(1000)
+    assert (names[0], names[281], names[999]) == ("tench", "tabby", "toilet tissue")
+    assert class_names(3) == ["0", "1", "2"]
+
+
+@pytest.mark.skipif(os.name != "posix" or sys.platform == "darwin", reason="names must be Unicode")
+def test_a_name_that_is_no_unicode(
+    tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff.png"))
+    save_image(tmp_path / "plain.png", "red").rename(odd)
+    file = tmp_path / "out.json"
+    run([str(odd), "--json", str(file)], weights)
+    assert capsys.readouterr().out.splitlines()[0] == rf"{tmp_path}/odd\xff.png"
+    assert json.loads(file.read_text())["predictions"][0]["file"] == str(odd)
+
+
+def test_as_a_user_types_it(photos: Path, weights: str) -> None:
+    save_truncated(photos / "broken.png")
+    arguments = [str(photos), "--weights", weights, "--workers", "2", "--batch-size", "2"]
+    done = command("backbones.predict", arguments)
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert [line.split()[-1] for line in lines[1:6]] == [str(c) for c in RANKING["red"][:5]]
+    assert lines[-2] == "1 unreadable:" and "broken.png" in lines[-1]
+
+
+def test_importing_the_commands_imports_none_of_the_extra() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); "
+        "import backbones.evaluate, backbones.predict; "
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
+        "sys.exit(', '.join(new & {'PIL', 'torchvision', 'tqdm', 'matplotlib'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip() == ""
