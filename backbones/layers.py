@@ -5,7 +5,7 @@ Tokens travel as a grid, (B, T, H, W, C), row-major in time, height and width. I
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from backbones.memory import MemoryManaged
+from backbones.rel_pos import GridAttention
 from backbones.reversible import add_branch, drop_path_mask
+from backbones.windows import from_windows, to_windows
 
 __all__ = [
     "MLP",
@@ -164,8 +166,8 @@ class SpaceTimePositionEmbedding(nn.Module):
         return cast(Tensor, self.spatial(x)) + temporal[:, :, None, None]
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention over all tokens of the grid.
+class Attention(GridAttention):
+    """Multi-head self-attention over the grid, or within windows of it.
 
     Args:
         dim: channels of a token.
@@ -173,6 +175,9 @@ class Attention(nn.Module):
         qkv_bias: whether the projections to q, k and v have a bias.
         attn_drop: dropout on the attention weights.
         proj_drop: dropout on the output.
+        window_size: side of the windows in tokens; 0 for attention over the whole grid.
+        rel_pos_sides: (T, H, W) that tables of relative positions are made for, of a window where
+            there are windows, T = 0 for images; None for no relative positions.
 
     Raises:
         ValueError: ``dim`` is no multiple of ``num_heads``.
@@ -185,26 +190,55 @@ class Attention(nn.Module):
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        window_size: int = 0,
+        rel_pos_sides: tuple[int, int, int] | None = None,
     ) -> None:
-        super().__init__()
         if dim % num_heads:
             raise ValueError(f"embed_dim {dim} is not divisible by num_heads {num_heads}")
+        super().__init__(dim // num_heads, attn_drop, rel_pos_sides)
         self.num_heads = num_heads
+        self.window_size = window_size
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.attn_drop = attn_drop
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, …, C) -> (B, …, C); every dimension between is one of the token grid."""
-        tokens = x.flatten(1, -2)
-        batch, length, dim = tokens.shape
-        qkv = self.qkv(tokens).view(batch, length, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        dropout = self.attn_drop if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        out = self.proj(out.transpose(1, 2).reshape(x.shape))
-        return cast(Tensor, self.proj_drop(out))
+        """(B, …, C) -> (B, …, C); every dimension between is one of the token grid.
+
+        Windows and relative positions need all of it, (B, T, H, W, C).
+        """
+        if not self.window_size:
+            return self._attend_to_all(x)
+        windows = self._attend_to_all(to_windows(x, self.window_size))
+        return from_windows(windows, *x.shape[2:4])
+
+    def _attend_to_all(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).view(*x.shape[:-1], 3, self.num_heads, self.head_dim)
+        # Each (B, heads, …, head_dim).
+        q, k, v = (part.movedim(-2, 1) for part in qkv.unbind(-3))
+        out = self.attend(q, k, v).transpose(1, 2).reshape(x.shape)
+        return cast(Tensor, self.proj_drop(self.proj(out)))
+
+
+class LayerNorm(nn.LayerNorm):
+    """The layer norm that a branch starts with, in the dtype that autocast wants behind it.
+
+    Autocast computes it in float32, and the linear layer behind makes a copy in half precision.
+    Made here, the copy is all that outlives this call; there, both would be alive as long as the
+    branch runs.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, dim) -> (…, dim)."""
+        x = super().forward(x)
+        device = x.device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return x
+        # Autocast leaves double precision alone.
+        return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
 
 
 class MLP(nn.Module):
@@ -225,19 +259,17 @@ class MLP(nn.Module):
 
 
 class AttentionBranch(nn.Module):
-    """F of the paper: layer norm, then attention. Holds no residual connection."""
+    """F of the paper: layer norm, then attention. Holds no residual connection.
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        qkv_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-    ) -> None:
+    Arguments as for :class:`Attention`, of which ``dim`` is the first.
+    """
+
+    attention: ClassVar[type[GridAttention]] = Attention
+
+    def __init__(self, dim: int, *args: Any, **options: Any) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = Attention(dim, num_heads, qkv_bias, attn_drop, proj_drop)
+        self.norm = LayerNorm(dim)
+        self.attn = self.attention(dim, *args, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, …, C) -> (B, …, C)."""
@@ -249,7 +281,7 @@ class MLPBranch(nn.Module):
 
     def __init__(self, dim: int, mlp_ratio: float = 4.0, drop: float = 0.0) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm = LayerNorm(dim)
         self.mlp = MLP(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor) -> Tensor:

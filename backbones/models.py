@@ -42,6 +42,12 @@ def create_model(
 ) -> nn.Module:
     """Build a model by name.
 
+    >>> create_model("rev_vit_small", num_classes=10, drop_path_rate=0.1)  # a classifier
+    >>> create_model(  # the trunk of a detector, after ViTDet
+    ...     "rev_vit_base", num_classes=0, img_size=1024,
+    ...     window_size=14, global_attn_indexes=(2, 5, 8, 11), use_rel_pos=True,
+    ... )
+
     Args:
         name: one of :func:`list_models`.
         num_classes: outputs of the head, 0 for pooled features; None for the published number.

@@ -15,17 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from backbones.layers import (
-    NORM_EPS,
     ConvEmbed,
     MLPBranch,
     PositionEmbedding,
     ResidualBlock,
     SpaceTimePositionEmbedding,
     drop_path_rates,
-    init_weights,
 )
-from backbones.pooling import Fusion, PooledAttentionBranch, StageTransition
+from backbones.pooling import Fusion, PooledAttentionBranch, StageTransition, Triple
 from backbones.reversible import ReversibleBlock, ReversibleSequence
+from backbones.trunk import Trunk
 
 __all__ = ["MViT", "RevMViT"]
 
@@ -63,7 +62,7 @@ class Stage(nn.Module):
         return (cast(Tensor, self.blocks(x)),)
 
 
-class MViT(nn.Module):
+class MViT(Trunk):
     """Multiscale vision transformer without a class token: stem, stages, norm, mean, head.
 
     The twin of :class:`RevMViT`: one stream where that has two, as wide as one of the two
@@ -92,6 +91,9 @@ class MViT(nn.Module):
             it along with the grid, so the number of keys stays the same until it is down to 1.
         mlp_ratio: hidden width of the MLP over that of the tokens.
         qkv_bias: whether q, k and v have a bias.
+        use_rel_pos: decomposed relative positions in every block, in space and for clips in time
+            (MViTv2, arXiv 2112.01526; see :mod:`backbones.rel_pos`), all zeros at first.
+        residual_pooling: whether the queries are added to the output of the attention (MViTv2).
         fusion: how a transition of :class:`RevMViT` makes one stream out of two: ``"avg"``,
             ``"concat"``, or ``"concat_linear_2"``, which is what None stands for.
         drop_rate: dropout before the head.
@@ -122,6 +124,8 @@ class MViT(nn.Module):
         kv_stride: int = 4,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
+        use_rel_pos: bool = False,
+        residual_pooling: bool = False,
         fusion: Fusion | None = None,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
@@ -129,7 +133,7 @@ class MViT(nn.Module):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, clips=num_frames is not None)
         bounds = [0, *transitions, depth]
         if any(first >= following for first, following in pairwise(bounds)):
             raise ValueError(
@@ -137,25 +141,29 @@ class MViT(nn.Module):
                 f"for depth {depth}"
             )
         fusion = self._choose_fusion(fusion)
-        clips = num_frames is not None
-        self.num_classes = num_classes
-        self.clips = clips
-        self.patch_embed = ConvEmbed(in_chans, embed_dim, clips)
-        self.pos_embed = _position_embedding(img_size, num_frames, embed_dim)
+        grid = _stem_grid(img_size, num_frames)
+        self.patch_embed = ConvEmbed(in_chans, embed_dim, self.clips)
+        self.pos_embed: nn.Module = (
+            SpaceTimePositionEmbedding(grid, embed_dim)
+            if self.clips
+            else PositionEmbedding(grid[1:], embed_dim)
+        )
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
         rates = drop_path_rates(drop_path_rate, depth)
         stages: list[Stage] = []
-        self.feature_info: list[dict[str, int]] = []
+        feature_info: list[dict[str, int]] = []
+        rel_pos_grid = grid if use_rel_pos else None
         for index, (first, following) in enumerate(pairwise(bounds)):
             dim = embed_dim * 2**index
             stride = max(kv_stride // 2**index, 1)
             attention = partial(
                 PooledAttentionBranch,
                 num_heads=num_heads * 2**index,
-                kernel=(3 if clips else 1, 3, 3),
+                kernel=(3 if self.clips else 1, 3, 3),
                 kv_stride=(1, stride, stride),
                 qkv_bias=qkv_bias,
+                residual_pooling=residual_pooling,
                 attn_drop=attn_drop_rate,
                 proj_drop=proj_drop_rate,
             )
@@ -164,20 +172,21 @@ class MViT(nn.Module):
             if index > 0:
                 # Side by side, two streams are as wide as one stream of this stage.
                 dim_in = dim if fusion in ("concat", "concat_linear_2") else dim // 2
-                f = attention(dim_in, dim, q_stride=(1, 2, 2))
+                f = attention(dim_in, dim, q_stride=(1, 2, 2), rel_pos_grid=rel_pos_grid)
                 transition = StageTransition(f, mlp(), fusion, rates[first])
                 first += 1
-            blocks = [(attention(dim, dim), mlp(), rate) for rate in rates[first:following]]
+                grid = (grid[0], -(-grid[1] // 2), -(-grid[2] // 2))
+                rel_pos_grid = grid if use_rel_pos else None
+            blocks = [
+                (attention(dim, dim, rel_pos_grid=rel_pos_grid), mlp(), rate)
+                for rate in rates[first:following]
+            ]
             stages.append(Stage(transition, self._stack(blocks)))
-            self.feature_info.append(
+            feature_info.append(
                 {"num_chs": self._num_features(dim), "reduction": _STEM_STRIDE[1] * 2**index}
             )
         self.stages = nn.ModuleList(stages)
-        self.num_features = self.feature_info[-1]["num_chs"]
-        self.norm = nn.LayerNorm(self.num_features, eps=NORM_EPS)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.apply(init_weights)
+        self._finish(feature_info, drop_rate)
 
     def _choose_fusion(self, fusion: Fusion | None) -> Fusion | None:
         if fusion is not None:
@@ -191,10 +200,6 @@ class MViT(nn.Module):
         return dim
 
     def _forward_grids(self, x: Tensor, every_stage: bool) -> list[Tensor]:
-        """Images or clips -> grids (B, T, H, W, C), those of two streams side by side.
-
-        Of every stage, or of the last only, which goes through the final norm.
-        """
         streams: tuple[Tensor, ...] = (self.pos_drop(self.pos_embed(self.patch_embed(x))),)
         grids: list[Tensor] = []
         for index, stage in enumerate(self.stages):
@@ -204,32 +209,6 @@ class MViT(nn.Module):
                 grid = streams[0] if len(streams) == 1 else torch.cat(streams, dim=-1)
                 grids.append(self.norm(grid) if last else grid)
         return grids
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images or clips -> tokens of the last stage (B, N, num_features), after the final norm.
-
-        Images are (B, in_chans, H, W), clips (B, in_chans, T, H, W).
-        """
-        return self._forward_grids(x, every_stage=False)[0].flatten(1, 3)
-
-    def feature_maps(self, x: Tensor) -> list[Tensor]:
-        """One map for each stage, finest first; the last one alone goes through the final norm.
-
-        Images (B, in_chans, H, W) give maps (B, C_i, H_i, W_i), clips (B, in_chans, T, H, W) give
-        (B, C_i, T', H_i, W_i), with H_i and W_i the input's over ``feature_info``'s ``reduction``
-        and T' half of T, rounded up. Of a reversible model a map is its two streams, one behind
-        the other.
-        """
-        maps = [grid.permute(0, 4, 1, 2, 3) for grid in self._forward_grids(x, every_stage=True)]
-        return maps if self.clips else [stage_map.squeeze(2) for stage_map in maps]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) or clips (B, in_chans, T, H, W) -> logits (B, num_classes).
-
-        With ``num_classes=0``: the mean of the tokens, (B, num_features).
-        """
-        pooled = self.forward_features(x).mean(dim=1)
-        return cast(Tensor, self.head(self.head_drop(pooled)))
 
 
 class RevMViT(MViT):
@@ -258,13 +237,8 @@ class RevMViT(MViT):
         return 2 * dim
 
 
-def _position_embedding(
-    img_size: int | tuple[int, int], num_frames: int | None, embed_dim: int
-) -> nn.Module:
-    """For the grid that the stem makes, which rounds up: joint for images, separable for clips."""
+def _stem_grid(img_size: int | tuple[int, int], num_frames: int | None) -> Triple:
+    """(T, H, W) of the tokens, rounded up as by the stem; T = 0 for images."""
     stride_t, stride = _STEM_STRIDE
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    grid = (-(-height // stride), -(-width // stride))
-    if num_frames is None:
-        return PositionEmbedding(grid, embed_dim)
-    return SpaceTimePositionEmbedding((-(-num_frames // stride_t), *grid), embed_dim)
+    return -(-(num_frames or 0) // stride_t), -(-height // stride), -(-width // stride)

@@ -10,23 +10,24 @@ from __future__ import annotations
 from typing import Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from backbones.layers import MLP, NORM_EPS, MLPBranch
+from backbones.layers import MLP, NORM_EPS, AttentionBranch, MLPBranch
 from backbones.memory import MemoryManaged
+from backbones.rel_pos import GridAttention
 from backbones.reversible import add_branch, drop_path_mask
 
-__all__ = ["Fusion", "PooledAttention", "PooledAttentionBranch", "StageTransition"]
+__all__ = ["Fusion", "PooledAttention", "PooledAttentionBranch", "StageTransition", "Triple"]
 
 # How two streams become one, by the names of the original configurations.
 Fusion = Literal["avg", "concat", "concat_linear_2"]
 
+# In time, height and width.
 Triple = tuple[int, int, int]
 
 
-class PooledAttention(nn.Module):
+class PooledAttention(GridAttention):
     """Multi-head attention whose keys and values, and at times queries, live on a coarser grid.
 
     Pooling is a depthwise convolution over the grid, with one kernel that all heads share, and a
@@ -40,8 +41,12 @@ class PooledAttention(nn.Module):
         kv_stride: (T, H, W) strides of the pooling of keys and values.
         q_stride: (T, H, W) strides of the pooling of queries; None leaves them as they are.
         qkv_bias: whether the projections to q, k and v have a bias.
+        residual_pooling: whether the queries are added to the output of the attention (MViTv2,
+            arXiv 2112.01526, section 4.1).
         attn_drop: dropout on the attention weights.
         proj_drop: dropout on the output.
+        rel_pos_grid: (T, H, W) of the input that tables of relative positions are made for, T = 0
+            for images; None for no relative positions.
 
     Raises:
         ValueError: ``dim_out`` is no multiple of ``num_heads``.
@@ -56,15 +61,22 @@ class PooledAttention(nn.Module):
         kv_stride: Triple,
         q_stride: Triple | None = None,
         qkv_bias: bool = True,
+        residual_pooling: bool = False,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        rel_pos_grid: Triple | None = None,
     ) -> None:
-        super().__init__()
         if dim_out % num_heads:
             raise ValueError(f"width {dim_out} is not divisible by num_heads {num_heads}")
+        sides = None
+        if rel_pos_grid is not None:  # of the finer grid, of queries or of keys
+            strides = map(min, kv_stride, q_stride or (1, 1, 1))
+            t, h, w = (-(-side // step) for side, step in zip(rel_pos_grid, strides, strict=True))
+            sides = (t, h, w)
+        super().__init__(dim_out // num_heads, attn_drop, sides)
         self.dim, self.dim_out = dim, dim_out
         self.num_heads = num_heads
-        self.head_dim = dim_out // num_heads
+        self.residual_pooling = residual_pooling
         self.qkv = nn.Linear(dim, 3 * dim_out, bias=qkv_bias)
         # Present even where the stride is 1, as in the released models.
         self.pool_k, self.norm_k = self._make_pool(kernel, kv_stride)
@@ -73,7 +85,6 @@ class PooledAttention(nn.Module):
         self.norm_q: nn.LayerNorm | None = None
         if q_stride is not None:
             self.pool_q, self.norm_q = self._make_pool(kernel, q_stride)
-        self.attn_drop = attn_drop
         self.proj = nn.Linear(dim_out, dim_out)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -85,17 +96,19 @@ class PooledAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, H, W, dim) -> (B, T', H', W', dim_out), on the grid of the queries."""
-        qkv = self.qkv(x).view(*x.shape[:-1], 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(4, 0, 5, 1, 2, 3, 6).unbind(0)  # (B, heads, T, H, W, head_dim)
-        q = self._pool_heads(q)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        qkv = qkv.permute(4, 0, 5, 6, 1, 2, 3)  # (3, B, heads, head_dim, T, H, W)
+        if self.pool_q is not None:
+            # All three are copied for the convolutions anyway: at once, the original need not
+            # stay until the last one is.
+            qkv = qkv.contiguous()
+        q, k, v = qkv.unbind(0)
+        q = self._pool_q(q)
         k = _pool(k, self.pool_k, self.norm_k)
         v = _pool(v, self.pool_v, self.norm_v)
-        out = F.scaled_dot_product_attention(
-            q.flatten(2, 4),
-            k.flatten(2, 4),
-            v.flatten(2, 4),
-            dropout_p=self.attn_drop if self.training else 0.0,
-        )
+        out = self.attend(q, k, v)
+        if self.residual_pooling:
+            out = out + q.flatten(2, 4)
         # The grid is the convolution's own, so odd sides need no bookkeeping.
         out = out.transpose(1, 2).reshape(x.shape[0], *q.shape[2:5], self.dim_out)
         return cast(Tensor, self.proj_drop(self.proj(out)))
@@ -105,52 +118,35 @@ class PooledAttention(nn.Module):
 
         For the residual path around this module, which shares ``pool_q`` and ``norm_q`` with it.
         """
-        heads = x.view(*x.shape[:-1], self.num_heads, self.head_dim).permute(0, 4, 1, 2, 3, 5)
-        return self._pool_heads(heads).permute(0, 2, 3, 4, 1, 5).flatten(-2)
+        heads = x.unflatten(-1, (self.num_heads, self.head_dim)).permute(0, 4, 5, 1, 2, 3)
+        return self._pool_q(heads).permute(0, 2, 3, 4, 1, 5).flatten(-2)
 
-    def _pool_heads(self, q: Tensor) -> Tensor:
+    def _pool_q(self, q: Tensor) -> Tensor:
         if self.pool_q is None or self.norm_q is None:
-            return q
+            return q.movedim(2, -1)
         return _pool(q, self.pool_q, self.norm_q)
 
 
 def _pool(x: Tensor, conv: nn.Conv3d, norm: nn.LayerNorm) -> Tensor:
-    """(B, heads, T, H, W, head_dim) -> the same on the grid that the strides of ``conv`` leave."""
+    """(B, heads, head_dim, T, H, W) -> (B, heads, T', H', W', head_dim), as ``conv`` strides.
+
+    In ``x``'s dtype also where autocast has the norm make float32 of half precision.
+    """
     # Contiguous with the channels first, although channels last would save a transposition with
     # one head: in that layout oneDNN's bfloat16 gradient of a depthwise kernel of 3 frames is
     # noise where the clip has 2 (torch 2.15 on a CPU with AMX).
-    channels_first = x.permute(0, 1, 5, 2, 3, 4).flatten(0, 1).contiguous()
-    pooled = norm(conv(channels_first).movedim(1, -1))
-    return cast(Tensor, pooled.view(*x.shape[:2], *pooled.shape[1:]))
+    pooled = norm(conv(x.flatten(0, 1).contiguous()).movedim(1, -1))
+    return cast(Tensor, pooled.to(x.dtype).unflatten(0, x.shape[:2]))
 
 
-class PooledAttentionBranch(nn.Module):
+class PooledAttentionBranch(AttentionBranch):
     """F of the paper for multiscale models: layer norm, then pooled attention. No residual.
 
-    Arguments as for :class:`PooledAttention`.
+    Arguments as for :class:`PooledAttention`. (B, T, H, W, dim) -> (B, T', H', W', dim_out).
     """
 
-    def __init__(
-        self,
-        dim: int,
-        dim_out: int,
-        num_heads: int,
-        kernel: Triple,
-        kv_stride: Triple,
-        q_stride: Triple | None = None,
-        qkv_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = PooledAttention(
-            dim, dim_out, num_heads, kernel, kv_stride, q_stride, qkv_bias, attn_drop, proj_drop
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, H, W, dim) -> (B, T', H', W', dim_out)."""
-        return cast(Tensor, self.attn(self.norm(x)))
+    attention = PooledAttention
+    attn: PooledAttention
 
 
 class StageTransition(MemoryManaged):
@@ -208,15 +204,23 @@ class StageTransition(MemoryManaged):
         """One stream or two, (B, T, H, W, C) each -> (B, T', H', W', C')."""
         mask = drop_path_mask(streams[0], self.drop_path, self.training)
         if self.memory_policy == "checkpoint" and torch.is_grad_enabled():
-            # The streams apart, because the block behind keeps these same two tensors: fused out
-            # here they would be held a second time.
-            return checkpoint(self._cross, mask, *streams, use_reentrant=False)
-        return self._cross(mask, *streams)
+            # One after the other, so that the backward pass never has the activations of both. The
+            # streams apart, because the block behind keeps these same two tensors: fused out here
+            # they would be held a second time.
+            x = checkpoint(self._add_attention, mask, *streams, use_reentrant=False)
+            return checkpoint(self._add_mlp, mask, x, use_reentrant=False)
+        return self._add_mlp(mask, self._add_attention(mask, *streams))
 
-    def _cross(self, mask: Tensor | None, *streams: Tensor) -> Tensor:
-        h = self._fuse(*streams)
+    def _add_attention(self, mask: Tensor | None, *streams: Tensor) -> Tensor:
+        if self.fuse is not None and self.memory_policy == "checkpoint":
+            # Once more on its own: its activations are large, and needed last.
+            h = checkpoint(self._fuse, *streams, use_reentrant=False)
+        else:
+            h = self._fuse(*streams)
         r = h if self.res_proj is None else self.res_proj(h)
-        x = add_branch(self.f.attn.pool_like_queries(r), self.f(h), mask)
+        return add_branch(self.f.attn.pool_like_queries(r), self.f(h), mask)
+
+    def _add_mlp(self, mask: Tensor | None, x: Tensor) -> Tensor:
         return add_branch(x, self.g(x), mask)
 
     def _fuse(self, *streams: Tensor) -> Tensor:

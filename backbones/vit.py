@@ -1,33 +1,36 @@
-"""Rev-ViT (arXiv 2302.04869, section 3.2) and its non-reversible twin."""
+"""Rev-ViT (arXiv 2302.04869, section 3.2) and its non-reversible twin.
+
+With windows and relative positions they are the trunks of ViTDet (arXiv 2203.16527).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from backbones.layers import (
-    NORM_EPS,
     AttentionBranch,
     MLPBranch,
     PatchEmbed,
     PositionEmbedding,
     ResidualBlock,
     drop_path_rates,
-    init_weights,
 )
 from backbones.reversible import ReversibleBlock, ReversibleSequence
+from backbones.trunk import Trunk
 
 __all__ = ["RevViT", "ViT"]
 
 
-class ViT(nn.Module):
+class ViT(Trunk):
     """Vision transformer without a class token: patches, blocks, norm, mean over tokens, head.
 
     Args:
-        img_size: (H, W) or a side, in pixels, that the position embedding is made for. Any other
-            size works at run time; the embedding is resized.
+        img_size: (H, W) or a side, in pixels, that the position embedding and the tables of
+            relative positions are made for. Any other size works at run time; they are resized.
         patch_size: side of a patch in pixels.
         in_chans: channels of the image.
         num_classes: outputs of the head; 0 for pooled features.
@@ -36,6 +39,14 @@ class ViT(nn.Module):
         num_heads: attention heads; divides ``embed_dim``.
         mlp_ratio: hidden width of the MLP over ``embed_dim``.
         qkv_bias: whether q, k and v have a bias.
+        window_size: side in tokens of the windows within which blocks attend, 14 in ViTDet; 0 for
+            attention over the whole image in every block. Any image size works: the grid is
+            padded to whole windows with zeros behind the block's norm, and what is padded takes
+            part, as in ViTDet.
+        global_attn_indexes: the blocks, counted from 0, that attend over the whole image all the
+            same: (2, 5, 8, 11) in ViTDet's base size, (5, 11, 17, 23) in its large one.
+        use_rel_pos: decomposed relative positions in every block (see
+            :mod:`backbones.rel_pos`), all zeros at first.
         drop_rate: dropout before the head.
         pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout after the position embedding, in
             the branches, and on the attention weights.
@@ -43,12 +54,12 @@ class ViT(nn.Module):
 
     Attributes:
         num_features: channels of the tokens after the final norm.
-        feature_info: for each map of :meth:`feature_maps` its channels (``num_chs``) and its
-            stride in pixels (``reduction``), as in timm.
+        feature_info: for each map of :meth:`feature_maps`, here one, its channels (``num_chs``)
+            and its stride in pixels (``reduction``), as in timm.
 
     Raises:
         ValueError: ``img_size`` is no multiple of ``patch_size``, or ``embed_dim`` none of
-            ``num_heads``.
+            ``num_heads``; ``global_attn_indexes`` without windows, or of blocks that do not exist.
     """
 
     def __init__(
@@ -62,38 +73,41 @@ class ViT(nn.Module):
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
+        window_size: int = 0,
+        global_attn_indexes: Sequence[int] = (),
+        use_rel_pos: bool = False,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, clips=False)
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if height % patch_size or width % patch_size:
             raise ValueError(f"img_size {img_size} is not divisible by patch_size {patch_size}")
-        self.num_classes = num_classes
+        _check_windows(window_size, global_attn_indexes, depth)
+        grid = (height // patch_size, width // patch_size)
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
-        self.pos_embed = PositionEmbedding((height // patch_size, width // patch_size), embed_dim)
+        self.pos_embed = PositionEmbedding(grid, embed_dim)
         self.pos_drop = nn.Dropout(pos_drop_rate)
-        self.blocks = self._stack(
-            [
-                {
-                    "f": AttentionBranch(
-                        embed_dim, num_heads, qkv_bias, attn_drop_rate, proj_drop_rate
-                    ),
-                    "g": MLPBranch(embed_dim, mlp_ratio, proj_drop_rate),
-                    "drop_path": rate,
-                }
-                for rate in drop_path_rates(drop_path_rate, depth)
-            ]
-        )
-        self.num_features = self._num_features(embed_dim)
-        self.feature_info = [{"num_chs": self.num_features, "reduction": patch_size}]
-        self.norm = nn.LayerNorm(self.num_features, eps=NORM_EPS)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.apply(init_weights)
+        blocks: list[dict[str, Any]] = []
+        for index, rate in enumerate(drop_path_rates(drop_path_rate, depth)):
+            window = 0 if index in global_attn_indexes else window_size
+            attention = AttentionBranch(
+                embed_dim,
+                num_heads,
+                qkv_bias=qkv_bias,
+                attn_drop=attn_drop_rate,
+                proj_drop=proj_drop_rate,
+                window_size=window,
+                rel_pos_sides=(0, window or grid[0], window or grid[1]) if use_rel_pos else None,
+            )
+            mlp = MLPBranch(embed_dim, mlp_ratio, proj_drop_rate)
+            blocks.append({"f": attention, "g": mlp, "drop_path": rate})
+        self.blocks = self._stack(blocks)
+        channels = self._num_features(embed_dim)
+        self._finish([{"num_chs": channels, "reduction": patch_size}], drop_rate)
 
     def _stack(self, blocks: list[dict[str, Any]]) -> nn.Module:
         return nn.Sequential(*(ResidualBlock(**block) for block in blocks))
@@ -104,26 +118,9 @@ class ViT(nn.Module):
     def _run_blocks(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.blocks(x))
 
-    def _forward_grid(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, 1, H / patch, W / patch, num_features), after the norm."""
+    def _forward_grids(self, x: Tensor, every_stage: bool) -> list[Tensor]:
         x = self.pos_drop(self.pos_embed(self.patch_embed(x)))
-        return cast(Tensor, self.norm(self._run_blocks(x)))
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> tokens (B, N, num_features) after the final norm."""
-        return self._forward_grid(x).flatten(1, 3)
-
-    def feature_maps(self, x: Tensor) -> list[Tensor]:
-        """Images (B, in_chans, H, W) -> one map (B, num_features, H / patch, W / patch)."""
-        return [self._forward_grid(x).squeeze(1).permute(0, 3, 1, 2)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> raw logits (B, num_classes).
-
-        With ``num_classes=0``: the mean of the tokens, (B, num_features).
-        """
-        pooled = self.forward_features(x).mean(dim=1)
-        return cast(Tensor, self.head(self.head_drop(pooled)))
+        return [self.norm(self._run_blocks(x))]
 
 
 class RevViT(ViT):
@@ -142,3 +139,18 @@ class RevViT(ViT):
 
     def _run_blocks(self, x: Tensor) -> Tensor:
         return torch.cat(self.blocks(x, x), dim=-1)
+
+
+def _check_windows(window_size: int, global_attn_indexes: Sequence[int], depth: int) -> None:
+    if window_size < 0:
+        raise ValueError(f"window_size must be 0 (no windows) or positive, got {window_size}")
+    if not window_size and global_attn_indexes:
+        raise ValueError(
+            f"global_attn_indexes {tuple(global_attn_indexes)} without windows: every block "
+            "attends over the whole image anyway; set window_size too"
+        )
+    for index in global_attn_indexes:
+        if not 0 <= index < depth:
+            raise ValueError(
+                f"global_attn_indexes: there is no block {index}, only 0 … {depth - 1}"
+            )

@@ -17,6 +17,7 @@ from backbones.download import download
 from backbones.files import Checkpoint, WeightsError, read_checkpoint, write_safetensors
 from backbones.formats import Layout, convert_state_dict, recognise
 from backbones.layers import PositionEmbedding, SpaceTimePositionEmbedding
+from backbones.rel_pos import resize_table
 
 __all__ = ["CONFIG", "LoadReport", "load_checkpoint", "load_weights", "save_weights"]
 
@@ -26,6 +27,9 @@ CONFIG = "backbones.config"
 _GRIDS = "backbones.grids"
 
 _HEAD = "head."
+
+# The last part of the names of the tables of relative positions (backbones/rel_pos.py).
+_REL_POS = ("rel_pos_t", "rel_pos_h", "rel_pos_w")
 
 Grid = tuple[int, int, int]
 
@@ -40,7 +44,8 @@ class LoadReport:
         loaded: tensors that were copied into the model.
         resized: those among them that were resized to the model's grid, each with what was done.
         left_out: tensors of the file that were not used, each with the reason.
-        missing: tensors of the model that keep the values they had.
+        missing: tensors of the model that keep the values they had: those of the head, and tables
+            of relative positions where the file has none.
     """
 
     source: str
@@ -54,8 +59,14 @@ class LoadReport:
         lines = [f"{self.source} ({self.format}): {len(self.loaded)} tensors loaded"]
         lines += [f"resized {name}: {what}" for name, what in self.resized.items()]
         lines += [f"left out {name}: {why}" for name, why in self.left_out.items()]
-        if self.missing:
-            lines.append(f"not in the file, unchanged: {', '.join(self.missing)}")
+        tables = [name for name in self.missing if _is_table(name)]
+        if others := [name for name in self.missing if not _is_table(name)]:
+            lines.append(f"not in the file, unchanged: {', '.join(others)}")
+        if tables:
+            lines.append(
+                f"not in the file, unchanged: {len(tables)} tables of relative positions "
+                f"({_some(tables)})"
+            )
         return "\n  ".join(lines)
 
 
@@ -63,10 +74,11 @@ def load_weights(model: nn.Module, path_or_url: str | PathLike[str]) -> LoadRepo
     """Load a checkpoint of PySlowFast, mmpretrain or this package into ``model``.
 
     Which of them it is shows in the file. Position embeddings made for another grid are resized,
-    bicubically in space and linearly in time. A head for another number of classes is left out,
-    and so are the class token and its position that early mmpretrain files carry without using
-    them. Anything else that does not fit is an error, and then the model is as it was. No code in
-    the file is run.
+    bicubically in space and linearly in time, tables of relative positions linearly. Where a file
+    has no such tables, those of the model stay as they are: zeros, in a new one. A head for
+    another number of classes is left out, and so are the class token and its position that early
+    mmpretrain files carry without using them. Anything else that does not fit is an error, and
+    then the model is as it was. No code in the file is run.
 
     >>> print(load_weights(model, "REV_VIT_S.pyth"))
     REV_VIT_S.pyth (PySlowFast): 151 tensors loaded
@@ -93,8 +105,15 @@ def load_checkpoint(model: nn.Module, checkpoint: Checkpoint, source: str) -> Lo
         tensors = convert_state_dict(checkpoint.tensors, model)
         _drop_class_token(tensors, report)
         _resize_positions(tensors, model, checkpoint, report)
+        _resize_tables(tensors, own, report)
         _drop_head(tensors, own, report)
-        report.missing = [name for name in own if name.startswith(_HEAD) and name not in tensors]
+        has_tables = any(map(_is_table, tensors))
+        report.missing = [
+            name
+            for name in own
+            if name not in tensors
+            and (name.startswith(_HEAD) or (_is_table(name) and not has_tables))
+        ]
         _check(tensors, own, report.missing)
     except WeightsError as error:
         kind = type(model).__name__
@@ -175,8 +194,7 @@ def _grid_of(rows: int, grid: Grid, recorded: Grid | None, layout: Layout) -> Gr
 
 def _resize(weight: Tensor, made_for: Grid, grid: Grid) -> Tensor:
     """(1, T H W, C) from one grid to the other; as the models do at run time."""
-    # Half precision would visibly shift the embedding.
-    x = weight if weight.dtype == torch.float64 else weight.float()
+    x = _at_least_float32(weight)
     time, height, width = made_for
     channels = x.shape[-1]
     if time != grid[0]:
@@ -186,6 +204,27 @@ def _resize(weight: Tensor, made_for: Grid, grid: Grid) -> Tensor:
         x = x.reshape(grid[0], height, width, channels).permute(0, 3, 1, 2)
         x = F.interpolate(x, size=grid[1:], mode="bicubic").permute(0, 2, 3, 1)
     return x.reshape(1, prod(grid), channels)
+
+
+def _at_least_float32(weight: Tensor) -> Tensor:
+    """Resized in half precision, an embedding would be visibly off."""
+    return weight if weight.dtype == torch.float64 else weight.float()
+
+
+def _resize_tables(tensors: dict[str, Tensor], own: dict[str, Tensor], report: LoadReport) -> None:
+    """As the models do at run time where the grid is another than the tables were made for."""
+    for name, mine in own.items():
+        value = tensors.get(name)
+        if value is None or not _is_table(name) or not _plain(value, mine):
+            continue
+        if value.ndim != 2 or value.numel() == 0 or value.shape[0] == mine.shape[0]:
+            continue
+        tensors[name] = resize_table(_at_least_float32(value), mine.shape[0])
+        report.resized[name] = f"from {value.shape[0]} to {mine.shape[0]} distances"
+
+
+def _is_table(name: str) -> bool:
+    return name.rpartition(".")[2] in _REL_POS
 
 
 def _drop_head(tensors: dict[str, Tensor], own: dict[str, Tensor], report: LoadReport) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from backbones import MemoryPolicy, ReversibleBlock, ReversibleSequence
@@ -58,3 +59,17 @@ def test_a_branch_that_detaches_its_output(policy: MemoryPolicy, k: int) -> None
     sequence.blocks[1].g = Detached()
     stored = train_step(sequence)
     assert_same_step(train_step(sequence, policy, k), stored, 1e-9)
+
+
+@pytest.mark.parametrize("dtype", (None, torch.bfloat16, torch.float16))
+def test_a_branch_starts_in_the_dtype_of_autocast(dtype: torch.dtype | None) -> None:
+    """Its norm is computed in float32 all the same."""
+    norm = MLPBranch(DIM).norm
+    x = 1e4 + torch.randn(4, DIM)  # of which half precision would see little
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        out = norm(x)
+    assert out.dtype == (dtype or torch.float32)
+    expected = nn.functional.layer_norm(x, (DIM,), norm.weight, norm.bias, norm.eps)
+    torch.testing.assert_close(out, expected.to(out.dtype))
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        assert norm.double()(x.double()).dtype == torch.float64

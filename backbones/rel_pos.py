@@ -1,0 +1,172 @@
+"""Decomposed relative positions inside fused attention, without an N x N bias.
+
+MViTv2 (arXiv 2112.01526, section 4.1) and ViTDet (arXiv 2203.16527) add to the logit of a query at
+(t, h, w) and a key at (t', h', w') what the query makes of the distance along each axis::
+
+    q . k / sqrt(D)  +  q . R_t[t - t']  +  q . R_h[h - h']  +  q . R_w[w - w']
+
+The added part is a sum of one number for each row, column and frame of the keys, so it is itself a
+dot product: of the T' + H' + W' numbers of the query, and of a vector of the key that is 1 at the
+key's own t', h' and w' and 0 elsewhere. Appended to q and to k they make plain fused attention
+compute these logits, and memory grows with N (T' + H' + W') instead of N N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["GridAttention", "rel_pos_attention", "relative_rows", "resize_table"]
+
+# Kernels load 16 bytes at once: where a width is no multiple of this many halves, some refuse, and
+# the N x N weights would come back through the kernel that is not fused.
+_WIDTH_MULTIPLE = 8
+
+# Numbers in the widened queries, or keys, of the heads that are attended to at once: 8 MiB in half
+# precision. Values, outputs and the gradients of all four are as wide, and the latter need not be
+# there for every head at the same time.
+_AT_ONCE = 2**22
+
+
+def resize_table(table: Tensor, rows: int) -> Tensor:
+    """(L, D) -> (rows, D), linearly, as relative positions of another grid."""
+    if table.shape[0] == rows:
+        return table
+    return F.interpolate(table.t().unsqueeze(0), size=rows, mode="linear").squeeze(0).t()
+
+
+def relative_rows(table: Tensor, q_side: int, k_side: int) -> Tensor:
+    """The embedding of the distance between each query and each key along one axis.
+
+    As ``get_rel_pos`` in Detectron2 and SlowFast: distances are counted in steps of the finer of
+    the two grids, and rounded down to a row of the table.
+
+    Args:
+        table: (2 S - 1, D), made for S steps; row S - 1 is distance 0. Resized linearly where the
+            finer grid has another number of steps.
+        q_side, k_side: steps of the grids of queries and keys.
+
+    Returns:
+        (q_side, k_side, D).
+    """
+    table = resize_table(table, 2 * max(q_side, k_side) - 1)
+    # In float32 whatever the default is: where one side does not divide the other, rounding decides
+    # which row is taken, and it has to be the row that released models were trained with.
+    steps = torch.arange(max(q_side, k_side), dtype=torch.float32, device=table.device)
+    q_step, k_step = max(k_side / q_side, 1.0), max(q_side / k_side, 1.0)
+    distance = steps[:q_side, None] * q_step - steps[:k_side] * k_step + (k_side - 1) * k_step
+    return table[distance.long()]
+
+
+def rel_pos_attention(
+    q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor | None], dropout_p: float = 0.0
+) -> Tensor:
+    """Scaled dot-product attention with decomposed relative positions.
+
+    The relative positions are dotted with the queries as they are, not with the scaled ones, as in
+    Detectron2 and SlowFast.
+
+    Args:
+        q: (B, heads, T, H, W, D), floating point.
+        k, v: (B, heads, T', H', W', D), of ``q``'s dtype.
+        tables: for the axes T, H, W one table each as in :func:`relative_rows`; None for an axis
+            whose distances do not count.
+        dropout_p: dropout on the attention weights.
+
+    Returns:
+        (B, heads, T H W, D).
+    """
+    heads, head_dim = q.shape[1], q.shape[-1]
+    axes = [axis for axis, table in enumerate(tables) if table is not None]
+    # The kernel will scale what is appended along with the rest.
+    rows = {
+        "thw"[axis]: relative_rows(table, q.shape[2 + axis], k.shape[2 + axis]) * sqrt(head_dim)
+        for axis, table in enumerate(tables)
+        if table is not None
+    }
+    places = _places(k, axes)
+    width = head_dim + places.shape[-1]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = [q]
+        for axis, embedding in rows.items():
+            parts.append(torch.einsum(f"bnthwc,{axis}kc->bnthwk", q, embedding).to(q.dtype))
+        unused = width - sum(part.shape[-1] for part in parts)
+        parts.append(q.new_zeros(1).expand(*q.shape[:-1], unused))
+        wide_q = torch.cat(parts, dim=-1).flatten(2, 4)
+        k, v = k.flatten(2, 4), v.flatten(2, 4)
+        wide_k = torch.cat((k, places.expand(*k.shape[:2], -1, -1)), dim=-1)
+        # FlashAttention and the fused kernel of the CPU want one width.
+        wide_v = F.pad(v, (0, width - head_dim))
+        scale = 1 / sqrt(head_dim)
+        out = F.scaled_dot_product_attention(
+            wide_q, wide_k, wide_v, dropout_p=dropout_p, scale=scale
+        )
+        return out[..., :head_dim]
+
+    tokens = max(q.shape[:-1].numel(), k.shape[:-1].numel())
+    rounds = -(-tokens * width // _AT_ONCE)
+    share = -(-heads // rounds)
+    groups = zip(q.split(share, 1), k.split(share, 1), v.split(share, 1), strict=True)
+    return torch.cat([attend(*group) for group in groups], dim=1)
+
+
+def _places(k: Tensor, axes: Sequence[int]) -> Tensor:
+    """Where each key is: (T' H' W', width), for each of the axes a 1 at its place among zeros.
+
+    Filled up with zeros to a width that, with that of ``k``, suits the kernels.
+    """
+    grid = k.shape[2:5]
+    marks = []
+    for axis in axes:
+        shape = [1, 1, 1, grid[axis]]
+        shape[axis] = grid[axis]
+        mark = torch.eye(grid[axis], dtype=k.dtype, device=k.device).view(shape)
+        marks.append(mark.expand(*grid, -1))
+    places = torch.cat(marks, dim=-1).flatten(0, 2)
+    return F.pad(places, (0, -(k.shape[-1] + places.shape[-1]) % _WIDTH_MULTIPLE))
+
+
+class GridAttention(nn.Module):
+    """What all attention here has in common: the fused kernel, and where tokens are to each other.
+
+    Args:
+        head_dim: channels of a head.
+        attn_drop: dropout on the attention weights.
+        rel_pos_sides: (T, H, W) of the grid that the tables of relative positions are made for, of
+            the finer one where queries and keys differ; 0 for an axis whose distances do not
+            count; None for no relative positions.
+
+    Attributes:
+        rel_pos_t, rel_pos_h, rel_pos_w: (2 side - 1, head_dim), zeros at first; or None.
+    """
+
+    rel_pos_t: Tensor | None
+    rel_pos_h: Tensor | None
+    rel_pos_w: Tensor | None
+
+    def __init__(
+        self, head_dim: int, attn_drop: float, rel_pos_sides: tuple[int, int, int] | None
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.attn_drop = attn_drop
+        for axis, side in zip("thw", rel_pos_sides or (0, 0, 0), strict=True):
+            table = nn.Parameter(torch.zeros(2 * side - 1, head_dim)) if side else None
+            self.register_parameter(f"rel_pos_{axis}", table)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, heads, …, head_dim) each -> (B, heads, N, head_dim), with N queries.
+
+        With relative positions, what stands between is T, H, W; the keys' may differ.
+        """
+        dropout = self.attn_drop if self.training else 0.0
+        tables = (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
+        if any(table is not None for table in tables):
+            return rel_pos_attention(q, k, v, tables, dropout)
+        q, k, v = (x.flatten(2, -2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
