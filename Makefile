@@ -13,9 +13,11 @@ help: ## list the targets
 setup: ## make the environment in .venv: torch, Detectron2, this package, the tools
 	@VENV="$(VENV)" PYTHON="$(PYTHON)" bash scripts/setup.sh
 
-demo: setup ## make a small dataset of photographs and train a Mask R-CNN on it
+demo: setup ## make small datasets of photographs; train a Mask R-CNN and a video classifier on them
 	$(PY) -m revdet.demo_dataset --output datasets/demo
+	$(PY) -m revvideo.demo_dataset --output datasets/motion
 	DETECTRON2_DATASETS=datasets $(PY) revdet/train_net.py --config configs/detection/demo/mask_rcnn_rev_vit_demo.py --resume $(ARGS)
+	$(PY) revvideo/run.py --config configs/video/demo/motion.yaml --resume
 
 test: setup ## run the tests
 	$(PY) -m pytest -q $(ARGS)
@@ -23,7 +25,7 @@ test: setup ## run the tests
 lint: setup ## check style and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy backbones
+	$(PY) -m mypy
 
 format: setup ## format the code and apply the safe fixes
 	$(PY) -m ruff check --fix .

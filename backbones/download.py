@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import sys
 import urllib.error
 import urllib.parse
 import urllib.request
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -39,6 +42,10 @@ def download(url: str) -> Path:
     the first use, since the publishers give none, and compared at every later one. A file put
     there by hand is used as if downloaded. Shows its progress where stderr is a terminal.
 
+    A download that breaks off goes on where it was, at once and, if that brings nothing more, at
+    the next call, provided that the server can send a part of a file and still has the same one.
+    Until it is complete it has another name (``NAME.part``), which one process writes at a time.
+
     Args:
         url: an address that starts with ``http://``, ``https://`` or ``file://``.
 
@@ -46,9 +53,9 @@ def download(url: str) -> Path:
         the path of the file.
 
     Raises:
-        WeightsError: no such kind of address; no connection, or a download that breaks off (then
-            nothing stays behind, and the message says where to put the file by hand); or a file
-            that is no longer the one of the first use.
+        WeightsError: no such kind of address; no connection, or a download that breaks off (the
+            message says where to put the file by hand); or a file that is no longer the one of
+            the first use.
     """
     target = cached_path(url)
     if not target.is_file():
@@ -78,25 +85,99 @@ def cached_path(url: str) -> Path:
 
 
 def _fetch(url: str, target: Path) -> None:
-    """Download to a file of another name, which becomes ``target`` once it is complete."""
-    with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, replacing(target) as partial:
+    with _opened_alone(target.with_name(f"{target.name}.part")) as file:
+        if target.is_file():  # another process was faster
+            return
+        part = Path(file.name)
+        # What tells the version of the file that the part is of.
+        version = part.with_name(f"{part.name}.etag")
+        before = 0
+        while reason := _fetch_rest(url, file, version, target.name):
+            size = part.stat().st_size
+            if size <= before:
+                raise OSError(f"{reason}; what has come is kept for the next try")
+            before = size
+        part.replace(target)
+        version.unlink(missing_ok=True)
+
+
+@contextmanager
+def _opened_alone(part: Path) -> Iterator[IO[bytes]]:
+    """``part``, open for appending, once no other process has it. Left empty, it is deleted."""
+    import fcntl  # not under Windows
+
+    while True:
+        with part.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # Whoever had it may have renamed or deleted it.
+            if not part.exists() or not os.path.samestat(os.fstat(file.fileno()), part.stat()):
+                continue
+            try:
+                yield file
+            finally:
+                if part.exists() and part.stat().st_size == 0:
+                    part.unlink()
+            return
+
+
+def _fetch_rest(url: str, file: IO[bytes], version: Path, name: str) -> str | None:
+    """Append what is missing, or all of it to an empty file; return what broke it off."""
+    start = file.seek(0, os.SEEK_END)
+    headers = {}
+    if start and version.exists():
+        headers = {"Range": f"bytes={start}-", "If-Range": version.read_text()}
+    request = urllib.request.Request(url, headers=headers)
+    try:
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if not headers or error.code != 416:
+            raise
+        file.truncate(0)  # there is no such rest: start over
+        return _fetch_rest(url, file, version, name)
+    with response:
+        if not _continues(response, start):
+            start = 0
+            file.truncate(0)
+            _keep_version(response, version)
         length = response.headers.get("Content-Length")
-        total = int(length) if length else None
-        with partial.open("wb") as file:
-            received = _copy(response, file, total, target.name)
-        if total is not None and received != total:
-            raise OSError(f"the connection broke off after {received} of {total} bytes")
+        total = start + int(length) if length else None
+        try:
+            received = start + _copy(response, file, start, total, name)
+        except (OSError, HTTPException) as error:
+            return str(error) or type(error).__name__
+    if total is not None and received != total:
+        return f"the connection broke off after {received} of {total} bytes"
+    return None
 
 
-def _copy(source: IO[bytes], target: IO[bytes], total: int | None, name: str) -> int:
+def _continues(response: Any, start: int) -> bool:
+    """Whether a response is the rest of the file, from byte ``start`` on."""
+    content_range = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    partial = getattr(response, "status", None) == 206  # of file:// there is none
+    return partial and content_range is not None and int(content_range[1]) == start
+
+
+def _keep_version(response: Any, version: Path) -> None:
+    identity = response.headers.get("ETag", "W/")
+    if identity.startswith("W/"):  # a weak one, which stands for other bytes too
+        identity = response.headers.get("Last-Modified")
+    if identity:
+        version.write_text(identity)
+    else:
+        version.unlink(missing_ok=True)
+
+
+def _copy(source: IO[bytes], target: IO[bytes], start: int, total: int | None, name: str) -> int:
     received = 0
     show = sys.stderr.isatty()
     while chunk := source.read(_CHUNK):
         target.write(chunk)
+        target.flush()
         received += len(chunk)
         if show:
             of_total = f" of {total / 1e6:.1f}" if total else ""
-            print(f"\r{name}: {received / 1e6:.1f}{of_total} MB", end="", file=sys.stderr)
+            done = (start + received) / 1e6
+            print(f"\r{name}: {done:.1f}{of_total} MB", end="", file=sys.stderr)
     if show:
         print(file=sys.stderr)
     return received

@@ -1,8 +1,8 @@
 """How much memory a training step takes, and the fastest memory policy within a budget.
 
-A training step is run on shape-only (meta) tensors while the bytes of all storages alive are
-counted. So nothing of the size of the model is allocated, and no GPU is needed; and what is counted
-is what the engine does, not a formula about it.
+A training step is run on shape-only tensors while the bytes of all storages alive are counted. So
+nothing of the size of the model is allocated, and no GPU is needed; and what is counted is what the
+engine does, not a formula about it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from backbones.memory import MemoryPolicy, set_memory
-from backbones.simulate import Simulation, nbytes
+from backbones.simulate import Simulation, StepMemory, nbytes
+from backbones.trial import free_bytes
 
 __all__ = ["MemoryPlan", "fit_memory", "parse_budget", "predict_memory"]
 
@@ -36,9 +37,11 @@ class MemoryPlan:
         blocks: how many blocks the model has.
         predicted_bytes: the peak of a training step, parameters and optimizer included.
         budget: what it had to stay within, in bytes.
-        parts: the bytes of each of :data:`PARTS` at the moment of the peak; their sum is
-            ``predicted_bytes``. Gradients grow while held activations go, so that the two are
-            never there in full at the same time.
+        parts: where these bytes are at the moment of the peak, by the names of
+            :attr:`backbones.simulate.StepMemory.peak`; their sum is ``predicted_bytes``. Gradients
+            grow while held activations go, so the two are never there in full at the same time.
+        relative_speed: the throughput by operation count, 1 being that of ``"store"``: what is
+            run again in the backward pass is all that a policy costs.
     """
 
     policy: MemoryPolicy
@@ -47,37 +50,33 @@ class MemoryPlan:
     predicted_bytes: int
     budget: int
     parts: dict[str, int]
-
-    @property
-    def relative_speed(self) -> float:
-        """The throughput by operation count, 1 being that of ``"store"``, all blocks alike.
-
-        A backward pass takes twice the operations of a forward pass, recomputing one forward pass.
-        """
-        return 3 / (4 - self.stored_blocks / self.blocks)
+    relative_speed: float
 
     def __str__(self) -> str:
         lines = [
             f"{self.policy}, the last {self.stored_blocks} of {self.blocks} blocks stored: "
             f"{readable(self.predicted_bytes)} of {readable(self.budget)}, "
-            f"about {self.relative_speed:.2f} of the speed of 'store'"
+            f"{self.relative_speed:.2f} of the speed of 'store' by operation count"
         ]
         lines += [f"  {name:<16} {readable(size):>10}" for name, size in self.parts.items()]
         return "\n".join(lines)
 
 
 def fit_memory(
-    model: nn.Module, example_input: Tensor | Sequence[Tensor], budget: int | str
+    model: nn.Module,
+    example_input: Tensor | Sequence[Tensor],
+    budget: int | str,
+    autocast: torch.dtype | None = None,
 ) -> MemoryPlan:
     """Give ``model`` the fastest memory policy whose training step fits ``budget``, and report it.
 
     The blocks in front are reversed (checkpointed, in a model without reversible blocks), and as
     many of the last ones as fit store their activations; see :func:`backbones.set_memory`. A
-    training step is forward, backward and AdamW, in the dtype of the parameters: autocast to half
-    precision takes less than predicted. Attention is counted as fused, what is needed by the loss
-    on the outputs is not counted, and neither is scratch memory that kernels allocate inside.
+    training step is forward, backward and AdamW. On a GPU attention is counted as fused. What is
+    needed by the loss on the outputs is not counted, and neither is scratch memory that kernels
+    allocate inside.
 
-    >>> print(fit_memory(model, torch.zeros(64, 3, 224, 224), "12GB"))
+    >>> print(fit_memory(model, torch.zeros(64, 3, 224, 224), "12GB", autocast=torch.bfloat16))
 
     Args:
         model: not wrapped (DistributedDataParallel, …), on any device. Its weights and random
@@ -87,6 +86,8 @@ def fit_memory(
         budget: bytes; or ``"12GB"``, ``"800MB"`` (powers of 1000), ``"8GiB"`` (powers of 1024);
             or ``"auto"``, nine tenths of what the model holds already and what is free on its GPU.
             For ``"auto"``, call before the optimizer has made its state.
+        autocast: the dtype of the ``torch.autocast`` that the forward pass will run under;
+            None for training in the dtype of the parameters.
 
     Returns:
         the plan, which is in force from the next forward pass on.
@@ -97,7 +98,7 @@ def fit_memory(
     """
     device = _device_of(model)
     limit = parse_budget(budget, device) if budget != "auto" else _free_bytes(model, device)
-    plan = largest_that_fits(Simulation(model, example_input, device.type), limit)
+    plan = largest_that_fits(Simulation(model, example_input, device.type, autocast), limit)
     set_memory(model, plan.policy, plan.stored_blocks)
     return plan
 
@@ -107,13 +108,14 @@ def predict_memory(
     example_input: Tensor | Sequence[Tensor],
     policy: MemoryPolicy,
     stored_blocks: int = 0,
-) -> dict[str, int]:
-    """The bytes of each of :data:`PARTS` at the peak of a training step under a policy.
+    autocast: torch.dtype | None = None,
+) -> StepMemory:
+    """The memory of a training step under a policy: its peak, and what it holds for backward.
 
     Arguments as for :func:`fit_memory` and :func:`backbones.set_memory`. ``model`` is unchanged.
     """
-    simulation = Simulation(model, example_input, _device_of(model).type)
-    return simulation.parts(policy, stored_blocks)
+    simulation = Simulation(model, example_input, _device_of(model).type, autocast)
+    return simulation.step(policy, stored_blocks)
 
 
 def parse_budget(budget: int | str, device: torch.device | None = None) -> int:
@@ -143,7 +145,7 @@ def largest_that_fits(simulation: Simulation, budget: int) -> MemoryPlan:
     policy, blocks = simulation.saving_policy, simulation.blocks
 
     def peak(stored: int) -> int:
-        return sum(simulation.parts(policy, stored).values())
+        return simulation.step(policy, stored).peak_bytes
 
     if peak(0) > budget:
         raise ValueError(
@@ -159,7 +161,9 @@ def largest_that_fits(simulation: Simulation, budget: int) -> MemoryPlan:
             fits = middle
         else:
             too_many = middle
-    return MemoryPlan(policy, fits, blocks, peak(fits), budget, simulation.parts(policy, fits))
+    chosen = simulation.step(policy, fits)
+    relative_speed = simulation.step("store").operations / chosen.operations
+    return MemoryPlan(policy, fits, blocks, chosen.peak_bytes, budget, chosen.peak, relative_speed)
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -174,9 +178,7 @@ def _free_bytes(model: nn.Module | None, device: torch.device) -> int:
             "the budget 'auto' needs a GPU that tells what it has free: give a number, "
             "such as '12GB'"
         )
-    free, _ = torch.cuda.mem_get_info(device)
-    # What the caching allocator keeps for later is free too.
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = free_bytes(device)
     if model is not None:
         grads = (p.grad for p in model.parameters() if p.grad is not None)
         free += sum(map(nbytes, chain(model.parameters(), model.buffers(), grads)))
@@ -187,6 +189,3 @@ def readable(size: int) -> str:
     if size < 1e6:
         return f"{size / 1e3:.1f} KB"
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-# ---- The simulated training step

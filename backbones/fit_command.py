@@ -4,28 +4,44 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
 from backbones.fit import largest_that_fits, parse_budget, readable
-from backbones.memory import MemoryPolicy, set_memory
-from backbones.simulate import PARTS, Simulation
+from backbones.memory import MemoryPolicy
+from backbones.simulate import Simulation
+from backbones.trial import Trial, free_bytes, show_progress
+
+_NOTES = """\
+examples:
+  python -m backbones.memory --model rev_vit_base --input 64x3x224x224 --budget 8GB
+  python -m backbones.memory --model rev_mvit_base_16x4 --input 4x3x16x224x224 --amp bfloat16 \\
+      --budget 16GB --plot memory.png
+
+'store' keeps all activations, 'checkpoint' the input of each block, 'reversible' rebuilds them.
+A budget adds the mixture that backbones.fit_memory chooses: as many of the last blocks stored
+as fit.
+
+The rows, at the moment of the peak: stem, stages and head are what these made in the forward
+pass and is still alive; 'working set' is what the backward pass and the optimizer need for the
+moment. Below the total: 'held', all that waits between forward and backward pass. 'speed' is
+the throughput over that of 'store': counted, from the operations of a step; measured, from a
+few steps in turn, at a smaller batch where 'store' does not fit."""
+
+# Of the memory that is free, what steps are planned with: other programs want some of it too.
+_MEASURED_SHARE = 0.9
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m backbones.memory``: where the bytes of a training step go, as a table."""
     parser = argparse.ArgumentParser(
         prog="python -m backbones.memory",
-        description="Shows where the memory of a training step (forward, backward, AdamW; in "
-        "float32) goes under each memory policy, at the moment of its peak. Needs no GPU and no "
-        "weights: a step on shape-only tensors is counted.",
-        epilog="example: python -m backbones.memory --model rev_vit_base --input 64x3x224x224 "
-        "--budget 8GB\n'store' keeps all activations, 'checkpoint' the input of each block, "
-        "'reversible' rebuilds them.\nA budget adds the mixture that backbones.fit_memory chooses: "
-        "as many of the last blocks\nstored as fit. 'speed' is that of 'store' by operation count; "
-        "'working set' is what the\nbackward pass and the optimizer need for the moment.",
+        description="Shows where the memory of a training step (forward, backward, AdamW) goes "
+        "under each memory policy. Needs no GPU and no weights: a step on shape-only tensors is "
+        "counted. Where there is a GPU, real steps check the count and measure the speed.",
+        epilog=_NOTES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, help="a name of backbones.list_models()")
@@ -34,104 +50,141 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--budget", help="such as 8GB, 800MB or 8GiB; auto: what the GPU has free")
     parser.add_argument(
+        "--amp", choices=("bfloat16", "float16"), help="count under autocast (default: float32)"
+    )
+    parser.add_argument(
         "--device",
         choices=("cuda", "cpu"),
         default="cuda",
         help="where the training would run (default: %(default)s, which need not be there)",
     )
+    parser.add_argument(
+        "--measure",
+        action=argparse.BooleanOptionalAction,
+        help="run real steps on the device (default: on a GPU that is there; a CPU may take "
+        "minutes, and has no allocator to ask)",
+    )
     parser.add_argument("--plot", metavar="FILE.png", help="write a picture of the table")
     options = parser.parse_args(arguments)
     try:
         _report(options)
-    except (ValueError, OSError, ImportError) as error:
-        parser.exit(2, f"error: {error}\n")
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+        parser.exit(2, f"error: {str(error).splitlines()[0]}\n")
 
 
 def _report(options: argparse.Namespace) -> None:
-    from backbones.models import create_model
-
     device = torch.device(options.device)
     budget = None if options.budget is None else parse_budget(options.budget, device)
     shape = _parse_shape(options.input)
-    with torch.device("meta"):
-        model = create_model(options.model)
-        simulation = Simulation(model, torch.empty(shape), device.type)
-    policies: list[MemoryPolicy] = ["store", "checkpoint"]
-    if simulation.saving_policy == "reversible":
-        policies.append("reversible")
-    columns = {str(policy): simulation.parts(policy, 0) for policy in policies}
-    plans = {"store": 1.0, "checkpoint": 0.75, "reversible": 0.75}
-    policy, stored = simulation.saving_policy, 0
-    if budget is not None:
-        plan = largest_that_fits(simulation, budget)
-        policy, stored = plan.policy, plan.stored_blocks
-        title = f"{policy}+{stored}"
-        columns[title] = plan.parts
-        plans[title] = plan.relative_speed
+    autocast = getattr(torch, options.amp) if options.amp else None
+    here = device.type == "cpu" or torch.cuda.is_available()
+    if options.measure and not here:
+        raise ValueError("--measure finds no GPU: add --device cpu to measure on the CPU")
 
-    print(f"{options.model}, input {options.input}: peak of a training step with AdamW, float32\n")
-    print(f"{'':<16}" + "".join(f"{title:>15}" for title in columns))
-    for name in PARTS:
-        row = (readable(parts[name]) for parts in columns.values())
-        print(f"{name:<16}" + "".join(f"{cell:>15}" for cell in row))
-    totals = (readable(sum(parts.values())) for parts in columns.values())
-    print(f"{'total':<16}" + "".join(f"{cell:>15}" for cell in totals))
-    print(f"{'speed':<16}" + "".join(f"{plans[title]:>15.2f}" for title in columns))
+    simulation = _simulate(options.model, shape, device, autocast)
+    saving = simulation.saving_policy
+    settings: dict[str, tuple[MemoryPolicy, int]] = {"store": ("store", 0)}
+    settings |= {"checkpoint": ("checkpoint", 0), saving: (saving, 0)}
+    for name, setting in settings.items():
+        show_progress(f"counting a step under {name}")
+        simulation.step(*setting)
+    if budget is not None:
+        show_progress("looking for the mixture that fits the budget")
+        plan = largest_that_fits(simulation, budget)
+        settings[f"{saving}+{plan.stored_blocks}"] = saving, plan.stored_blocks
+    show_progress("")
+    steps = {name: simulation.step(*setting) for name, setting in settings.items()}
+
+    precision = f"{options.amp} autocast" if options.amp else "float32"
+    title = f"{options.model}, input {options.input}, {precision}"
+    print(f"{title}: peak of a training step with AdamW\n")
+    _print_row("", settings)
+    for part in simulation.step("store").peak:
+        _print_row(part, (readable(step.peak[part]) for step in steps.values()))
+    _print_row("total", (readable(step.peak_bytes) for step in steps.values()))
+    _print_row("held", (readable(step.held_bytes) for step in steps.values()))
+    operations = simulation.step("store").operations
+    _print_row("speed, counted", (f"{operations / x.operations:.2f}" for x in steps.values()))
+    if options.measure or (options.measure is None and device.type == "cuda" and here):
+        _measure(options.model, shape, device, settings, simulation)
+    elif here:
+        print("\nnot measured; --measure runs real steps")
+    else:
+        print("\nnot measured, because no GPU is here; --device cpu --measure takes the CPU")
     if budget is not None:
         print(
-            f"\nwithin {readable(budget)}: {policy}, the last {stored} of {simulation.blocks} "
-            f"blocks stored\n  backbones.set_memory(model, {policy!r}, stored_blocks={stored})"
+            f"\nwithin {readable(budget)}: {saving}, the last {plan.stored_blocks} of "
+            f"{plan.blocks} blocks stored\n"
+            f"  backbones.set_memory(model, {saving!r}, stored_blocks={plan.stored_blocks})"
         )
     if options.plot:
-        _plot(columns, f"{options.model}, {options.input}", budget, options.plot)
-    if device.type == "cuda" and torch.cuda.is_available():
-        predicted = sum(simulation.parts(policy, stored).values())
-        model = create_model(options.model)
-        set_memory(model, policy, stored)
-        measured = _allocator_peak(model, shape)
-        print(
-            f"check on the GPU ({policy}, {stored} stored): predicted {readable(predicted)}, "
-            f"allocated {readable(measured)} ({predicted / measured - 1:+.1%})"
+        from backbones.memory_plot import plot
+
+        plot(steps, title, budget, options.plot)
+
+
+def _create(name: str) -> nn.Module:
+    from backbones.models import create_model
+
+    return create_model(name)
+
+
+def _simulate(
+    name: str, shape: tuple[int, ...], device: torch.device, autocast: torch.dtype | None
+) -> Simulation:
+    with torch.device("meta"):
+        model, example = _create(name), torch.empty(shape)
+    return Simulation(model, example, device.type, autocast)
+
+
+def _print_row(label: str, cells: Iterable[str]) -> None:
+    print(f"{label:<16}" + "".join(f"{cell:>15}" for cell in cells))
+
+
+def _measure(
+    name: str,
+    shape: tuple[int, ...],
+    device: torch.device,
+    settings: dict[str, tuple[MemoryPolicy, int]],
+    simulation: Simulation,
+) -> None:
+    """Print rows of what real steps say: the peak on a GPU, and the speed."""
+    free = free_bytes(device)
+    with device:
+        trial = Trial(_create(name), simulation.autocast)
+    if device.type == "cuda":
+        peaks: list[int | None] = []
+        for setting in settings.values():
+            fits = simulation.step(*setting).peak_bytes <= free
+            peaks.append(trial.allocated_peak(shape, *setting) if fits else None)
+        predicted = [simulation.step(*setting).peak_bytes for setting in settings.values()]
+        _print_row("allocated", ("-" if peak is None else readable(peak) for peak in peaks))
+        errors = (
+            "-" if peak is None else f"{count / peak - 1:+.1%}"
+            for count, peak in zip(predicted, peaks, strict=True)
         )
+        _print_row("total is off by", errors)
+    batch, *sample = shape
+    while simulation.step("store").peak_bytes > _MEASURED_SHARE * free and batch > 1:
+        batch //= 2
+        simulation = _simulate(name, (batch, *sample), device, simulation.autocast)
+    if simulation.step("store").peak_bytes > _MEASURED_SHARE * free:
+        print(f"\nspeed not measured: of {readable(free)}, 'store' has no room for one sample")
+        return
+    others = {name: setting for name, setting in settings.items() if name != "store"}
+    speeds = {"store": 1.0, **trial.relative_speeds((batch, *sample), others)}
+    _print_row("speed, measured", (f"{speed:.2f}" for speed in speeds.values()))
+    print(f"\nspeed measured on {_device_name(device)}, batch {batch}, median of 5 rounds")
 
 
-def _parse_shape(text: str) -> list[int]:
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+
+
+def _parse_shape(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3,4}", text):
         raise ValueError(
             f"cannot read the input {text!r}: give BxCxHxW such as 8x3x224x224, "
             "or for clips BxCxTxHxW such as 4x3x16x224x224"
         )
-    return [int(side) for side in text.split("x")]
-
-
-def _allocator_peak(model: nn.Module, shape: Sequence[int]) -> int:
-    """Peak of the second training step on the GPU, in bytes, as torch's allocator counts it."""
-    model = model.cuda().train()
-    optimizer = torch.optim.AdamW(model.parameters())
-    images = torch.randn(*shape, device="cuda")
-    for _ in range(2):  # the first step makes the state of the optimizer
-        torch.cuda.reset_peak_memory_stats()
-        torch.autograd.backward(model(images).square().sum())
-        optimizer.step()
-        optimizer.zero_grad()
-    return torch.cuda.max_memory_allocated()
-
-
-def _plot(columns: dict[str, dict[str, int]], title: str, budget: int | None, path: str) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("--plot needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(1.6 + 1.4 * len(columns), 4.0), layout="constrained")
-    axes = figure.add_subplot()
-    bottoms = [0.0] * len(columns)
-    for name in PARTS:
-        heights = [parts[name] / 1e9 for parts in columns.values()]
-        axes.bar(list(columns), heights, bottom=bottoms, label=name, width=0.6)
-        bottoms = [low + height for low, height in zip(bottoms, heights, strict=True)]
-    if budget is not None:
-        axes.axhline(budget / 1e9, color="black", linestyle="--", linewidth=1, label="budget")
-    axes.set_ylabel("GB at the peak of a training step")
-    axes.set_title(title)
-    figure.legend(loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=150)
+    return tuple(int(side) for side in text.split("x"))

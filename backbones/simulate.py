@@ -1,62 +1,100 @@
-"""One training step on a shape-only copy of a model, in which live bytes are counted."""
+"""One training step on a shape-only copy of a model, in which live bytes and work are counted."""
 
 from __future__ import annotations
 
 import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
 
 from backbones.memory import MemoryManaged, MemoryPolicy, set_memory
 
-__all__ = ["PARTS", "Simulation", "nbytes"]
-
-# What the bytes at the peak of a training step are.
-PARTS = (
-    "parameters",
-    "gradients",
-    "optimizer state",
-    "input",
-    "held activations",
-    "working set",
-)
+__all__ = ["Simulation", "StepMemory", "nbytes"]
 
 
 def nbytes(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes()
 
 
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
-    """Counts the bytes of the storages alive, by part, and keeps the counts of the peak.
+@dataclass(frozen=True)
+class StepMemory:
+    """The memory of one training step, in bytes, and its work.
+
+    Attributes:
+        peak: the bytes of each part at the moment when their sum is highest: ``parameters``
+            (with the buffers), ``gradients``, ``optimizer state``, ``input``; ``stem``,
+            ``stage 1`` …, ``head``: what these made in the forward pass and is still alive;
+            ``working set``: what the backward pass and the optimizer need for the moment.
+        held: of the parts of the forward pass, the bytes that wait for the backward pass.
+        operations: of matrix products, convolutions and attention, forward and backward.
+        timeline: after each operator, the operations so far and the bytes that are alive.
+    """
+
+    peak: dict[str, int]
+    held: dict[str, int]
+    operations: int
+    timeline: list[tuple[int, int]]
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.peak.values())
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(self.held.values())
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
+    """Counts the bytes of the storages alive, by part, and the operations.
 
     Attributes:
         part: what storages that are made now belong to.
+        live: bytes of each part now.
         peak: bytes of each part at the moment when their sum was highest.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Sequence[str], fake: FakeTensorMode) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
-        self.part = "parameters"
-        self.peak = dict.fromkeys(PARTS, 0)
-        self._live = dict.fromkeys(PARTS, 0)
-        self._highest = 0
+        self.part = parts[0]
+        self.live = dict.fromkeys(parts, 0)
+        self.peak = dict(self.live)
+        self.operations = 0
+        self.timeline: list[tuple[int, int]] = []
+        self._fake = fake
+        self._total = self._highest = 0
         self._part_of: dict[int, str] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
 
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return cast(FakeTensor, args[0]).fake_device  # asked for so often that it takes time
+        kwargs = kwargs or {}
+        if any(isinstance(arg, Tensor) for arg in tree_leaves((args, kwargs))):
+            out = func(*args, **kwargs)
+        else:
+            with self._fake:  # torch.zeros(…) and the like: no memory is taken
+                out = func(*args, **kwargs)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.add(tensor)
+        if count := flop_registry.get(getattr(func, "_overloadpacket", None)):
+            self.operations += count(*args, **kwargs, out_val=out)
+        self.timeline.append((self.operations, self._total))
         return out
 
     def add(self, tensor: Tensor) -> None:
@@ -68,129 +106,219 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ign
 
         def end(_: object) -> None:
             del self._references[address]
-            self._live[self._part_of.pop(address)] -= size
+            self.live[self._part_of.pop(address)] -= size
+            self._total -= size
 
         self._references[address] = weakref.ref(storage, end)
         self._part_of[address] = self.part
-        self._live[self.part] += size
-        if sum(self._live.values()) > self._highest:
-            self._highest, self.peak = sum(self._live.values()), dict(self._live)
+        self.live[self.part] += size
+        self._total += size
+        if self._total > self._highest:
+            self._highest, self.peak = self._total, dict(self.live)
 
     def move(self, tensor: Tensor, part: str) -> None:
         """Let the storage of ``tensor`` belong to another part from now on."""
         self.add(tensor)
         address, size = tensor.untyped_storage()._cdata, nbytes(tensor)
-        self._live[self._part_of[address]] -= size
-        self._live[part] += size
+        self.live[self._part_of[address]] -= size
+        self.live[part] += size
         self._part_of[address] = part
 
 
+# What CUDA's autocast runs in float32, and the CPU's, under which the shape-only tensors run, not.
+_FLOAT32_ON_CUDA = ("layer_norm", "group_norm")
+
+
 @contextmanager
-def _fused_shape_only_attention(device_type: str) -> Iterator[None]:
-    """Let shape-only attention take a fused kernel, where by itself it keeps the N x N weights.
+def _as_on_a_gpu() -> Iterator[None]:
+    """Let shape-only tensors, which are on the CPU, be treated as the kernels of a GPU would.
 
-    Any fused kernel stands for all of them: each keeps its output and one number per query. The
-    function is replaced for the moment, because a TorchFunctionMode is out of force inside of
-    ``backward``, where blocks are run again. Tensors with data, of other threads, go their way.
+    The functions are replaced for the moment, because a TorchFunctionMode is out of force inside
+    of ``backward``, where blocks are run again. Tensors with data, of other threads, go their way.
     """
-    original = F.scaled_dot_product_attention
+    attend = F.scaled_dot_product_attention
 
-    def attend(
+    def fused(
         q: Tensor,
         k: Tensor,
         v: Tensor,
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
-        is_causal: bool = False,
-        **others: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
-        unfused = device_type == "cpu" and dropout_p > 0.0  # no kernel has it there
-        if q.device.type != "meta" or q.ndim != 4 or unfused or others.get("enable_gqa"):
-            return original(q, k, v, attn_mask, dropout_p, is_causal, **others)
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out: Tensor = kernel(q, k, v, 0.0, is_causal, attn_mask=attn_mask)[0]
-        return out
+        if isinstance(q, FakeTensor):
+            # With either, the CPU has no fused kernel and keeps the N x N weights. Any fused
+            # kernel stands for all of them: each keeps its output and one number per query.
+            dropout_p = 0.0
+            attn_mask = None if attn_mask is None else attn_mask.detach()
+        return attend(q, k, v, attn_mask, dropout_p, *args, **kwargs)
 
-    F.scaled_dot_product_attention = attend  # type: ignore[assignment]
+    def in_float32(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            if isinstance(args[0], FakeTensor) and torch.is_autocast_enabled("cpu"):
+                args, kwargs = tree_map_only(FakeTensor, Tensor.float, (args, kwargs))
+            return original(*args, **kwargs)
+
+        return run
+
+    norms = {name: getattr(F, name) for name in _FLOAT32_ON_CUDA}
+    replaced = {name: in_float32(norm) for name, norm in norms.items()}
+    for name, function in {**replaced, "scaled_dot_product_attention": fused}.items():
+        setattr(F, name, function)
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = original
+        for name, function in {**norms, "scaled_dot_product_attention": attend}.items():
+            setattr(F, name, function)
+
+
+def _stages(model: nn.Module) -> dict[nn.Module, str]:
+    """The stage that each block belongs to.
+
+    Stages are the children of the innermost module that holds all blocks, or that module itself
+    where its children are the blocks.
+    """
+    blocks = {
+        name: block for name, block in model.named_modules() if isinstance(block, MemoryManaged)
+    }
+    paths = [name.split(".") for name in blocks]
+    levels = zip(*paths, strict=False)
+    depth = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+    holders = [tuple(path[depth : depth + 1]) if path[depth + 1 :] else () for path in paths]
+    numbers = {holder: index for index, holder in enumerate(dict.fromkeys(holders), start=1)}
+    return {
+        block: f"stage {numbers[holder]}"
+        for block, holder in zip(blocks.values(), holders, strict=True)
+    }
 
 
 class Simulation:
-    """Training steps of a shape-only copy of a model.
+    """Training steps of a shape-only copy of a model: forward, backward and AdamW.
+
+    Arguments as for :func:`backbones.fit_memory`; ``device_type`` is where training would run.
 
     Attributes:
         blocks: how many blocks have a memory policy.
         saving_policy: ``"reversible"`` where the model has reversible blocks.
+        autocast: the dtype of autocast in the forward pass, or None.
     """
 
     def __init__(
-        self, model: nn.Module, example_input: Tensor | Sequence[Tensor], device_type: str
+        self,
+        model: nn.Module,
+        example_input: Tensor | Sequence[Tensor],
+        device_type: str,
+        autocast: torch.dtype | None = None,
     ) -> None:
+        # On the CPU, whose autocast and whose kernels they then take, and with no data there.
+        # Tensors on the meta device know no autocast.
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+        def shape_of(tensor: Tensor) -> Tensor:
+            how: dict[str, Any] = {"dtype": tensor.dtype, "device": "cpu"}
+            with self._fake:
+                return torch.empty_strided(tensor.size(), tensor.stride(), **how)
+
         # A copy that finds a shape-only twin of every tensor in its memory never copies data.
         twins: dict[int, Any] = {}
         for param in model.parameters():
-            twin = torch.empty_like(param, device="meta")
-            twins[id(param)] = nn.Parameter(twin, requires_grad=param.requires_grad)
+            twins[id(param)] = nn.Parameter(shape_of(param), requires_grad=param.requires_grad)
         for buffer in model.buffers():
-            twins[id(buffer)] = torch.empty_like(buffer, device="meta")
+            twins[id(buffer)] = shape_of(buffer)
         self.model = copy.deepcopy(model, twins).train()
         inputs = [example_input] if isinstance(example_input, Tensor) else example_input
-        self.inputs = [torch.empty_like(x, device="meta") for x in inputs]
-        self.device_type = device_type
-        managed = [block for block in self.model.modules() if isinstance(block, MemoryManaged)]
-        self.blocks = len(managed)
-        invertible = any(block.invertible for block in managed)
+        self.inputs = [shape_of(x) for x in inputs]
+        self._on_cpu = device_type == "cpu"
+        self.autocast = autocast
+        self._stage_of = _stages(self.model)
+        self.blocks = len(self._stage_of)
+        invertible = any(isinstance(b, MemoryManaged) and b.invertible for b in self._stage_of)
         self.saving_policy: MemoryPolicy = "reversible" if invertible else "checkpoint"
         set_memory(self.model, self.saving_policy)  # says what is wrong, if there are no blocks
-        self._counter = _LiveBytes()
-        self._known: dict[tuple[MemoryPolicy, int], dict[str, int]] = {}
-
+        self._forward_parts = ["stem", *dict.fromkeys(self._stage_of.values()), "head"]
+        self._known: dict[tuple[MemoryPolicy, int], StepMemory] = {}
         trained = [param for param in self.model.parameters() if param.requires_grad]
+        # The multi-tensor kernels, which AdamW takes on a GPU, need another copy of the parameters.
+        self.optimizer = torch.optim.AdamW(trained, foreach=not self._on_cpu)
+        with self._fake:
+            for param in trained:
+                param.grad = torch.empty_like(param)
+        self.optimizer.step()  # makes its state
+        # The same after every backward pass.
+        self._update = self._counter = self._new_counter()
         for param in trained:
-            param.grad = torch.empty_like(param)
+            self._count_gradient(param)
             # Any, because the method has no types.
             cast(Any, param).register_post_accumulate_grad_hook(self._count_gradient)
-        # The multi-tensor kernels, which AdamW takes on a GPU, need another copy of the parameters.
-        self.optimizer = torch.optim.AdamW(trained, foreach=device_type != "cpu")
-        self.optimizer.step()  # makes its state
+        self._update.part = "working set"
+        with self._update:
+            self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def _new_counter(self) -> _Counter:
+        """A counter of what is there before the forward pass."""
+        there: dict[str, list[Any]] = {
+            "parameters": [*self.model.parameters(), *self.model.buffers()],
+            "gradients": [],
+            "optimizer state": tree_leaves(list(self.optimizer.state.values())),
+            "input": self.inputs,
+        }
+        counter = _Counter([*there, *self._forward_parts, "working set"], self._fake)
+        for counter.part, tensors in there.items():
+            for tensor in tensors:
+                counter.add(tensor)
+        return counter
 
     def _count_gradient(self, param: Tensor) -> None:
         if param.grad is not None:
             self._counter.move(param.grad, "gradients")
 
-    def parts(self, policy: MemoryPolicy, stored_blocks: int) -> dict[str, int]:
-        """Bytes of each of :data:`PARTS` at the peak of one step."""
+    def step(self, policy: MemoryPolicy, stored_blocks: int = 0) -> StepMemory:
+        """One training step under a policy; see :func:`backbones.set_memory`."""
+        if stored_blocks == self.blocks:
+            policy, stored_blocks = "store", 0
         key = policy, stored_blocks
         if key not in self._known:
             set_memory(self.model, policy, stored_blocks)
             self._known[key] = self._step()
         return self._known[key]
 
-    def _step(self) -> dict[str, int]:
-        counter = self._counter = _LiveBytes()
-        there_anyway: dict[str, list[Any]] = {
-            "parameters": [*self.model.parameters(), *self.model.buffers()],
-            "optimizer state": tree_leaves(list(self.optimizer.state.values())),
-            "input": self.inputs,
-        }
-        for counter.part, tensors in there_anyway.items():
-            for tensor in tensors:
-                counter.add(tensor)
-        with counter, _fused_shape_only_attention(self.device_type), torch.enable_grad():
-            counter.part = "held activations"
-            outputs = [x for x in tree_leaves(self.model(*self.inputs)) if isinstance(x, Tensor)]
-            # Squares, so that the gradients of the outputs are dense, as a real loss makes them.
-            loss = torch.stack([x.float().square().sum() for x in outputs]).sum()
-            del outputs
+    def _step(self) -> StepMemory:
+        counter = self._counter = self._new_counter()
+        with self._ambient(), counter, torch.enable_grad():
+            loss = self._forward(counter)
+            held = {part: counter.live[part] for part in self._forward_parts}
             counter.part = "working set"
             torch.autograd.backward(loss)
-            self.optimizer.step()
         self.optimizer.zero_grad()
-        return counter.peak
+        update = [(counter.operations, size) for _, size in self._update.timeline]
+        peak = max(counter.peak, self._update.peak, key=lambda parts: sum(parts.values()))
+        return StepMemory(peak, held, counter.operations, counter.timeline + update)
 
+    def _ambient(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._on_cpu else _as_on_a_gpu()
 
-# ---- The command
+    def _forward(self, counter: _Counter) -> Tensor:
+        """The loss. What is made before the first block is the stem, after the last the head."""
+        counter.part = "stem"
+        *_, last = self._stage_of
+
+        def enter(module: nn.Module, _args: Any) -> None:
+            counter.part = self._stage_of.get(module, counter.part)
+
+        def leave(module: nn.Module, _args: Any, _output: Any) -> None:
+            if module is last:
+                counter.part = "head"
+
+        # Global ones, because a block that has hooks of its own keeps its outputs for them.
+        hooks = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave))
+        try:
+            with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
+                outputs = tree_leaves(self.model(*self.inputs))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        # Squares, so that the gradients of the outputs are dense, as a real loss makes them.
+        squares = [x.float().square().sum() for x in outputs if isinstance(x, Tensor)]
+        return torch.stack(squares).sum()

@@ -7,6 +7,7 @@ import warnings
 warnings.filterwarnings("ignore", message=".*torch.jit.script. is deprecated", module="torch")
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
 warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # of RLE masks
 for _name in (
     "torch.utils.cpp_extension",
     "torch.fx._symbolic_trace",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import log2
 
-from detectron2.layers import ShapeSpec
+from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
@@ -14,7 +14,10 @@ class TrunkBackbone(Backbone):
     """Feature maps of a model of :mod:`backbones` under Detectron2's names.
 
     A map of stride ``2**k`` is called ``"scale<k>"``, as in Detectron2's own MViT: a ViT with
-    patches of 16 pixels has ``"scale4"``.
+    patches of 16 pixels has ``"scale4"``, MViT-B has ``"scale2"`` to ``"scale5"``. The trunk
+    itself normalises its last map; the others get a layer norm here, as in Detectron2's MViT.
+
+    A trunk made for clips sees an image as a clip of one frame.
 
     Args:
         model: a model with ``feature_maps`` and ``feature_info``, usually made with
@@ -40,6 +43,13 @@ class TrunkBackbone(Backbone):
         self._out_feature_strides = {
             name: info["reduction"] for name, info in zip(names, model.feature_info, strict=True)
         }
+        self.norms = nn.ModuleDict(
+            {
+                name: get_norm("LN", self._out_feature_channels[name])
+                for name in self._out_features
+                if name != names[-1]
+            }
+        )
 
     @property
     def size_divisibility(self) -> int:
@@ -48,8 +58,15 @@ class TrunkBackbone(Backbone):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Images (B, 3, H, W) -> {name: (B, C, H / stride, W / stride)}."""
-        maps = dict(zip(self._names, self.model.feature_maps(x), strict=True))
-        return {name: maps[name] for name in self._out_features}
+        if getattr(self.model, "clips", False):
+            maps = [clip_map.squeeze(2) for clip_map in self.model.feature_maps(x.unsqueeze(2))]
+        else:
+            maps = self.model.feature_maps(x)
+        named = dict(zip(self._names, maps, strict=True))
+        return {
+            name: self.norms[name](named[name]) if name in self.norms else named[name]
+            for name in self._out_features
+        }
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of each map in :meth:`forward`'s result."""
@@ -59,3 +76,15 @@ class TrunkBackbone(Backbone):
             )
             for name in self._out_features
         }
+
+
+def find_trunk(model: nn.Module) -> tuple[str, nn.Module]:
+    """The trunk inside a detector, and what the names of its parameters start with there.
+
+    Raises:
+        ValueError: the detector is not built on a :class:`TrunkBackbone`.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, TrunkBackbone):
+            return f"{name}.model.".lstrip("."), module.model
+    raise ValueError(f"{type(model).__name__} has no TrunkBackbone (see revdet/backbone.py)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import zipfile
@@ -11,8 +12,14 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import _IncompatibleKeys
+from torch import nn
 
+import backbones
+from backbones.download import download
+from revdet.backbone import find_trunk
 from revdet.errors import UserError
+
+logger = logging.getLogger("revdet")
 
 # Layers whose shape is the number of classes; fine-tuning on other classes trains them anew.
 CLASS_LAYERS = ("roi_heads.box_predictor.", "roi_heads.mask_head.predictor.")
@@ -22,7 +29,9 @@ class Checkpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, atomic and strict.
 
     Args and methods as for ``DetectionCheckpointer``. Files are unpickled with
-    ``weights_only=True``.
+    ``weights_only=True``. Under ``"model"`` a file has the weights to evaluate and to predict
+    with; a run that averages its weights keeps those that it trains under ``"training_model"``,
+    which is the name of a checkpointable then.
 
     Attributes:
         strict: whether every weight of the model must be in the file, and no other. True to
@@ -36,8 +45,16 @@ class Checkpointer(DetectionCheckpointer):
         """Write ``<name>.pth`` under another name, then rename it: it is whole, or not there."""
         if not self.save_dir or not self.save_to_disk:
             return
-        content = {"model": self.model.state_dict(), **kwargs}
-        content.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
+        states = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
+        self._write(name, {"model": self.model.state_dict(), **kwargs, **states})
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def save_weights(self, name: str, **facts: float) -> None:
+        """Write ``<name>.pth`` with the weights to evaluate and ``facts``, not to resume from."""
+        if self.save_dir and self.save_to_disk:
+            self._write(name, {"model": self.model.state_dict(), **facts})
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
         path = Path(self.save_dir) / f"{name}.pth"
         self.logger.info(f"Saving checkpoint to {path}")
         partial = path.with_suffix(".pth.partial")
@@ -46,7 +63,6 @@ class Checkpointer(DetectionCheckpointer):
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Name the newest checkpoint in ``last_checkpoint``, atomically too."""
@@ -94,6 +110,12 @@ class Checkpointer(DetectionCheckpointer):
         return content if "model" in content else {"model": content}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
+        averaged = "training_model" in checkpoint
+        if self.checkpointables and averaged != ("training_model" in self.checkpointables):
+            raise UserError(
+                f"checkpoint {self._path} is of a run with{'' if averaged else 'out'} averaged "
+                "weights: resume it with the train.ema_decay that is in its config.yaml"
+            )
         theirs = {key.removeprefix("module."): v for key, v in checkpoint.pop("model").items()}
         ours = self.model.state_dict()
         missing = [key for key in ours if key not in theirs]
@@ -126,3 +148,56 @@ class Checkpointer(DetectionCheckpointer):
             f"checkpoint {self._path} is of another architecture: {'; '.join(counts)}. Use the "
             "config it was trained with (config.yaml beside it)"
         )
+
+
+def load_initial_weights(model: nn.Module, source: str) -> None:
+    """Start a detector from pretrained weights, those of a detector or of its trunk alone.
+
+    Which of them it is shows in the names of the weights. Of a detector the class layers may
+    differ, and weights may be missing. A trunk's file is loaded by :func:`backbones.load_weights`:
+    PySlowFast's layout, mmpretrain's or this package's; all of the trunk must be in it, and
+    position embeddings are resized. What was loaded goes to the log.
+
+    Args:
+        model: the detector, on a :class:`revdet.backbone.TrunkBackbone` for a trunk's file.
+        source: a file; or an address, which is downloaded once.
+
+    Raises:
+        UserError: the file cannot be had or read, or does not fit. The model is then untouched.
+    """
+    path = fetch_weights(source)
+    if _is_of_detector(path, model):
+        checkpointer = Checkpointer(model)
+        checkpointer.strict = False
+        checkpointer.load(path)
+        return
+    try:
+        _, trunk = find_trunk(model)
+        logger.info(f"trunk: {backbones.load_weights(trunk, path)}")
+    except (ImportError, ValueError) as error:
+        raise UserError(f"train.init_checkpoint: {error}") from error
+
+
+def fetch_weights(source: str) -> str:
+    """The path of the file that ``source`` names; an address is downloaded once.
+
+    Raises:
+        UserError: there is no such file, or it cannot be had.
+    """
+    try:
+        path = str(download(source)) if "://" in source else source
+    except backbones.WeightsError as error:
+        raise UserError(f"train.init_checkpoint: {error}") from error
+    if not Path(path).is_file():
+        raise UserError(f"checkpoint {path} does not exist: check train.init_checkpoint")
+    return path
+
+
+def _is_of_detector(path: str, model: nn.Module) -> bool:
+    """Whether a file has weights under names that the detector has too."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # safetensors, or a damaged file, about which load_weights() says more
+        return False
+    weights = content.get("model", content) if isinstance(content, dict) else None
+    return isinstance(weights, dict) and not weights.keys().isdisjoint(model.state_dict())

@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from revdet.errors import UserError
+from revdet.own_data import DATASET_DEFAULTS
 
 # What train_net.py needs from a recipe.
 SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
@@ -29,9 +30,22 @@ TRAIN_DEFAULTS = OmegaConf.create(
         # What the trunk keeps for the backward pass: store, checkpoint or reversible.
         memory="reversible",
         stored_blocks=0,  # how many of its last blocks store whatever the policy
+        memory_budget="",  # such as "8GB": choose both, so that a training step fits
+        accumulate=1,  # batches per iteration, of which gradients are averaged
+        # Images per iteration that the learning rate belongs to; with others it changes in
+        # proportion. 0: it stays.
+        reference_batch_size=0,
         amp=dict(enabled=False, dtype="bfloat16"),  # autocast; float16 scales the loss
         clip_grad_norm=0.0,  # 0: no clipping
-        ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
+        ema_decay=0.0,  # such as 0.9999: evaluate and keep an average of the weights
+        deterministic=False,  # an operation that cannot be is an error
+        ddp=dict(
+            broadcast_buffers=False,
+            find_unused_parameters=False,
+            static_graph=False,
+            gradient_as_bucket_view=True,  # one copy of the gradients less
+            fp16_compression=False,
+        ),
         checkpointer=dict(period=5000, max_to_keep=3),
         eval_period=5000,  # 0: at the end only
         log_period=20,
@@ -65,10 +79,12 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
             f"config {path!r} is no recipe: it lacks the section(s) {', '.join(missing)}"
         )
     _check_tree(cfg, "")
-    unknown = [key for key in cfg.train if key not in TRAIN_DEFAULTS]
-    if unknown:
-        raise UserError(_unknown_key(f"train.{unknown[0]}", unknown[0], [*TRAIN_DEFAULTS], "train"))
-    cfg.train = OmegaConf.merge(TRAIN_DEFAULTS, cfg.train)
+    for section, defaults in (("train", TRAIN_DEFAULTS), ("dataset", DATASET_DEFAULTS)):
+        given = cfg.get(section, {})
+        if unknown := [key for key in given if key not in defaults]:
+            key = f"{section}.{unknown[0]}"
+            raise UserError(_unknown_key(key, unknown[0], [*defaults], section))
+        cfg[section] = OmegaConf.merge(defaults, given)
     for override in overrides:
         _check_override(cfg, override)
     return LazyConfig.apply_overrides(cfg, list(overrides))

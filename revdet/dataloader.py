@@ -30,16 +30,18 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
     """Endless batches of ``(index, position)``, the same whenever they are asked for again.
 
     Every epoch is a permutation of the dataset, of which each process takes every
-    ``world_size``-th sample. Images of one group are batched together, so that little is padded.
+    ``world_size``-th sample. Images of one group are put into one iteration, so that little is
+    padded. Which these are does not depend on ``accumulate``.
 
     Args:
         groups: the group of each image, for example whether it is wider than high.
         batch_size: images in a batch of one process.
         seed: of the permutations.
         rank, world_size: this process, and the number of processes.
+        accumulate: batches of one process in an iteration.
 
     Attributes:
-        start_batch: how many batches to pass over: the iteration at which training resumes.
+        start_step: how many iterations to pass over: the one at which training resumes.
     """
 
     def __init__(
@@ -49,16 +51,20 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        accumulate: int = 1,
     ) -> None:
         self.groups = list(groups)
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.start_batch = 0
+        self.accumulate = accumulate
+        self.start_step = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return itertools.islice(self._batches(), self.start_batch, None)
+        for step in itertools.islice(self._steps(), self.start_step, None):
+            for first in range(0, len(step), self.batch_size):
+                yield step[first : first + self.batch_size]
 
     def _samples(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -69,13 +75,14 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
                     yield index, position
                 position += 1
 
-    def _batches(self) -> Iterator[list[tuple[int, int]]]:
+    def _steps(self) -> Iterator[list[tuple[int, int]]]:
+        """All samples of this process in each iteration."""
         waiting: dict[int, list[tuple[int, int]]] = {group: [] for group in set(self.groups)}
         for index, position in self._samples():
-            batch = waiting[self.groups[index]]
-            batch.append((index, position))
-            if len(batch) == self.batch_size:
-                yield batch
+            step = waiting[self.groups[index]]
+            step.append((index, position))
+            if len(step) == self.batch_size * self.accumulate:
+                yield step
                 waiting[self.groups[index]] = []
 
 
@@ -128,8 +135,8 @@ class SeededDataset(Dataset[Any]):
             return self.mapper(record)
         except (OSError, SizeMismatchError) as error:
             raise UserError(
-                f"image {record['file_name']} cannot be used ({error}): replace it, or take it "
-                "out of the annotations"
+                f"image {record['file_name']} cannot be used ({error}): replace it, or set "
+                "dataset.skip_broken=true train.check_data=true"
             ) from error
 
 
@@ -139,34 +146,39 @@ def build_train_loader(
     total_batch_size: int,
     num_workers: int = 4,
     seed: int = 0,
+    accumulate: int = 1,
 ) -> DataLoader[Any]:
     """The training loader of a recipe. Endless; one batch is a list of mapped records.
+
+    A batch has ``total_batch_size / (accumulate * processes)`` images.
 
     Args:
         dataset: records from ``get_detection_dataset_dicts``.
         mapper: Detectron2's ``DatasetMapper`` or one like it.
-        total_batch_size: images per iteration, over all processes.
+        total_batch_size: images per iteration, over all processes and accumulated batches.
         num_workers: loader processes of each training process; does not change the data.
         seed: of order and augmentation.
+        accumulate: batches per iteration of one process.
 
     Raises:
-        UserError: ``total_batch_size`` is no multiple of the number of processes, or the dataset
-            is empty.
+        UserError: ``total_batch_size`` is no multiple of the batches of all processes, or the
+            dataset is empty.
     """
     world_size = comm.get_world_size()
-    if total_batch_size <= 0 or total_batch_size % world_size:
+    if total_batch_size <= 0 or total_batch_size % (world_size * accumulate):
         raise UserError(
-            f"dataloader.train.total_batch_size={total_batch_size} is no positive multiple of the "
-            f"{world_size} processes"
+            f"dataloader.train.total_batch_size={total_batch_size} is no positive multiple of "
+            f"{world_size * accumulate}: {world_size} processes × train.accumulate={accumulate}"
         )
     if not dataset:
         raise UserError("the training dataset holds no image: check its annotations")
     sampler = ResumableBatchSampler(
         groups=[int(record["width"] > record["height"]) for record in dataset],
-        batch_size=total_batch_size // world_size,
+        batch_size=total_batch_size // (world_size * accumulate),
         seed=seed,
         rank=comm.get_rank(),
         world_size=world_size,
+        accumulate=accumulate,
     )
     return DataLoader(
         SeededDataset(dataset, mapper, seed),

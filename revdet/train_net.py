@@ -7,13 +7,30 @@
 
 Everything in a recipe can be overridden by key=value, for example:
 
+    dataset.train_json=FILE dataset.train_images=FOLDER
+    dataset.val_json=FILE dataset.val_images=FOLDER
+                                               your own data in COCO format, with its classes
+    dataset.skip_broken=true                   train without what is found broken in the data
+    train.init_checkpoint=REV_VIT_B.pyth       start from a trunk's weights, or from a detector's
     train.memory=store|checkpoint|reversible   what the trunk keeps for the backward pass
     train.stored_blocks=4                      … except its last four blocks, which store
-    train.amp.enabled=true train.amp.dtype=bfloat16
-    train.max_iter=1000 optimizer.lr=1e-4 dataloader.train.total_batch_size=4
+    train.memory_budget=8GB                    … or choose both, so that a step fits 8 GB
+    dataloader.train.total_batch_size=16       images per iteration, over all processes; the
+                                               learning rate follows (linear scaling rule)
+    train.accumulate=8                         … in 8 batches, one after the other
+    train.ema_decay=0.9999                     average the weights
+    train.deterministic=true                   the same bits in every run, where that is possible
+    train.max_iter=1000 optimizer.lr=1e-4 train.amp.dtype=float16
+
+On several machines, either of these on each:
+
+    python revdet/train_net.py --config … --num-gpus 8 --num-machines 2 --machine-rank 0 \\
+        --dist-url tcp://HOST:PORT
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT \\
+        revdet/train_net.py --config …
 
 Results go to train.output_dir: results.json, metrics.json, TensorBoard events, log.txt,
-curves.png, pictures/ and checkpoints.
+curves.png, pictures/ and checkpoints, the best one among them (model_best.pth).
 """
 
 from __future__ import annotations
@@ -22,38 +39,28 @@ import revdet  # noqa: F401  first, because it quiets the deprecations of what f
 
 # isort: split
 import argparse
-import json
 import logging
 import os
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from detectron2.config import LazyConfig, instantiate
-from detectron2.data import DatasetCatalog
-from detectron2.engine import hooks, launch
-from detectron2.engine.defaults import create_ddp_model
-from detectron2.evaluation import inference_on_dataset
+from detectron2.config import LazyConfig
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import CommonMetricPrinter, TensorboardXWriter
-from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-import backbones
+from revdet.build import build_model, device_of
 from revdet.checkpoint import Checkpointer
 from revdet.config import load_config
-from revdet.dataloader import ResumableBatchSampler
-from revdet.dataset_checks import check_dataset
 from revdet.datasets import register_datasets
+from revdet.engine import evaluate, finish, train
 from revdet.errors import UserError
-from revdet.evaluation import to_json
-from revdet.pictures import draw_curves, draw_predictions
-from revdet.trainer import AMP_DTYPES, MetricsWriter, Trainer
+from revdet.launch import is_first_on_machine, launch
+from revdet.own_data import use_own_data, use_prepared_data
+from revdet.preflight import log_to, preflight
 
 logger = logging.getLogger("revdet")
 
@@ -111,17 +118,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         register_datasets()
         cfg = load_config(args.config, args.overrides)
+        use_own_data(cfg)
         preflight(cfg, args)
         launch(
             run,
-            args.num_gpus,
+            (cfg, args),
+            num_gpus=args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=(cfg, args),
+            on_gpu=device_of(cfg).startswith("cuda"),
         )
     except UserError as error:
-        print(f"error: {_last_line(error)}", file=sys.stderr)
+        # What is found out before processes join, torchrun's find out all alike: one says it.
+        if is_first_on_machine() or comm.get_world_size() > 1:
+            print(f"error: {_last_line(error)}", file=sys.stderr)
         return 2
     except ProcessRaisedException as error:
         # A spawned process sends its traceback, whose last line is the message.
@@ -137,235 +148,47 @@ def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1].removeprefix("revdet.errors.UserError: ")
 
 
-def _device(cfg: DictConfig) -> str:
-    if cfg.train.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return str(cfg.train.device)
-
-
-def preflight(cfg: DictConfig, args: argparse.Namespace) -> None:
-    """Find out what is wrong before anything is started.
-
-    Raises:
-        UserError: with the thing and the remedy.
-    """
-    train = cfg.train
-    on_gpu = _device(cfg).startswith("cuda")
-    if on_gpu and not torch.cuda.is_available():
-        raise UserError("train.device=cuda, but no GPU is found: set train.device=cpu")
-    if train.amp.enabled and train.amp.dtype not in AMP_DTYPES:
-        raise UserError(f"train.amp.dtype={train.amp.dtype!r}: use {' or '.join(AMP_DTYPES)}")
-    if not on_gpu and args.num_gpus > 1 and torch.cuda.is_available():
-        raise UserError("several processes on the CPU: hide the GPUs with CUDA_VISIBLE_DEVICES=''")
-    if args.num_machines > 1 and args.dist_url == "auto":
-        raise UserError("--num-machines > 1 needs --dist-url tcp://HOST:PORT")
-    if train.seed < 0:
-        raise UserError(f"train.seed={train.seed}: use a number >= 0")
-    if on_gpu and args.num_gpus > torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise UserError(
-            f"--num-gpus {args.num_gpus}, but {found} are found: set --num-gpus {found}"
-        )
-    if args.eval_only:
-        args.weights = _weights_to_evaluate(cfg, args)
-    elif not args.resume and (last := _last_checkpoint(train.output_dir)):
-        raise UserError(
-            f"{train.output_dir} already holds a run ({Path(last).name}): add --resume to continue "
-            "it, or set train.output_dir to a new folder"
-        )
-    if args.machine_rank == 0:
-        names = [cfg.dataloader.test.dataset.names]
-        if not args.eval_only:
-            names.insert(0, cfg.dataloader.train.dataset.names)
-        for name in names:
-            for single in [name] if isinstance(name, str) else name:
-                check_dataset(
-                    single,
-                    num_classes=OmegaConf.select(cfg, "model.roi_heads.num_classes"),
-                    decode=train.check_data,
-                )
-
-
-def _last_checkpoint(output_dir: str) -> str:
-    tag = Path(output_dir) / "last_checkpoint"
-    return str(tag.parent / tag.read_text().strip()) if tag.is_file() else ""
-
-
-def _weights_to_evaluate(cfg: DictConfig, args: argparse.Namespace) -> str:
-    given = any(o.startswith("train.init_checkpoint=") for o in args.overrides)
-    path = cfg.train.init_checkpoint if given else _last_checkpoint(cfg.train.output_dir)
-    if not path:
-        raise UserError(
-            f"--eval-only: {cfg.train.output_dir} holds no checkpoint; train first, or set "
-            "train.init_checkpoint=FILE"
-        )
-    return path
-
-
 def run(cfg: DictConfig, args: argparse.Namespace) -> None:
     """What each process does."""
     register_datasets()
+    use_prepared_data(cfg)
     _set_up_output(cfg, args)
+    if cfg.train.deterministic:
+        _be_deterministic()
     seed_all_rng(cfg.train.seed)
-    model = _build_model(cfg)
+    model = build_model(cfg)
     if args.eval_only:
         Checkpointer(model).load(args.weights)
-        _finish(cfg, model, evaluate(cfg, model), {"checkpoint": args.weights}, trained=False)
+        finish(cfg, model, evaluate(cfg, model), {"checkpoint": args.weights}, trained=False)
     else:
-        train(cfg, args, model)
+        train(cfg, model, resume=args.resume)
 
 
 def _set_up_output(cfg: DictConfig, args: argparse.Namespace) -> None:
     output_dir = Path(cfg.train.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("revdet", "detectron2", "fvcore"):
-        setup_logger(str(output_dir), distributed_rank=comm.get_rank(), name=name)
+    log_to(str(output_dir), comm.get_rank())
     # The trainer logs the traceback of any error; for one that the user can fix, a line is enough.
-    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_not_user_error)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_not_for_the_user)
     if comm.is_main_process() and not args.eval_only:
         (output_dir / "environment.txt").write_text(collect_env_info() + "\n")
         LazyConfig.save(cfg, str(output_dir / "config.yaml"))
         logger.info(f"{args.config} -> {output_dir} (config.yaml, environment.txt, log.txt)")
 
 
-def _is_not_user_error(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+def _is_not_for_the_user(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, UserError | FloatingPointError)
 
 
-def _build_model(cfg: DictConfig) -> torch.nn.Module:
-    try:
-        model = instantiate(cfg.model)
-        backbones.set_memory(model.backbone, cfg.train.memory, cfg.train.stored_blocks)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"the model cannot be built: {type(error).__name__}: {error}") from error
-    trunk = sum(p.numel() for p in model.backbone.parameters())
-    total = sum(p.numel() for p in model.parameters())
-    logger.info(
-        f"model: {total / 1e6:.2f} M parameters, {trunk / 1e6:.2f} M of them in the trunk and "
-        f"pyramid; memory policy {cfg.train.memory}, {cfg.train.stored_blocks} blocks stored"
-    )
-    return model.to(_device(cfg))
+def _be_deterministic() -> None:
+    """The same seed on the same machine gives the same bits; an operation that cannot is an error.
 
-
-def train(cfg: DictConfig, args: argparse.Namespace, model: torch.nn.Module) -> None:
-    """Train from ``train.init_checkpoint`` or the last checkpoint to ``train.max_iter``."""
-    settings = cfg.train
-    cfg.optimizer.params.model = model
-    try:
-        optimizer = instantiate(cfg.optimizer)
-        schedule = instantiate(cfg.lr_multiplier)
-    except (AssertionError, TypeError, ValueError) as error:
-        raise UserError(f"the optimizer cannot be built: {error}") from error
-    loader = instantiate(cfg.dataloader.train)
-    ddp = dict(settings.ddp)
-    if not _device(cfg).startswith("cuda"):
-        ddp["device_ids"] = None
-    trainer = Trainer(
-        create_ddp_model(model, **ddp),
-        loader,
-        optimizer,
-        seed=settings.seed,
-        amp_dtype=AMP_DTYPES[settings.amp.dtype] if settings.amp.enabled else None,
-        clip_grad_norm=settings.clip_grad_norm,
-    )
-    checkpointer = Checkpointer(model, settings.output_dir, trainer=trainer)
-    results: dict[str, Any] = {}
-
-    def evaluate_and_keep() -> dict[str, Any]:
-        results.update(evaluate(cfg, model))
-        return results
-
-    trainer.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(scheduler=schedule)])
-    resuming = args.resume and checkpointer.has_checkpoint()
-    checkpointer.strict = resuming
-    checkpointer.resume_or_load(settings.init_checkpoint, resume=resuming)
-    start_iter = trainer.iter + 1 if resuming else 0
-    if start_iter >= settings.max_iter:
-        logger.info(f"{settings.output_dir} has finished its {start_iter} iterations: evaluating")
-        _finish(cfg, model, evaluate(cfg, model), {"iterations": start_iter}, trained=False)
-        return
-    sampler = getattr(loader, "batch_sampler", None)
-    if isinstance(sampler, ResumableBatchSampler):
-        sampler.start_batch = start_iter
-    elif start_iter:
-        logger.warning("dataloader.train is not revdet's: the order of the data starts over")
-    evaluation = hooks.EvalHook(settings.eval_period, evaluate_and_keep)
-    if comm.is_main_process():
-        metrics = MetricsWriter(Path(settings.output_dir) / "metrics.json", start_iter)
-        progress = CommonMetricPrinter(settings.max_iter)
-        events = TensorboardXWriter(settings.output_dir, purge_step=start_iter)
-
-        def log_before_saving(trainer: Trainer) -> None:
-            if (trainer.iter + 1) % settings.log_period == 0:
-                metrics.write()
-
-        # In this order: what is saved has been logged, and what is evaluated has been saved.
-        trainer.register_hooks(
-            [
-                hooks.CallbackHook(after_step=log_before_saving),
-                hooks.PeriodicCheckpointer(checkpointer, **settings.checkpointer),
-                evaluation,
-                hooks.PeriodicWriter([progress, metrics, events], period=settings.log_period),
-            ]
-        )
-    else:
-        trainer.register_hooks([evaluation])
-    began = time.perf_counter()
-    trainer.train(start_iter, settings.max_iter)
-    seconds = time.perf_counter() - began
-    facts = {
-        "iterations": settings.max_iter,
-        "seconds": round(seconds, 1),  # since the last resume
-        "memory": settings.memory,
-        "stored_blocks": settings.stored_blocks,
-    }
-    if _device(cfg).startswith("cuda"):
-        facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-    _finish(cfg, model, results, facts, trained=True)
-
-
-def evaluate(cfg: DictConfig, model: torch.nn.Module) -> dict[str, Any]:
-    """COCO metrics on the recipe's test set, in COCO points; empty but on the main process."""
-    loader = instantiate(cfg.dataloader.test)
-    metrics = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
-    return metrics or {}
-
-
-def _finish(
-    cfg: DictConfig,
-    model: torch.nn.Module,
-    metrics: dict[str, Any],
-    facts: dict[str, Any],
-    *,
-    trained: bool,
-) -> None:
-    """Write results.json and the pictures, and say where they are.
-
-    What an earlier session wrote about its training is kept where this one has only evaluated.
+    What a GPU needs for it is read when its libraries start, so this comes before they do.
     """
-    if not comm.is_main_process():
-        return
-    settings = cfg.train
-    output_dir = Path(settings.output_dir)
-    results = output_dir / "results.json"
-    if not trained and results.is_file():
-        facts = {**json.loads(results.read_text()).get("run", {}), **facts}
-    content = {**to_json(metrics), "run": facts}
-    partial = output_dir / "results.json.partial"
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, results)
-
-    name = cfg.dataloader.test.dataset.names
-    name = name if isinstance(name, str) else name[0]
-    records = DatasetCatalog.get(name)[: settings.pictures]
-    mapper = instantiate(cfg.dataloader.test.mapper)
-    files = draw_predictions(model, records, mapper, name, output_dir / "pictures")
-    if (output_dir / "metrics.json").exists():
-        draw_curves(output_dir / "metrics.json", output_dir / "curves.png")
-    for task, scores in metrics.items():
-        line = "  ".join(f"{key} {value:.2f}" for key, value in scores.items() if "-" not in key)
-        logger.info(f"{task}: {line}")
-    logger.info(f"{output_dir}: results.json, curves.png and {len(files)} pictures in pictures/")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import logging
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -25,16 +26,45 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Handler(BaseHTTPRequestHandler):
-    requests: list[str]
+    """Serves one file, with faults.
+
+    Attributes:
+        content: of the file.
+        etag: tells its version; None for a server that does not.
+        ranges: whether a part of the file can be had.
+        breaks: after how many bytes the connection breaks, for each of the next requests.
+        requests: path, and first byte asked for, of each request.
+    """
+
+    content: bytes
+    etag: str | None
+    ranges: bool
+    breaks: list[int]
+    requests: list[tuple[str, int]]
 
     def do_GET(self) -> None:
-        self.requests.append(self.path)
-        content = VIT.read_bytes()
-        self.send_response(404 if self.path == "/gone.pyth" else 200)
+        if self.path == "/gone.pyth":
+            self.send_error(404)
+            return
+        start = 0
+        wanted = self.headers.get("Range")
+        if self.ranges and wanted and self.headers.get("If-Range") == self.etag:
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+        self.requests.append((self.path, start))
+        size = len(self.content)
+        if start and start >= size:
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
         if self.path != "/unknown_length.pyth":
-            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Content-Length", str(size - start))
+        if self.etag is not None:
+            self.send_header("ETag", self.etag)
         self.end_headers()
-        self.wfile.write(content[:5000] if self.path == "/broken.pyth" else content)
+        end = start + self.breaks.pop(0) if self.breaks else size
+        self.wfile.write(self.content[start:end])
 
     def log_message(self, *_args: object) -> None:
         pass
@@ -42,7 +72,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    Handler.requests = []
+    Handler.content, Handler.etag, Handler.ranges = VIT.read_bytes(), '"1"', True
+    Handler.breaks, Handler.requests = [], []
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as served:
         threading.Thread(target=served.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{served.server_address[1]}"
@@ -53,23 +84,71 @@ def server() -> Iterator[str]:
 def test_a_file_is_downloaded_once(server: str, cache: Path, name: str) -> None:
     for _ in range(2):
         path = download(f"{server}/{name}")
-    assert path.read_bytes() == VIT.read_bytes() and Handler.requests == [f"/{name}"]
+    assert path.read_bytes() == VIT.read_bytes() and Handler.requests == [(f"/{name}", 0)]
     record = path.with_name(path.name + ".sha256")
     assert record.read_text() == f"{hashlib.sha256(VIT.read_bytes()).hexdigest()}  {path.name}\n"
     assert sorted(cache.iterdir()) == sorted([path, record]), "a partial file is left"
 
 
-@pytest.mark.parametrize(
-    "name, message", (("broken.pyth", "after 5000 of|IncompleteRead"), ("gone.pyth", "Not Found"))
-)
-def test_a_broken_download_leaves_nothing(
-    server: str, cache: Path, name: str, message: str
-) -> None:
-    url = f"{server}/{name}"
-    with pytest.raises(WeightsError, match=message) as caught:
+def test_a_file_that_is_not_there_leaves_nothing(server: str, cache: Path) -> None:
+    with pytest.raises(WeightsError, match="Not Found"):
+        download(f"{server}/gone.pyth")
+    assert not list(cache.iterdir())
+
+
+def test_a_broken_download_goes_on_where_it_was(server: str, cache: Path) -> None:
+    Handler.breaks = [5000, 7000]
+    path = download(f"{server}/model.pyth")
+    assert path.read_bytes() == VIT.read_bytes()
+    assert [start for _, start in Handler.requests] == [0, 5000, 12000]
+    assert len(list(cache.iterdir())) == 2, "a partial file is left"
+
+
+def test_the_next_call_goes_on_too(server: str, cache: Path) -> None:
+    url = f"{server}/model.pyth"
+    Handler.breaks = [5000, 0]
+    with pytest.raises(WeightsError, match=r"kept for the next try") as caught:
         load_weights(tiny(), url)
     assert url in str(caught.value) and str(cached_path(url)) in str(caught.value)
-    assert not list(cache.iterdir())
+    assert "\n" not in str(caught.value)
+    assert not cached_path(url).exists()
+    assert download(url).read_bytes() == VIT.read_bytes()
+    assert [start for _, start in Handler.requests] == [0, 5000, 5000]
+    assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("reason", ("no ranges", "no version", "another version", "another size"))
+def test_a_download_that_cannot_go_on_starts_over(server: str, reason: str) -> None:
+    url = f"{server}/model.pyth"
+    Handler.breaks = [5000, 0]
+    if reason == "no version":
+        Handler.etag = None
+    with pytest.raises(WeightsError):
+        download(url)
+    Handler.requests.clear()
+    if reason == "no ranges":
+        Handler.ranges = False
+    elif reason == "another version":
+        Handler.content, Handler.etag = Handler.content[::-1], '"2"'
+    elif reason == "another size":
+        Handler.content = Handler.content[:4000]
+    assert download(url).read_bytes() == Handler.content
+    assert [start for _, start in Handler.requests][-1] == 0
+
+
+def test_a_server_that_always_breaks_off_is_not_asked_for_ever(server: str) -> None:
+    Handler.breaks, Handler.ranges = [5000] * 9, False
+    with pytest.raises(WeightsError, match=r"after 5000 of|IncompleteRead"):
+        download(f"{server}/model.pyth")
+    assert len(Handler.requests) == 2
+
+
+def test_two_at_once_download_it_once(server: str) -> None:
+    """Every process of a distributed run asks for the same weights at the same time."""
+    with ThreadPoolExecutor() as pool:  # a file lock tells threads apart as it does processes
+        paths = list(pool.map(download, [f"{server}/model.pyth"] * 4))
+    assert paths[0].read_bytes() == VIT.read_bytes() and len(set(paths)) == 1
+    assert len(Handler.requests) == 1
 
 
 def test_without_a_network_the_error_says_where_to_put_the_file(

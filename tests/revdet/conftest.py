@@ -20,7 +20,7 @@ SMALL = [
     "dataloader.train.total_batch_size=2",
     "dataloader.train.num_workers=0",
     "train.log_period=1",
-    "train.pictures=2",
+    "train.pictures=0",
 ]
 
 

@@ -12,7 +12,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from revdet.config import load_config
-from revdet.dataset_checks import check_dataset
 from revdet.errors import UserError
 from tests.revdet.conftest import DEMO
 
@@ -105,16 +104,6 @@ def test_eval_only_without_a_checkpoint(train_net, tmp_path, capsys):
     assert "train.init_checkpoint" in error_of(capsys)
 
 
-def test_a_dataset_root_that_is_not_set(tmp_path):
-    register_coco_instances("nowhere", {}, str(tmp_path / "a.json"), str(tmp_path))
-    try:
-        with pytest.raises(UserError, match="DETECTRON2_DATASETS"):
-            check_dataset("nowhere")
-    finally:
-        DatasetCatalog.remove("nowhere")
-        MetadataCatalog.remove("nowhere")
-
-
 @pytest.fixture
 def broken(datasets_root: Path, tmp_path: Path):
     """A copy of the small dataset to break, registered as ``broken``."""
@@ -127,30 +116,7 @@ def broken(datasets_root: Path, tmp_path: Path):
     MetadataCatalog.remove("broken")
 
 
-def test_a_whole_dataset_passes(broken):
-    check_dataset("broken")
-
-
-def test_an_image_file_that_is_missing(broken):
-    (broken / "train" / "000003.jpg").unlink()
-    with pytest.raises(UserError, match=r"^1 image files.*missing: .*000003\.jpg.*restore"):
-        check_dataset("broken")
-
-
-@pytest.mark.parametrize("kept", [0, 800])
-def test_an_image_that_does_not_decode(broken, kept):
-    image = broken / "train" / "000005.jpg"
-    image.write_bytes(image.read_bytes()[:kept])
-    with pytest.raises(UserError, match=r"do not decode: .*000005\.jpg.*replace"):
-        check_dataset("broken")
-
-
-def test_an_image_that_stops_decoding_during_training(broken, train_net, tmp_path, capsys):
-    image = broken / "train" / "000005.jpg"
-    image.write_bytes(image.read_bytes()[:800])
-    arguments = ["dataloader.train.dataset.names=broken", "train.check_data=false"]
-    assert train_net(tmp_path / "run", "train.max_iter=30", *arguments) == 2
-    assert "000005.jpg" in error_of(capsys)
+BROKEN = [f"dataloader.{split}.dataset.names=broken" for split in ("train", "test")]
 
 
 def edit(root: Path, change) -> None:
@@ -160,23 +126,42 @@ def edit(root: Path, change) -> None:
     path.write_text(json.dumps(content))
 
 
-def test_a_category_id_outside_the_list(broken):
-    edit(broken, lambda content: content["annotations"][0].update(category_id=99))
-    with pytest.raises(UserError, match=r"category id outside its list .*99"):
-        check_dataset("broken")
+def test_a_dataset_root_that_is_not_set(broken, train_net, tmp_path, capsys):
+    (broken / "annotations" / "instances_train.json").unlink()
+    assert train_net(tmp_path / "run", *BROKEN) == 2
+    assert "DETECTRON2_DATASETS" in error_of(capsys)
 
 
-def test_an_annotation_of_an_unlisted_image(broken):
-    edit(broken, lambda content: content["annotations"][0].update(image_id=99999))
-    with pytest.raises(UserError, match=r"does not list.*99999"):
-        check_dataset("broken")
+def test_an_image_that_stops_decoding_during_training(broken, train_net, tmp_path, capsys):
+    image = broken / "train" / "000005.jpg"
+    image.write_bytes(image.read_bytes()[:800])
+    assert train_net(tmp_path / "run", "train.max_iter=30", *BROKEN, "train.check_data=false") == 2
+    assert "000005.jpg" in error_of(capsys)
 
 
-def test_annotations_that_are_no_coco_json(broken):
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("categories", None, "no list 'categories'"),
+        ("categories", [], "no category"),
+        ("categories", [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}], "'id' of its own"),
+        ("categories", [{"id": "1", "name": "cat"}], "number 'id'"),
+        ("images", 5, "no list 'images'"),
+        ("annotations", [5], "no list 'annotations'"),
+        ("annotations", [], "no object to learn"),
+    ],
+)
+def test_annotations_that_mean_nothing(broken, train_net, tmp_path, capsys, key, value, words):
+    edit(broken, lambda content: content.update({key: value}))
+    assert train_net(tmp_path / "run", *BROKEN, "dataset.skip_broken=true") == 2
+    assert words in error_of(capsys)
+
+
+def test_annotations_that_are_no_coco_json(broken, train_net, tmp_path, capsys):
     path = broken / "annotations" / "instances_train.json"
     path.write_text(path.read_text()[:1000])
-    with pytest.raises(UserError, match="not COCO JSON"):
-        check_dataset("broken")
+    assert train_net(tmp_path / "run", *BROKEN) == 2
+    assert "not COCO JSON" in error_of(capsys)
 
 
 def test_a_checkpoint_of_another_architecture(broken, train_net, tmp_path, capsys):
@@ -190,6 +175,5 @@ def test_a_checkpoint_of_another_architecture(broken, train_net, tmp_path, capsy
     assert "another architecture" in error_of(capsys)
     # Other classes are what fine-tuning is for.
     edit(broken, lambda content: content["categories"].append({"id": 40, "name": "comet"}))
-    classes = ["model.roi_heads.num_classes=6", "train.max_iter=1"]
-    classes += [f"dataloader.{split}.dataset.names=broken" for split in ("train", "test")]
+    classes = ["model.roi_heads.num_classes=6", "train.max_iter=1", *BROKEN]
     assert train_net(tmp_path / "classes", weights, *classes) == 0

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import instantiate
 from torch import nn
 
-from revdet.checkpoint import Checkpointer
+import backbones
+from revdet.backbone import find_trunk
+from revdet.checkpoint import Checkpointer, load_initial_weights
+from revdet.config import load_config
 from revdet.errors import UserError
+from tests.revdet.conftest import DEMO
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -87,3 +96,95 @@ def test_missing_and_unknown_weights(tmp_path):
     foreign.strict = False
     with pytest.raises(UserError, match="another architecture"):
         foreign.load(path)
+
+
+def test_a_file_of_averaged_weights_is_not_resumed_without_them(tmp_path):
+    averaged, trained = nn.Linear(3, 2), nn.Linear(3, 2)
+    Checkpointer(averaged, str(tmp_path), training_model=trained).save("one")
+    path = str(tmp_path / "one.pth")
+    model, training_model = nn.Linear(3, 2), nn.Linear(3, 2)
+    # To evaluate and to predict, nothing needs to be known of the average.
+    Checkpointer(model).load(path)
+    assert same(model, averaged)
+    Checkpointer(model, training_model=training_model).load(path)
+    assert same(model, averaged) and same(training_model, trained)
+    with pytest.raises(UserError, match=r"with averaged weights.*train\.ema_decay"):
+        Checkpointer(model, trainer=nn.Identity()).load(path)
+    Checkpointer(model, str(tmp_path), trainer=nn.Identity()).save("two")
+    with pytest.raises(UserError, match=r"without averaged weights.*train\.ema_decay"):
+        Checkpointer(model, training_model=training_model).load(str(tmp_path / "two.pth"))
+
+
+def test_weights_alone_are_not_what_a_run_resumes_from(tmp_path):
+    checkpointer = Checkpointer(nn.Linear(3, 2), str(tmp_path), trainer=nn.Linear(1, 1))
+    checkpointer.save("model_0000009")
+    checkpointer.save_weights("model_best", iteration=10)
+    assert Path(checkpointer.get_checkpoint_file()).name == "model_0000009.pth"
+    best = torch.load(tmp_path / "model_best.pth", weights_only=True)
+    assert best.keys() == {"model", "iteration"}
+
+
+# The trunks of tests/golden, whose images have 32 or 64 pixels, in the demo's detectors.
+TRUNKS = {
+    "rev_vit_tiny.pyth": dict(embed_dim=32, depth=3, num_heads=2),
+    "rev_vit_tiny_mmpretrain.pth": dict(embed_dim=32, depth=3, num_heads=2),
+    "rev_mvit_image_tiny.pyth": dict(embed_dim=10, depth=6),
+    "rev_mvit_video_tiny.pyth": dict(
+        name="rev_mvit_base_16x4", embed_dim=10, depth=5, num_frames=4
+    ),
+}
+
+
+@pytest.mark.parametrize("file", TRUNKS)
+def test_a_detector_starts_from_every_golden_trunk(file, caplog):
+    recipe = DEMO.replace("rev_vit", "rev_mvit") if "mvit" in file else DEMO
+    section = "model.backbone.bottom_up" if "mvit" in file else "model.backbone.net"
+    overrides = [f"{section}.model.{key}={value}" for key, value in TRUNKS[file].items()]
+    cfg = load_config(recipe, [*overrides, f"train.init_checkpoint={GOLDEN / file}"])
+    model = instantiate(cfg.model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with caplog.at_level(logging.INFO, logger="revdet"):
+        load_initial_weights(model, cfg.train.init_checkpoint)
+
+    prefix, trunk = find_trunk(model)
+    arguments = {**trunk.config["arguments"], "num_classes": 5}
+    arguments["img_size"] = 64 if "mvit" in file else 32
+    original = backbones.create_model(trunk.config["name"], **arguments)
+    backbones.load_weights(original, GOLDEN / file)
+    theirs = original.state_dict()
+    resized = []
+    for name, value in trunk.state_dict().items():
+        if value.shape == theirs[name].shape:
+            assert torch.equal(value, theirs[name]), name
+        else:
+            resized.append(name)
+            assert not torch.equal(value, before[prefix + name])
+    assert len(resized) == 1 and resized[0].startswith("pos_embed.")
+    assert f": {len(trunk.state_dict())} tensors loaded" in caplog.text
+    assert f"resized {resized[0]}: from" in caplog.text
+    rest = {name for name in before if not name.startswith(prefix)}
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in rest)
+
+
+def test_initial_weights_that_do_not_fit(tmp_path):
+    model = instantiate(load_config(DEMO).model)
+    with pytest.raises(UserError, match=r"train\.init_checkpoint: .*rev_vit_tiny.*does not fit"):
+        load_initial_weights(model, str(GOLDEN / "rev_vit_tiny.pyth"))
+    with pytest.raises(UserError, match=r"nothing\.pth does not exist"):
+        load_initial_weights(model, "nothing.pth")
+    cut = tmp_path / "cut.pyth"
+    cut.write_bytes((GOLDEN / "rev_vit_tiny.pyth").read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"cut\.pyth is no checkpoint, or a damaged one"):
+        load_initial_weights(model, str(cut))
+    with pytest.raises(UserError, match=r"cannot download .*put it at"):
+        load_initial_weights(model, "file:///no/such/REV_VIT_B.pyth")
+
+
+def test_initial_weights_of_a_detector(tmp_path):
+    overrides = ["model.backbone.net.model.depth=1"]
+    saved = instantiate(load_config(DEMO, overrides).model)
+    Checkpointer(saved, str(tmp_path)).save("detector")
+    loaded = instantiate(load_config(DEMO, [*overrides, "model.roi_heads.num_classes=9"]).model)
+    load_initial_weights(loaded, str(tmp_path / "detector.pth"))
+    assert same(saved.backbone, loaded.backbone)
+    assert same(saved.roi_heads.box_head, loaded.roi_heads.box_head)

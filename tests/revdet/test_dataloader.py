@@ -15,7 +15,7 @@ GROUPS = [0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0]
 
 def batches(count: int, start: int = 0, **kwargs) -> list[list[tuple[int, int]]]:
     sampler = ResumableBatchSampler(GROUPS, batch_size=3, **kwargs)
-    sampler.start_batch = start
+    sampler.start_step = start
     return list(islice(sampler, count))
 
 

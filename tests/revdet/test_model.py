@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import torch
-from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
@@ -18,11 +16,8 @@ from pycocotools.cocoeval import COCOeval
 
 import backbones
 from revdet.backbone import TrunkBackbone
-from revdet.config import load_config
 from revdet.datasets import register_datasets
 from revdet.evaluation import FasterCOCOEvaluator
-
-RECIPES = [str(p) for p in Path("configs/detection").glob("*/*.py") if p.parent.name != "common"]
 
 
 def test_backbone_describes_what_it_returns():
@@ -38,15 +33,32 @@ def test_backbone_describes_what_it_returns():
         TrunkBackbone(trunk, out_features=["scale4"])
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes_build(recipe):
-    cfg = load_config(recipe, ["model.backbone.net.model.depth=1"])
-    model = instantiate(cfg.model)
-    assert any(isinstance(m, backbones.ReversibleSequence) for m in model.modules())
-    cfg.optimizer.params.model = model
-    instantiate(cfg.optimizer)
-    instantiate(cfg.lr_multiplier)
-    backbones.set_memory(model, cfg.train.memory, cfg.train.stored_blocks)
+def test_maps_of_several_stages_are_normalised():
+    trunk = backbones.create_model(
+        "rev_mvit_base", img_size=64, embed_dim=8, depth=4, transitions=(1, 2, 3), num_classes=0
+    )
+    backbone = TrunkBackbone(trunk, out_features=["scale3", "scale4", "scale5"])
+    maps = backbone(torch.randn(2, 3, 64, 96))
+    shapes = backbone.output_shape()
+    assert list(maps) == list(shapes) == ["scale3", "scale4", "scale5"]
+    for name, value in maps.items():
+        stride = 2 ** int(name[-1])
+        assert value.shape == (2, shapes[name].channels, 64 // stride, 96 // stride)
+        # Up to the bias of 0.02 that the trunk's own norm starts with.
+        assert value.mean(dim=1).abs().max() < 0.03
+        assert (value.std(dim=1) - 1).abs().max() < 0.1
+    maps["scale3"].sum().backward()
+    assert backbone.norms["scale3"].weight.grad is not None
+
+
+def test_a_trunk_for_clips_sees_an_image_as_one_frame():
+    trunk = backbones.create_model(
+        "mvit_base_16x4", img_size=32, embed_dim=8, depth=3, transitions=(1, 2), num_classes=0
+    )
+    image = torch.randn(2, 3, 40, 64)
+    maps = TrunkBackbone(trunk)(image)
+    assert [tuple(m.shape[-2:]) for m in maps.values()] == [(10, 16), (5, 8), (3, 4)]
+    assert torch.equal(maps["scale4"], trunk.feature_maps(image[:, :, None])[2][:, :, 0])
 
 
 def predictions(record: dict, rng: np.random.Generator, noise: float) -> Instances:

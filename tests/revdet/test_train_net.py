@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import backbones
 from revdet.trainer import read_metrics
@@ -39,7 +40,7 @@ def test_a_run_leaves_results_pictures_and_a_checkpoint_that_evaluates_the_same(
     train_net, tmp_path
 ):
     output = tmp_path / "run"
-    assert train_net(output, "train.max_iter=3") == 0
+    assert train_net(output, "train.max_iter=3", "train.pictures=2") == 0
     results = json.loads((output / "results.json").read_text())
     for task in ("bbox", "segm"):
         assert {"AP", "AP50", "AP75", "APs", "APm", "APl"} <= results[task].keys()
@@ -97,9 +98,12 @@ def test_autocast_trains(train_net, tmp_path, dtype):
     arguments = ["train.amp.enabled=true", f"train.amp.dtype={dtype}", "train.max_iter=2"]
     assert train_net(tmp_path / "half", *arguments) == 0
     assert train_net(tmp_path / "fp32", "train.max_iter=2") == 0
-    half, full = losses(tmp_path / "half"), losses(tmp_path / "fp32")
-    assert half != full
-    assert half == pytest.approx(full, rel=0.05)
+    assert losses(tmp_path / "half") != losses(tmp_path / "fp32")
+    # Of the very same anchors; proposals differ, where two scores are nearly alike.
+    half, full = (
+        read_metrics(tmp_path / run / "metrics.json")[0]["loss_rpn_cls"] for run in ("half", "fp32")
+    )
+    assert half == pytest.approx(full, rel=0.01)
 
 
 def cpu_only() -> dict[str, str]:
@@ -124,8 +128,10 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(datasets_root, tmp_path
         "train.max_iter=16",
         "train.checkpointer.period=2",
         "dataloader.train.num_workers=1",
+        "train.accumulate=2",
+        "train.ema_decay=0.9",
+        "model.backbone.net.model.drop_path_rate=0.2",
     ]
-    arguments.append("model.backbone.net.model.drop_path_rate=0.2")
     subprocess.run(command(tmp_path / "whole", *arguments), check=True, capture_output=True)
 
     killed = tmp_path / "killed"
@@ -149,18 +155,27 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(datasets_root, tmp_path
     whole, resumed = losses(tmp_path / "whole"), losses(killed)
     assert sorted(resumed) == list(range(16))
     assert resumed == pytest.approx(whole, rel=1e-4)
+    ends = [torch.load(run / "model_final.pth") for run in (tmp_path / "whole", killed)]
+    for kind in ("model", "training_model"):
+        for name, value in ends[0][kind].items():
+            torch.testing.assert_close(ends[1][kind][name], value, rtol=1e-3, atol=1e-5)
 
 
-def test_two_processes_train_on_the_cpu(datasets_root, tmp_path):
-    arguments = ["--num-gpus", "2", "train.max_iter=2", "train.device=cpu"]
-    subprocess.run(
-        command(tmp_path, *arguments),
-        check=True,
-        capture_output=True,
-        timeout=240,
-        env=cpu_only(),
-    )
-    assert "bbox" in json.loads((tmp_path / "results.json").read_text())
+def test_two_processes_train_alike_however_they_are_started(datasets_root, tmp_path):
+    arguments = ["train.max_iter=2", "train.device=cpu", "dataloader.train.total_batch_size=4"]
+    arguments.append("train.accumulate=2")
+    spawned = command(tmp_path / "spawned", "--num-gpus", "2", *arguments)
+    launched = command(tmp_path / "launched", *arguments)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launched[1:1] = torchrun
+    for line in (spawned, launched):
+        subprocess.run(line, check=True, capture_output=True, timeout=400, env=cpu_only())
+    results = json.loads((tmp_path / "spawned" / "results.json").read_text())
+    assert "bbox" in results and results["run"]["iterations"] == 2
+    assert losses(tmp_path / "launched") == losses(tmp_path / "spawned")
+    log = (tmp_path / "launched" / "log.txt").read_text()
+    assert "2 × 2 × 1" in log
+    assert (tmp_path / "launched" / "log.txt.rank1").exists()
 
 
 def test_an_error_in_a_spawned_process_is_one_line_too(datasets_root, tmp_path):
@@ -171,3 +186,92 @@ def test_an_error_in_a_spawned_process_is_one_line_too(datasets_root, tmp_path):
     assert run.returncode == 2
     assert [line for line in run.stderr.splitlines() if line.startswith("error: ")]
     assert "revresible" in run.stderr
+
+
+def test_averaged_weights_are_what_is_evaluated(train_net, tmp_path):
+    arguments = ["train.max_iter=3", "train.ema_decay=0.9", "optimizer.lr=0.01"]
+    assert train_net(tmp_path, *arguments) == 0
+    end = torch.load(tmp_path / "model_final.pth")
+    name = "roi_heads.box_predictor.cls_score.bias"
+    assert not torch.equal(end["model"][name], end["training_model"][name])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert train_net(tmp_path, "--eval-only") == 0
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert (again["bbox"], again["segm"]) == (results["bbox"], results["segm"])
+
+
+def test_the_best_weights_are_kept_also_when_a_run_resumes(train_net, tmp_path, monkeypatch):
+    scores = iter([20.0, 30.0, float("nan"), 25.0, 30.0, 31.0])
+    monkeypatch.setattr("revdet.engine.evaluate", lambda *_: {"bbox": {"AP": next(scores)}})
+    monkeypatch.setattr("revdet.engine.draw_predictions", lambda *_: [])
+    arguments = ["train.eval_period=1", "train.checkpointer.period=1"]
+
+    def best() -> tuple[int, float]:
+        content = torch.load(tmp_path / "model_best.pth")
+        run = json.loads((tmp_path / "results.json").read_text())["run"]
+        assert run["best"] == {"iteration": content["iteration"], "bbox/AP": content["bbox/AP"]}
+        at = torch.load(tmp_path / f"model_{content['iteration'] - 1:07d}.pth")["model"]
+        assert all(torch.equal(at[name], value) for name, value in content["model"].items())
+        return content["iteration"], content["bbox/AP"]
+
+    keep = "train.checkpointer.max_to_keep=9"
+    assert train_net(tmp_path, "train.max_iter=4", keep, *arguments) == 0
+    assert best() == (2, 30.0)
+    assert train_net(tmp_path, "train.max_iter=5", keep, "--resume", *arguments) == 0
+    assert best() == (2, 30.0)
+    assert train_net(tmp_path, "train.max_iter=6", keep, "--resume", *arguments) == 0
+    assert best() == (6, 31.0)
+
+
+def test_a_memory_budget_chooses_the_policy(train_net, tmp_path, capsys):
+    arguments = ["train.memory_budget=1GB", "train.max_iter=1", "train.accumulate=2"]
+    assert train_net(tmp_path / "fits", *arguments) == 0
+    run = json.loads((tmp_path / "fits" / "results.json").read_text())["run"]
+    assert (run["memory"], run["stored_blocks"]) == ("reversible", 2)
+    log = (tmp_path / "fits" / "log.txt").read_text()
+    assert re.search(r"a training step on 1 x 3 x \d+ x \d+\n", log) and "not counted" in log
+    assert train_net(tmp_path / "small", "train.memory_budget=3MB", "train.max_iter=1") == 2
+    assert "train.memory_budget=3MB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("train.accumulate=0", ["train.accumulate=0", ">= 1"]),
+        ("train.accumulate=3", ["total_batch_size=2", "3: 1 processes × train.accumulate=3"]),
+        ("train.ema_decay=1", ["train.ema_decay=1", "0.9999"]),
+        ("train.memory_budget=much", ["'much'", "8GiB"]),
+        ("train.memory_budget=1GB train.stored_blocks=1", ["train.stored_blocks", "one of"]),
+        ("optimizer.params.layer_decay=2", ["layer_decay", "(0, 1], got 2"]),
+        ("optimizer.lr=1e30", ["NaN", "Lower optimizer.lr"]),
+    ],
+)
+def test_settings_that_cannot_be(train_net, tmp_path, capsys, argument, words):
+    arguments = ["train.check_data=false", "train.max_iter=9", *argument.split()]
+    assert train_net(tmp_path, *arguments) == 2
+    (message,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert all(word in message for word in words), message
+
+
+def test_a_deterministic_run(train_net, tmp_path):
+    try:
+        for run in ("one", "other"):
+            arguments = ["train.deterministic=true", "train.max_iter=2"]
+            assert train_net(tmp_path / run, *arguments) == 0
+            assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    one, other = (torch.load(tmp_path / run / "model_final.pth") for run in ("one", "other"))
+    assert all(torch.equal(one["model"][name], value) for name, value in other["model"].items())
+
+
+def test_a_trunk_is_initialised_by_one_line(train_net, tmp_path):
+    golden = Path(__file__).parents[1] / "golden" / "rev_vit_tiny.pyth"
+    trunk = ["embed_dim=32", "depth=3", "num_heads=2"]
+    arguments = [f"model.backbone.net.model.{argument}" for argument in trunk]
+    assert (
+        train_net(tmp_path, *arguments, f"train.init_checkpoint={golden}", "train.max_iter=1") == 0
+    )
+    log = (tmp_path / "log.txt").read_text()
+    assert "rev_vit_tiny.pyth (PySlowFast): 41 tensors loaded" in log
+    assert "resized pos_embed.weight: from 4×4 to 18×18" in log

@@ -33,6 +33,7 @@ dataloader = dict(
         total_batch_size=64,
         num_workers=4,
         seed="${train.seed}",
+        accumulate="${train.accumulate}",
     ),
     test=L(build_detection_test_loader)(
         dataset=L(get_detection_dataset_dicts)(names="coco_2017_val", filter_empty=False),

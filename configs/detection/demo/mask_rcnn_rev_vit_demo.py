@@ -3,6 +3,8 @@
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
 
+from revdet.priors import PriorOutputLayers, PriorRPNHead
+
 from ..common.coco_loader import dataloader
 from ..common.mask_rcnn import model
 from ..common.optim import lr_multiplier, optimizer
@@ -12,7 +14,7 @@ width = 64  # channels of the pyramid and the heads
 
 trunk = model.backbone.net.model
 trunk.update(name="rev_vit_tiny", img_size=144, patch_size=8, embed_dim=96, depth=4)
-trunk.update(num_heads=3, drop_path_rate=0.0)
+trunk.update(num_heads=3)
 
 # Tokens have stride 8; the pyramid has strides 8 and 16.
 model.backbone.in_feature = "scale3"
@@ -21,7 +23,7 @@ model.backbone.top_block = None
 
 rpn = model.proposal_generator
 rpn.in_features = ["p3", "p4"]
-rpn.head.update(in_channels=width, conv_dims=[-1])
+rpn.head.update(_target_=PriorRPNHead, in_channels=width, conv_dims=[-1])
 rpn.anchor_generator.update(sizes=[[32], [80]], strides=[8, 16])
 rpn.update(pre_nms_topk=(200, 100), post_nms_topk=(100, 50))
 
@@ -32,6 +34,7 @@ for pooler in (heads.box_pooler, heads.mask_pooler):
     pooler.update(scales=[1 / 8], sampling_ratio=2)
 heads.box_head.input_shape.channels = heads.mask_head.input_shape.channels = width
 heads.box_head.update(conv_dims=[], fc_dims=[128])
+heads.box_predictor._target_ = PriorOutputLayers
 heads.box_predictor.input_shape.channels = 128
 heads.mask_head.conv_dims = [width, width, width]
 heads.mask_pooler.output_size = heads.mask_head.input_shape.height = 7  # 14 x 14 masks

@@ -1,0 +1,64 @@
+"""The processes of a run: one, several that this command starts, or several of torchrun's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import launch as spawn
+from detectron2.engine.launch import DEFAULT_TIMEOUT
+from detectron2.utils import comm
+
+# What torchrun tells each process that it starts.
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun has started this process."""
+    return all(name in os.environ for name in _TORCHRUN)
+
+
+def is_first_on_machine() -> bool:
+    """Whether this process does what is done once on each machine, before it joins the others."""
+    return not under_torchrun() or os.environ["LOCAL_RANK"] == "0"
+
+
+def rank_of_this_process(machine_rank: int) -> int:
+    """torchrun's rank of this process, or else the machine's, before processes are started."""
+    return int(os.environ["RANK"]) if under_torchrun() else machine_rank
+
+
+def launch(
+    function: Callable[..., None],
+    args: tuple[Any, ...],
+    *,
+    num_gpus: int,
+    num_machines: int,
+    machine_rank: int,
+    dist_url: str,
+    on_gpu: bool,
+) -> None:
+    """Call ``function(*args)`` in every process of the job, in one process group.
+
+    Under torchrun this process is one of them already, and the counts are torchrun's. Otherwise
+    ``num_gpus`` processes are started on this machine; arguments as for Detectron2's ``launch``.
+    """
+    if not under_torchrun():
+        spawn(_call, num_gpus, num_machines, machine_rank, dist_url, args=(function, *args))
+        return
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
+        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+        comm.synchronize()
+    _call(function, *args)
+
+
+def _call(function: Callable[..., None], *args: Any) -> None:
+    function(*args)
+    if dist.is_initialized():
+        dist.destroy_process_group()

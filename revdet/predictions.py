@@ -1,0 +1,73 @@
+"""What is found in pictures and videos, as COCO-format JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
+
+
+@dataclass
+class Predictions:
+    """Collects what is found and writes ``predictions.json`` and ``results.json``.
+
+    Args:
+        folder: where they are written, and drawings beside them.
+        categories: the dataset's ``id`` and ``name`` of each class, in the model's order.
+
+    Attributes:
+        objects: COCO results, a dictionary for each object that was found.
+        pictures, videos: what is known about each input that could be read.
+        unreadable: the reason, for each other input. A video may be in both: it broke off.
+    """
+
+    folder: Path
+    categories: list[dict[str, Any]]
+    objects: list[dict[str, Any]] = field(default_factory=list)
+    pictures: list[dict[str, Any]] = field(default_factory=list)
+    videos: list[dict[str, Any]] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    _drawings: set[Path] = field(default_factory=set)
+
+    def add(self, image_id: int, instances: Instances, **where: Any) -> None:
+        """Add what was found in one picture or frame.
+
+        Args:
+            image_id: a number of its own.
+            instances: Detectron2's predictions, on the CPU.
+            where: more keys for each object, such as ``file_name``.
+        """
+        for found in instances_to_coco_json(instances, image_id):
+            found["category_id"] = self.categories[found["category_id"]]["id"]
+            self.objects.append({**where, **found})
+
+    def drawing(self, kind: str, path: Path, suffix: str) -> Path:
+        """The file for a drawing of ``path``; inputs of one name in two folders get two."""
+        folder = self.folder / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        file, number = folder / f"{path.stem}{suffix}", 2
+        while file in self._drawings:
+            file, number = folder / f"{path.stem}_{number}{suffix}", number + 1
+        self._drawings.add(file)
+        return file
+
+    def write(self, **facts: Any) -> None:
+        """Write both files, each whole or not at all; ``facts`` about the run go into results."""
+        self.objects.sort(key=lambda found: found["image_id"])
+        self.pictures.sort(key=lambda picture: picture["image_id"])
+        results = {
+            "pictures": self.pictures,
+            "videos": self.videos,
+            "unreadable": self.unreadable,
+            "categories": self.categories,
+            "run": facts,
+        }
+        for name, content in (("predictions", self.objects), ("results", results)):
+            partial = self.folder / f"{name}.json.partial"
+            partial.write_text(json.dumps(content, indent=2 if name == "results" else None) + "\n")
+            os.replace(partial, self.folder / f"{name}.json")

@@ -1,0 +1,105 @@
+"""What is wrong with a run, found out before anything is started."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig
+
+from backbones.fit import parse_budget
+from revdet.build import device_of
+from revdet.checkpoint import fetch_weights
+from revdet.dataset_checks import check_datasets
+from revdet.errors import UserError
+from revdet.launch import is_first_on_machine, rank_of_this_process, under_torchrun
+from revdet.trainer import AMP_DTYPES
+
+
+def preflight(cfg: DictConfig, args: argparse.Namespace) -> None:
+    """Check the settings; then, in one process of each machine, have the weights and the data.
+
+    Raises:
+        UserError: with the thing and the remedy.
+    """
+    _check_settings(cfg)
+    _check_processes(cfg, args)
+    train = cfg.train
+    if args.eval_only:
+        args.weights = _weights_to_evaluate(cfg, args)
+    elif not args.resume and (last := _last_checkpoint(train.output_dir)):
+        raise UserError(
+            f"{train.output_dir} already holds a run ({Path(last).name}): add --resume to continue "
+            "it, or set train.output_dir to a new folder"
+        )
+    if is_first_on_machine():
+        log_to(train.output_dir, rank_of_this_process(args.machine_rank))
+        if train.init_checkpoint and not (args.eval_only or _last_checkpoint(train.output_dir)):
+            fetch_weights(train.init_checkpoint)
+        check_datasets(cfg, evaluation_only=args.eval_only)
+
+
+def log_to(output_dir: str, rank: int) -> None:
+    """Log to ``log.txt`` there and, from the first process, to the terminal."""
+    for name in ("revdet", "detectron2", "fvcore"):
+        setup_logger(output_dir, distributed_rank=rank, name=name)
+
+
+def _check_settings(cfg: DictConfig) -> None:
+    train = cfg.train
+    if device_of(cfg).startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("train.device=cuda, but no GPU is found: set train.device=cpu")
+    if train.amp.enabled and train.amp.dtype not in AMP_DTYPES:
+        raise UserError(f"train.amp.dtype={train.amp.dtype!r}: use {' or '.join(AMP_DTYPES)}")
+    if train.seed < 0:
+        raise UserError(f"train.seed={train.seed}: use a number >= 0")
+    if train.accumulate < 1:
+        raise UserError(f"train.accumulate={train.accumulate}: use a number >= 1")
+    if not 0 <= train.ema_decay < 1:
+        raise UserError(
+            f"train.ema_decay={train.ema_decay}: use one below 1, such as 0.9999, or 0 for none"
+        )
+    if train.memory_budget and train.stored_blocks:
+        raise UserError(
+            f"train.memory_budget={train.memory_budget} chooses train.stored_blocks itself: set "
+            "one of the two"
+        )
+    if train.memory_budget and train.memory_budget != "auto":
+        try:
+            parse_budget(train.memory_budget)
+        except ValueError as error:
+            raise UserError(f"train.memory_budget: {error}") from error
+
+
+def _check_processes(cfg: DictConfig, args: argparse.Namespace) -> None:
+    if under_torchrun():
+        if args.num_gpus != 1 or args.num_machines != 1:
+            raise UserError("torchrun starts the processes: leave out --num-gpus, --num-machines")
+        return
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise UserError("--num-machines > 1 needs --dist-url tcp://HOST:PORT")
+    if args.num_gpus > 1 and not device_of(cfg).startswith("cuda") and torch.cuda.is_available():
+        raise UserError("several processes on the CPU: hide the GPUs with CUDA_VISIBLE_DEVICES=''")
+    found = torch.cuda.device_count()
+    if device_of(cfg).startswith("cuda") and args.num_gpus > found:
+        raise UserError(
+            f"--num-gpus {args.num_gpus}, but {found} are found: set --num-gpus {found}"
+        )
+
+
+def _last_checkpoint(output_dir: str) -> str:
+    tag = Path(output_dir) / "last_checkpoint"
+    return str(tag.parent / tag.read_text().strip()) if tag.is_file() else ""
+
+
+def _weights_to_evaluate(cfg: DictConfig, args: argparse.Namespace) -> str:
+    given = any(o.startswith("train.init_checkpoint=") for o in args.overrides)
+    path = cfg.train.init_checkpoint if given else _last_checkpoint(cfg.train.output_dir)
+    if not path:
+        raise UserError(
+            f"--eval-only: {cfg.train.output_dir} holds no checkpoint; train first, or set "
+            "train.init_checkpoint=FILE"
+        )
+    return path

@@ -1,0 +1,1 @@
+"""Video classification on reversible trunks: data, training and prediction for Kinetics."""

@@ -1,0 +1,45 @@
+"""Mixup (Zhang et al., arXiv 1710.09412) and cutmix (Yun et al., arXiv 1905.04899) for clips."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from revvideo.config import AugmentConfig
+
+
+class Mixing:
+    """torchvision's ``MixUp`` and ``CutMix`` on batches of clips; with both, each batch draws one.
+
+    Told that its input is a video, torchvision takes five dimensions; the box of cutmix lies in the
+    last two, so it is the same in every frame. Each clip is mixed with its neighbour in the batch,
+    so clips of one video must not be neighbours.
+
+    Args:
+        augment: that section of the config.
+        num_classes: of the data.
+    """
+
+    def __init__(self, augment: AugmentConfig, num_classes: int) -> None:
+        self.num_classes = num_classes
+        ways = []
+        if augment.mixup:
+            ways.append(v2.MixUp(alpha=augment.mixup, num_classes=num_classes))
+        if augment.cutmix:
+            ways.append(v2.CutMix(alpha=augment.cutmix, num_classes=num_classes))
+        self._mix = v2.RandomChoice(ways) if ways else None
+
+    def __call__(self, video: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 3, T, H, W), (N,) int -> the same mixed, (N, num_classes) that sum to 1.
+
+        Draws from torch's RNG of the CPU.
+        """
+        if self._mix is None:
+            return video, F.one_hot(label, self.num_classes).to(video.dtype)
+        mixed, target = self._mix(tv_tensors.Video(video), label)
+        return cast(Tensor, mixed.as_subclass(torch.Tensor)), target

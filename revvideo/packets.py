@@ -1,0 +1,190 @@
+"""The video stream of a file, and where its frames are, found out without decoding."""
+
+from __future__ import annotations
+
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import av
+
+from revvideo.errors import NotMediaError, VideoError
+
+# Of these one packet is one frame, and every frame carries the timestamp of its packet.
+_ONE_FRAME_PER_PACKET = frozenset({"h264", "hevc", "vp9", "av1"})
+_KEEP_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class PacketIndex:
+    """The packets of a video stream.
+
+    Attributes:
+        packets: the presentation timestamp (pts) of each, in the order in which they are stored.
+        places: of each pts in ``packets``.
+        keyframes: the places of packets from which decoding can start, ascending.
+        shown: the pts of the frames that a player shows, ascending.
+        numbers: of each pts in ``shown``: its place there.
+        reliable: whether a frame can be found by its pts. If not, the lists above mean nothing.
+        data: the packets themselves, so that a small file is read once; empty for a large file.
+        truncated: why the file is taken to be cut off; "" if it is whole.
+    """
+
+    packets: Sequence[int]
+    places: dict[int, int]
+    keyframes: Sequence[int]
+    shown: Sequence[int]
+    numbers: dict[int, int]
+    reliable: bool
+    data: Sequence[Any]
+    truncated: str
+
+    def keyframe_before(self, place: int) -> int:
+        """The place of the keyframe from which to decode the frame at ``place``.
+
+        A frame stored after a keyframe but shown before it may refer to frames before the keyframe.
+        """
+        for keyframe in reversed(self.keyframes[: bisect_right(self.keyframes, place)]):
+            if self.packets[keyframe] <= self.packets[place]:
+                return keyframe
+        raise AssertionError("a reliable index starts with a keyframe that is shown first")
+
+
+def open_video(path: str | os.PathLike[str]) -> tuple[Any, Any]:
+    """Open a file with PyAV. Returns the container and its video stream; others are not read.
+
+    Raises:
+        VideoError: the file is missing or empty, or is no video.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise VideoError("file is missing")
+    if not path.is_file():
+        raise VideoError("is not a file")
+    if not path.stat().st_size:
+        raise VideoError("file is empty")
+    try:
+        # "file:" keeps a colon in a name from being taken for a protocol.
+        container = av.open(f"file:{path.absolute()}", metadata_errors="ignore")
+    except (av.error.FFmpegError, OSError) as error:
+        raise _why_not_open(path, error) from error
+    try:
+        stream = _choose_stream(container)
+    except VideoError:
+        container.close()
+        raise
+    for other in container.streams:
+        if other is not stream:
+            other.discard = av.stream.Discard.all
+    return container, stream
+
+
+def _why_not_open(path: Path, error: Exception) -> VideoError:
+    reason = getattr(error, "strerror", None) or str(error)
+    if not isinstance(error, av.error.InvalidDataError):
+        return VideoError(f"does not open ({reason})")
+    with path.open("rb") as file:
+        if file.read(12)[4:8] == b"ftyp":
+            return VideoError("is cut off: the index that mp4 and mov files end with is missing")
+    return NotMediaError(f"is not a video ({reason})")
+
+
+def _choose_stream(container: Any) -> Any:
+    # FFmpeg takes images and texts for videos, too: image2, png_pipe, jpeg_pipe, tty.
+    if container.format.name in ("image2", "tty") or container.format.name.endswith("_pipe"):
+        raise NotMediaError(f"is not a video (opens as {container.format.name})")
+    for stream in container.streams.video:
+        # The cover picture of a song is a video stream, too.
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            if stream.codec_context is None:
+                raise VideoError("has a video stream of an unknown codec")
+            return stream
+    if container.streams.audio:
+        raise VideoError("has no video stream, only sound")
+    raise NotMediaError("has no video stream")
+
+
+def read_index(container: Any, stream: Any) -> PacketIndex:
+    """Read all packets of ``stream``, which has to be at its start."""
+    packets: list[int] = []
+    dts: list[int] = []
+    keyframes: list[int] = []
+    shown: list[int] = []
+    data: list[Any] = []
+    size = end = 0
+    codec = stream.codec_context
+    reliable = codec.codec.canonical_name in _ONE_FRAME_PER_PACKET
+    broken = False
+    try:
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            if packet.is_corrupt:  # usually the last one of a file that was cut off
+                broken = True
+                continue
+            reliable = reliable and packet.pts is not None and not broken
+            if packet.is_keyframe:
+                keyframes.append(len(packets))
+            if packet.dts is not None:
+                dts.append(packet.dts)
+            if not packet.is_discard:  # what an edit list hides is decoded, but not shown
+                shown.append(packet.pts)
+            packets.append(packet.pts)
+            size += packet.size
+            if size <= _KEEP_BYTES:
+                data.append(packet)
+            end = max(end, (packet.pts or 0) + (packet.duration or 0))
+    except av.error.FFmpegError:
+        broken = True
+    places = {pts: place for place, pts in enumerate(packets)}
+    reliable = (
+        reliable
+        and len(places) == len(packets) > 0
+        and all(earlier < later for earlier, later in pairwise(dts))
+        and keyframes[:1] == [0]
+        and packets[0] == min(packets)
+        # Frames are reordered, but their times are not: these are made up, as in avi.
+        and not (codec.has_b_frames and len(packets) > 1 and packets == sorted(packets))
+    )
+    if reliable:
+        shown.sort()
+    return PacketIndex(
+        packets=packets,
+        places=places,
+        keyframes=keyframes,
+        shown=shown,
+        numbers={pts: number for number, pts in enumerate(shown)},
+        reliable=reliable,
+        data=data if size <= _KEEP_BYTES else [],
+        truncated=_what_is_missing(container, stream, len(packets), broken, end),
+    )
+
+
+def _what_is_missing(container: Any, stream: Any, packets: int, broken: bool, end: int) -> str:
+    promised = len(stream.index_entries)  # in mp4, mov and avi: all packets, after edit lists
+    if promised > packets:
+        return f"is cut off after {packets} of {promised} frames"
+    if broken:
+        return f"is cut off or damaged after {packets} frames"
+    seconds = float(end * stream.time_base)
+    duration = _promised_duration(container, stream)
+    if duration - seconds > max(0.5, 0.1 * duration):
+        return f"is cut off after {seconds:.1f} of {duration:.1f} seconds"
+    return ""
+
+
+def _promised_duration(container: Any, stream: Any) -> float:
+    """Seconds that a Matroska file says its video has; 0 if it does not."""
+    if "matroska" not in container.format.name:
+        return 0.0
+    tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "").strip())
+    if tag:
+        return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
+    if len(container.streams) == 1 and container.duration:
+        return container.duration / 1_000_000
+    return 0.0

@@ -1,0 +1,130 @@
+"""``python -m backbones.memory``: its table, its picture, what it measures, its errors."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from backbones import RevViT, fit_command
+from backbones.fit import parse_budget
+from backbones.fit_command import main
+from backbones.models import _REGISTRY
+
+
+@pytest.fixture(autouse=True)
+def _small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = {"embed_dim": 48, "depth": 3, "num_heads": 3, "patch_size": 8, "num_classes": 10}
+    monkeypatch.setitem(_REGISTRY, "small", (RevViT, arguments))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # measures nothing unasked
+
+
+def table(output: str) -> dict[str, list[str]]:
+    """The rows of the table by their label, and the policies under ``""``."""
+    rows = {}
+    for line in output.splitlines()[2:]:
+        if not line:
+            break
+        cells = re.findall(r"\S+(?: [KMG]B)?", line[16:])
+        rows[line[:16].strip()] = cells
+    return rows
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[str, list[str]], str]:
+    main(["--model", "small", "--input", "16x3x64x64", *arguments])
+    output = capsys.readouterr().out
+    return table(output), output
+
+
+def test_a_table_whose_parts_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+    rows, output = run(capsys, "--budget", "11MB")
+    *policies, mixture = rows.pop("")
+    assert policies == ["store", "checkpoint", "reversible"]
+    stored = int(mixture.removeprefix("reversible+"))
+    assert f"set_memory(model, 'reversible', stored_blocks={stored})" in output
+    assert "speed, measured" not in rows and "not measured, because no GPU is here" in output
+
+    below = {label: rows.pop(label) for label in ("total", "held", "speed, counted")}
+    assert list(rows) == [
+        *("parameters", "gradients", "optimizer state", "input"),
+        *("stem", "stage 1", "head", "working set"),
+    ]
+    totals = [parse_budget(cell) for cell in below["total"]]
+    for column, total in enumerate(totals):
+        parts = [float(cells[column].split()[0]) for cells in rows.values()]
+        units = [{"KB": 1e3, "MB": 1e6}[cells[column].split()[1]] for cells in rows.values()]
+        together = sum(part * unit for part, unit in zip(parts, units, strict=True))
+        assert together == pytest.approx(total, abs=0.5e6)  # each is rounded
+    store, _, reversible, chosen = totals
+    assert store > 11e6 >= chosen > reversible
+    speeds = [float(cell) for cell in below["speed, counted"]]
+    assert speeds[0] == 1.0 > speeds[3] > speeds[2] >= 0.75
+
+
+def test_autocast_takes_less(capsys: pytest.CaptureFixture[str]) -> None:
+    held = []
+    for arguments, precision in (((), "float32"), (("--amp", "float16"), "float16 autocast")):
+        rows, output = run(capsys, *arguments)
+        held.append(parse_budget(rows["held"][0]))
+        assert f"64x64, {precision}: peak" in output
+    assert held[1] < 0.75 * held[0]
+
+
+def test_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "memory.png"
+    run(capsys, "--budget", "11MB", "--plot", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
+
+
+def test_the_speed_is_measured_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    rows, output = run(capsys, "--device", "cpu", "--budget", "11MB", "--measure")
+    assert rows["speed, measured"][0] == "1.00" and len(rows["speed, measured"]) == 4
+    assert all(float(cell) > 0 for cell in rows["speed, measured"])
+    assert "batch 16, median of 5 rounds" in output
+
+
+@pytest.mark.parametrize(
+    "batch, free, says", [(16, 10e6, "batch 8, median"), (2, 1e6, "no room for one sample")]
+)
+def test_the_speed_is_measured_at_a_batch_that_store_has_room_for(
+    batch: int,
+    free: float,
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fit_command, "free_bytes", lambda _device: int(free))
+    given = ("--input", f"{batch}x3x64x64", "--device", "cpu", "--measure")
+    assert says in run(capsys, *given)[1]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "rev_vit_tiny", "--input", "8x3x224"], "give BxCxHxW"),
+        (["--model", "rev_vit_tiny", "--input", "8x3x0x224"], "give BxCxHxW"),
+        (["--model", "rev_vit_tinny", "--input", "8x3x224x224"], "did you mean"),
+        (["--model", "rev_vit_tiny", "--input", "8x4x224x224"], "expected images"),
+        (["--model", "small", "--input", "16x3x64x64", "--budget", "1MB"], "smallest"),
+        (["--model", "small", "--input", "1x3x32x32", "--measure"], "--device cpu"),
+    ],
+)
+def test_the_command_ends_with_one_line_and_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_the_module_runs_as_a_command_without_a_warning() -> None:
+    command = [sys.executable, "-m", "backbones.memory", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "8x3x224x224" in done.stdout and not done.stderr

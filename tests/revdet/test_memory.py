@@ -1,0 +1,88 @@
+"""A memory budget for a detector: counted as it really is, and kept."""
+
+from __future__ import annotations
+
+import detectron2.data.transforms as T
+import pytest
+import torch
+from detectron2.config import instantiate
+from detectron2.utils.events import EventStorage
+
+import backbones
+from backbones.fit import predict_memory
+from backbones.measure import saved_bytes
+from backbones.memory import MemoryManaged
+from revdet.config import load_config
+from revdet.memory import _ShapeOnlyDetector, fit_detector_memory, largest_image
+from tests.revdet.conftest import DEMO
+from tests.revdet.test_recipes import SIDE, images, shrink
+
+SHAPE = (2, 3, SIDE, SIDE)
+
+
+def detector(recipe: str = DEMO, *overrides: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return instantiate(load_config(recipe, overrides).model)
+
+
+@pytest.mark.parametrize("policy, dtype", [("store", torch.bfloat16), ("reversible", None)])
+def test_what_is_counted_is_what_a_real_step_holds(policy, dtype):
+    model = detector(DEMO.replace("rev_vit", "rev_mvit"))
+    backbones.set_memory(model, policy)
+    with EventStorage(), saved_bytes(ignore=model) as held:
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            loss = sum(model(images(SHAPE[0], 5)).values())
+        real = held.bytes
+    assert loss > 0
+    step = _ShapeOnlyDetector(model)
+    counted = predict_memory(step, torch.empty(SHAPE), policy, autocast=dtype).held_bytes
+    # Real heads may see fewer proposals than the most that they can.
+    assert real <= 1.02 * counted and counted <= 1.25 * real
+
+
+def test_a_budget_is_kept_by_storing_as_many_blocks_as_fit():
+    model = detector(DEMO, "model.backbone.net.model.depth=2")
+    generous = fit_detector_memory(model, SHAPE, "10GB")
+    assert generous.stored_blocks == generous.blocks == 2
+    budget = generous.predicted_bytes - 1
+    plan = fit_detector_memory(model, SHAPE, budget + 1000, held_besides=1000)
+    assert plan.predicted_bytes <= plan.budget == budget
+    blocks = [m for m in model.modules() if isinstance(m, MemoryManaged)]
+    assert [block.memory_policy for block in blocks] == ["reversible", "store"]
+
+
+def test_budgets_that_cannot_be_kept():
+    model = detector()
+    with pytest.raises(ValueError, match="smallest budget is"):
+        fit_detector_memory(model, SHAPE, "1MB")
+    with pytest.raises(ValueError, match="2000000 bytes are held besides"):
+        fit_detector_memory(model, SHAPE, "1MB", held_besides=2_000_000)
+    with pytest.raises(ValueError, match="'auto' needs a GPU"):
+        fit_detector_memory(model, SHAPE, "auto")
+    with pytest.raises(ValueError, match="an RPN and box heads"):
+        fit_detector_memory(torch.nn.Linear(2, 2), SHAPE, "1GB")
+
+
+def test_every_head_is_run_on_the_most_proposals_it_can_see():
+    cfg = load_config("configs/detection/coco/cascade_mask_rcnn_rev_vit_base_100ep.py")
+    shrink(cfg)
+    outputs = _ShapeOnlyDetector(instantiate(cfg.model))(torch.zeros(2, 3, SIDE, SIDE))
+    levels, (*boxes, masks) = outputs[:10], outputs[10:]
+    assert [tuple(x.shape[-2:]) for x in levels] == 2 * [(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)]
+    # 8 proposals of each image, a quarter of them objects; three heads with classes and boxes.
+    assert [tuple(x.shape) for x in boxes] == 3 * [(16, 81), (16, 4)]
+    assert tuple(masks.shape) == (4, 80, 28, 28)
+
+
+def test_the_largest_image_a_batch_is_padded_to():
+    records = [{"height": h, "width": w} for h, w in ((480, 640), (600, 400), (300, 900))]
+    pyramid = detector().backbone
+    pyramid._square_pad = 96
+    assert largest_image(pyramid, [], records) == (96, 96)
+    fpn = detector(DEMO.replace("rev_vit", "rev_mvit")).backbone
+    # Wide images are batched with wide ones: 480 x 900, and 16 is the coarsest stride.
+    assert largest_image(fpn, [], records) == (480, 912)
+    resize = T.ResizeShortestEdge([480, 800], 1333, "choice")
+    assert largest_image(fpn, [resize], records) == (800, 1344)
+    crop = T.FixedSizeCrop((256, 300))
+    assert largest_image(fpn, [T.RandomFlip(), resize, crop], records) == (256, 304)

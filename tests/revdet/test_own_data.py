@@ -1,0 +1,378 @@
+"""Any COCO-format dataset from the command line, whole or broken."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from PIL import Image
+from pycocotools import mask as rle
+
+from revdet.annotations import BROKEN, Findings, sound_annotations, sound_images
+from revdet.config import load_config
+from revdet.dataset_checks import check_datasets
+from revdet.own_data import class_counts, cleaned_file, use_own_data
+from tests.revdet.conftest import DEMO
+from tests.revdet.test_bad_input import error_of
+
+ITERATION = ["train.max_iter=1", "train.pictures=0"]
+
+
+class OwnData:
+    """A copy of the small dataset under names of its own, to change and to train on."""
+
+    def __init__(self, source: Path, root: Path) -> None:
+        shutil.copytree(source / "train", root / "photos")
+        self.images = root / "photos"
+        self.json = root / "mine.json"
+        self.content = json.loads((source / "annotations" / "instances_train.json").read_text())
+
+    def arguments(self) -> list[str]:
+        """Write the annotations; the dataset for training and validation on the command line."""
+        self.json.write_text(json.dumps(self.content))
+        files = [f"_json={self.json}", f"_images={self.images}"]
+        return [f"dataset.{split}{file}" for split in ("train", "val") for file in files]
+
+    def of_image(self, index: int) -> list[dict[str, Any]]:
+        """The annotations of an image, given by its place in the list."""
+        image_id = self.content["images"][index]["id"]
+        return [a for a in self.content["annotations"] if a["image_id"] == image_id]
+
+
+@pytest.fixture
+def own(datasets_root: Path, tmp_path: Path) -> OwnData:
+    return OwnData(datasets_root / "demo", tmp_path)
+
+
+def weights_of(output: Path) -> dict[str, torch.Tensor]:
+    return torch.load(output / "model_final.pth", weights_only=True)["model"]
+
+
+def test_own_data_trains_without_code(own, train_net, tmp_path):
+    # Other classes than the recipe's, with ids in another order than in the file.
+    for category in own.content["categories"]:
+        category["name"] = f"my {category['name']}"
+    own.content["categories"].reverse()
+    own.content["categories"].append({"id": 5, "name": "comet"})
+    output = tmp_path / "run"
+    all_scores = "model.roi_heads.box_predictor.test_score_thresh=0.0"
+    assert train_net(output, *own.arguments(), *ITERATION, all_scores) == 0
+
+    log = (output / "log.txt").read_text()
+    table, training = log.index("my motorcycle"), log.index("Starting training")
+    assert table < training
+    objects = sum(not a["iscrowd"] for a in own.content["annotations"])
+    assert f"| own_train |       16 |                 1 |        {objects} |" in log
+    assert "the model learns 6 classes" in log and "boxes only" not in log
+
+    weights = weights_of(output)
+    assert len(weights["roi_heads.box_predictor.cls_score.bias"]) == 7
+    assert len(weights["roi_heads.mask_head.predictor.bias"]) == 6
+    results = json.loads((output / "results.json").read_text())
+    assert {"AP-my cat", "AP-comet"} <= results["bbox"].keys()
+    assert results["dataset"]["own_train"]["images"] == 16
+
+    # The config that the run has saved knows the data; order is that of the ids.
+    saved = load_config(str(output / "config.yaml"))
+    assert [c["id"] for c in saved.dataset.categories] == [1, 3, 5, 7, 11, 12]
+    config = str(output / "config.yaml")
+    assert train_net(output, "--eval-only", "train.pictures=0", config=config) == 0
+    again = json.loads((output / "results.json").read_text())
+    assert (again["bbox"], again["dataset"]) == (results["bbox"], results["dataset"])
+
+
+def test_every_class_count_of_a_cascade_follows(own):
+    cfg = load_config(DEMO, own.arguments())
+    cfg.model = model_zoo.get_config("common/models/cascade_rcnn.py").model
+    cfg.model.roi_heads.box_predictors[1].num_classes = 80  # not by reference
+    use_own_data(cfg)
+    heads = cfg.model.roi_heads
+    counts = [predictor.num_classes for predictor in heads.box_predictors]
+    assert [*counts, heads.num_classes, heads.mask_head.num_classes] == [5] * 5
+
+
+def test_the_trunks_head_is_not_a_class_count():
+    cfg = load_config(DEMO, [])
+    assert cfg.model.backbone.net.model.num_classes == 0
+    assert [path for path, _ in class_counts(cfg.model)] == ["roi_heads"]
+
+
+def test_boxes_without_masks_train_a_model_without_masks(own, train_net, tmp_path):
+    for annotation in own.content["annotations"]:
+        del annotation["segmentation"]
+    output = tmp_path / "run"
+    assert train_net(output, *own.arguments(), *ITERATION) == 0
+    assert "boxes only" in (output / "log.txt").read_text()
+    assert not [key for key in weights_of(output) if "mask" in key]
+    results = json.loads((output / "results.json").read_text())
+    assert "bbox" in results and "segm" not in results
+
+
+def test_area_and_iscrowd_may_be_missing(own, train_net, tmp_path):
+    own.content["annotations"] = [a for a in own.content["annotations"] if not a["iscrowd"]]
+    whole = {a["id"]: a["area"] for a in own.content["annotations"]}
+    for annotation in own.content["annotations"]:
+        del annotation["area"], annotation["iscrowd"]
+    output = tmp_path / "run"
+    assert train_net(output, *own.arguments(), *ITERATION) == 0
+    used = json.loads((output / "dataset" / "own_val.json").read_text())
+    areas = {a["id"]: a["area"] for a in used["annotations"]}
+    assert areas == pytest.approx(whole, rel=0.1)
+    assert "bbox" in json.loads((output / "results.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("drop", "change", "words"),
+    [
+        ("dataset.train_images", None, ["dataset.train_json", "dataset.train_images"]),
+        ("dataset.val_", None, ["dataset.val_json", "set"]),
+        ("", "dataset.val_images=nowhere", ["dataset.val_images=nowhere"]),
+        ("", "dataset.train_json=no.json", ["no.json", "does not exist"]),
+        ("", "dataset.train_jsn=no.json", ["dataset.train_jsn", "dataset.train_json"]),
+    ],
+)
+def test_half_of_the_files(own, train_net, tmp_path, capsys, drop, change, words):
+    arguments = [a for a in own.arguments() if not drop or not a.startswith(drop)]
+    assert train_net(tmp_path / "run", *arguments, *([change] if change else [])) == 2
+    message = error_of(capsys)
+    assert all(word in message for word in words), message
+
+
+def test_a_folder_without_any_of_the_images(own, train_net, tmp_path, capsys):
+    arguments = [*own.arguments(), f"dataset.train_images={tmp_path}", "dataset.skip_broken=true"]
+    assert train_net(tmp_path / "run", *arguments) == 2
+    assert f"no image of {own.json} is in {tmp_path}" in error_of(capsys)
+
+
+def test_categories_of_both_files_must_agree(own, train_net, tmp_path, capsys):
+    arguments = own.arguments()
+    own.content["categories"][0]["name"] = "lion"
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(own.content))
+    assert train_net(tmp_path / "run", *arguments, f"dataset.val_json={other}") == 2
+    assert f"ids [{own.content['categories'][0]['id']}]" in error_of(capsys)
+
+
+# --- broken data -------------------------------------------------------------------------------
+
+
+def break_everything(own: OwnData) -> dict[str, str]:
+    """One of each kind, at another image each; kind -> how its line names it."""
+    images = own.content["images"]
+    single = [i for i in range(len(images)) if any(not a["iscrowd"] for a in own.of_image(i))]
+    names = {}
+    missing, cut, hollow, outside, unknown, crowd = (images[i]["file_name"] for i in single[:6])
+    (own.images / missing).unlink()
+    names["missing_image"] = missing
+    (own.images / cut).write_bytes((own.images / cut).read_bytes()[:900])
+    names["unreadable_image"] = cut
+
+    annotation = own.of_image(single[2])[0]
+    annotation["segmentation"] = [[]]
+    names["empty_mask"] = f"annotation {annotation['id']} of {hollow}"
+    annotation = own.of_image(single[3])[0]
+    annotation["bbox"] = [images[single[3]]["width"] + 5, 10, 30, 20]
+    names["box_outside_image"] = f"annotation {annotation['id']} of {outside}"
+    annotation = own.of_image(single[4])[0]
+    annotation["category_id"] = 99
+    names["unknown_category"] = f"annotation {annotation['id']} of {unknown}"
+    for annotation in own.of_image(single[5]):
+        annotation["iscrowd"] = 1
+    names["crowd_only_image"] = f"image {images[single[5]]['id']} ({crowd})"
+    return names
+
+
+def test_broken_data_stops_before_the_first_iteration(own, train_net, tmp_path, capsys):
+    names = break_everything(own)
+    output = tmp_path / "run"
+    assert train_net(output, *own.arguments(), "train.max_iter=2") == 2
+    message = error_of(capsys)
+    assert "dataset.skip_broken=true" in message and "1 missing_image" in message
+    assert "own_train" in message and "5 places" in message
+    log = (output / "log.txt").read_text()
+    report = json.loads((output / "dataset" / "report.json").read_text())["own_train"]["lines"]
+    for kind, name in names.items():
+        assert f"1 {kind}" in log and name in log, kind
+        assert len(report[kind]) == 1 and name in report[kind][0]
+    assert not (output / "metrics.json").exists() and "Starting training" not in log
+
+
+def test_broken_data_trains_to_the_end_when_told_to_skip(own, train_net, tmp_path):
+    names = break_everything(own)
+    images, annotations = len(own.content["images"]), len(own.content["annotations"])
+    output = tmp_path / "run"
+    arguments = [*own.arguments(), "dataset.skip_broken=true", "train.pictures=0"]
+    # Ten iterations of two images: every image has its turn.
+    assert train_net(output, *arguments, "train.max_iter=10") == 0
+    results = json.loads((output / "results.json").read_text())
+    for name in ("own_train", "own_val"):
+        facts = results["dataset"][name]
+        noted = facts["noted"].pop("crowd_only_image")
+        assert noted >= 1 and {kind: 1 for kind in facts["broken"]} == facts["broken"]
+        assert facts["broken"].keys() | {"crowd_only_image"} == names.keys()
+        assert (facts["left_out_images"], facts["images"]) == (2, images - 2)
+        kept = facts["objects"] + facts["crowd_regions"]
+        assert facts["left_out_annotations"] == annotations - kept >= 5
+    log = (output / "log.txt").read_text()
+    assert "left out 2 images" in log
+    assert all(f"1 {kind}" in log for kind in names)
+    assert results["bbox"]["AP50"] is not None
+
+    # Resuming looks again: what has been repaired meanwhile is back.
+    other = own.images / own.content["images"][-1]["file_name"]
+    missing = own.images / re.search(r"\d+\.jpg", names["missing_image"])[0]
+    with Image.open(other) as image:
+        size = next(i for i in own.content["images"] if i["file_name"] == missing.name)
+        image.resize((size["width"], size["height"])).save(missing)
+    assert train_net(output, *arguments, "train.max_iter=11", "--resume") == 0
+    again = json.loads((output / "results.json").read_text())
+    assert again["dataset"]["own_train"]["images"] == images - 1
+    used = json.loads((output / "dataset" / "own_train.json").read_text())
+    assert missing.name in [image["file_name"] for image in used["images"]]
+
+
+def test_a_cleaned_file_goes_when_the_data_are_whole_again(own, tmp_path):
+    cfg = load_config(DEMO, [*own.arguments(), f"train.output_dir={tmp_path / 'run'}"])
+    use_own_data(cfg)
+    stale = cleaned_file(cfg, "own_train")
+    stale.parent.mkdir(parents=True)
+    stale.write_text("{}")
+    check_datasets(cfg)
+    assert not stale.exists()
+
+
+def test_a_registered_dataset_can_be_skipped_through_and_is_whole_for_the_next_run(
+    own, train_net, tmp_path
+):
+    break_everything(own)
+    own.arguments()
+    register_coco_instances("mended", {"thing_colors": [(1, 2, 3)]}, str(own.json), own.images)
+    arguments = [f"dataloader.{split}.dataset.names=mended" for split in ("train", "test")]
+    try:
+        assert train_net(tmp_path / "a", *arguments, "dataset.skip_broken=true", *ITERATION) == 0
+        assert len(DatasetCatalog.get("mended")) == 14
+        assert MetadataCatalog.get("mended").thing_colors == [(1, 2, 3)]
+        assert train_net(tmp_path / "b", *arguments, *ITERATION) == 2
+    finally:
+        DatasetCatalog.remove("mended")
+        MetadataCatalog.remove("mended")
+
+
+IMAGE = {"id": 1, "file_name": "a.jpg", "width": 40, "height": 30}
+SQUARE = [[5.0, 5.0, 15.0, 5.0, 15.0, 15.0, 5.0, 15.0]]
+GOOD = {"id": 7, "image_id": 1, "category_id": 2, "bbox": [5, 5, 10, 10], "segmentation": SQUARE}
+MASK = np.zeros((30, 40), np.uint8, order="F")
+MASK[5:15, 5:15] = 1
+
+
+def compressed(mask: np.ndarray) -> dict[str, Any]:
+    encoded = rle.encode(np.asfortranarray(mask))
+    return {"size": encoded["size"], "counts": encoded["counts"].decode()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("incomplete_annotation", {"image_id": None}),
+        ("incomplete_annotation", {"id": "seven"}),
+        ("incomplete_annotation", {"category_id": 2.5}),
+        ("unknown_image", {"image_id": 3}),
+        ("unknown_category", {"category_id": 3}),
+        ("ignored_annotation", {"ignore": 1}),
+        ("bad_box", {"bbox": []}),
+        ("bad_box", {"bbox": None}),
+        ("bad_box", {"bbox": [1, 2, 3]}),
+        ("bad_box", {"bbox": [1, 2, float("nan"), 4]}),
+        ("bad_box", {"bbox": [20, 20, -5, 5]}),
+        ("box_outside_image", {"bbox": [50, 5, 10, 10]}),
+        ("box_outside_image", {"bbox": [-20, -20, 10, 10]}),
+        ("box_outside_image", {"bbox": [-6, 5, 10, 10]}),
+        ("clipped_box", {"bbox": [-4, 5, 10, 10]}),
+        ("", {"bbox": [-1, 5, 10, 10]}),
+        ("empty_box", {"bbox": [5, 5, 10, 0]}),
+        ("empty_mask", {"segmentation": None}),
+        ("empty_mask", {"segmentation": []}),
+        ("empty_mask", {"segmentation": [[5, 5, 9, 9]]}),
+        ("empty_mask", {"segmentation": [["a"] * 6]}),
+        ("empty_mask", {"segmentation": [[*SQUARE[0][:-1], float("inf")]]}),
+        ("empty_mask", {"segmentation": {"size": [30, 40]}}),
+        ("empty_mask", {"segmentation": {"size": [30, 40], "counts": [1200]}}),
+        ("empty_mask", {"segmentation": {"size": [30, 40], "counts": [5, 5]}}),
+        ("empty_mask", {"segmentation": compressed(MASK[:, :30])}),
+        ("empty_mask", {"segmentation": compressed(0 * MASK)}),
+        ("empty_box", {"bbox": [5, 5, 0, 5], "segmentation": [[5.0, 5, 5, 7, 5, 9]]}),
+        ("", {"segmentation": compressed(MASK)}),
+        ("", {"segmentation": {"size": [30, 40], "counts": [600, 10, 590]}}),
+        ("", {"segmentation": [[1, 2], *SQUARE]}),
+        ("", {}),
+    ],
+)
+def test_kinds_of_broken_annotations(kind, change):
+    content = {
+        "images": [IMAGE],
+        "annotations": [{**GOOD, **change}],
+        "categories": [{"id": 2, "name": "cat"}],
+    }
+    findings = Findings()
+    kept = sound_annotations(content, [IMAGE], findings, masks=True)
+    assert {name: len(lines) for name, lines in findings.lines.items()} == (
+        {kind: 1} if kind else {}
+    )
+    assert len(kept) == (kind not in BROKEN)
+    for annotation in kept:
+        assert annotation["iscrowd"] == 0
+        assert change.get("bbox") or annotation["area"] == pytest.approx(100, abs=91)
+
+
+def test_an_id_that_is_used_twice():
+    content = {"images": [IMAGE], "annotations": [GOOD, GOOD], "categories": [{"id": 2}]}
+    findings = Findings()
+    assert len(sound_annotations(content, [IMAGE], findings, masks=True)) == 1
+    assert findings.lines == {"repeated_annotation": ["annotation 7 of a.jpg"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("incomplete_image", {"id": None}),
+        ("incomplete_image", {"width": 0}),
+        ("incomplete_image", {"file_name": 5}),
+        ("repeated_image", {}),
+    ],
+)
+def test_kinds_of_broken_images(kind, change):
+    findings = Findings()
+    assert sound_images([IMAGE, {**copy.deepcopy(IMAGE), **change}], findings) == [IMAGE]
+    assert list(findings.lines) == [kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "save"),
+    [
+        ("wrong_image_size", lambda image, path: image.resize((50, 50)).save(path)),
+        ("unreadable_image", lambda image, path: path.write_bytes(b"")),
+        # Pillow would make it white.
+        (
+            "unreadable_image",
+            lambda image, path: Image.fromarray(np.full(image.size[::-1], 3000, np.uint16)).save(
+                path, format="png"
+            ),
+        ),
+    ],
+)
+def test_image_files_that_do_not_fit(own, train_net, tmp_path, capsys, kind, save: Callable):
+    path = own.images / own.content["images"][0]["file_name"]
+    save(Image.open(path), path)
+    assert train_net(tmp_path / "run", *own.arguments()) == 2
+    assert f"1 {kind}" in error_of(capsys)

@@ -1,0 +1,149 @@
+"""Recipes: what is in them, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from pathlib import Path
+
+import pytest
+
+from revvideo.config import Config, describe_schema, load_config, save_config
+from revvideo.errors import UserError
+
+RECIPES = sorted(Path("configs/video").glob("*/*.yaml"))
+MOTION = "configs/video/demo/motion.yaml"
+
+
+def refused(*overrides: str, config: str | Path = MOTION) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(config, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_overrides_reach_every_kind_of_value():
+    config = load_config(
+        MOTION,
+        [
+            "data.num_frames=12",
+            "optim.lr=3e-4",
+            "augment.scale=[0.3,1]",
+            "train.memory=store",
+            "model.arguments.depth=3",
+            "model.arguments.transitions=[1,2]",
+            "data.root=my videos",
+            "train.memory_budget=12GB",
+        ],
+    )
+    assert config.data.num_frames == 12
+    assert config.optim.lr == 3e-4
+    assert config.augment.scale == [0.3, 1.0]
+    assert config.train.memory == "store"
+    # Beside the arguments of the recipe, not in their place.
+    assert config.model.arguments["depth"] == 3
+    assert config.model.arguments["embed_dim"] == load_config(MOTION).model.arguments["embed_dim"]
+    assert config.data.root == "my videos"
+    assert config.train.memory_budget == "12GB"
+
+
+@pytest.mark.parametrize(
+    ("override", "near"),
+    [
+        ("data.num_frame=8", "data.num_frames"),
+        ("optim.learning_rate=1", "optim."),
+        ("train.lr=1", "optim.lr"),  # in another section
+        ("trian.seed=1", "train.seed"),
+        ("optm.batchsize=3", "optim.batch_size"),
+        ("nonsense=1", "train"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(override, near):
+    message = refused(override)
+    assert override.partition("=")[0] in message and near in message.partition("did you mean")[2]
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("data.num_frames=many", ["data.num_frames", "int", "'many'"]),
+        ("data.num_frames=2.5", ["data.num_frames", "int", "2.5"]),
+        ("data.num_frames=", ["data.num_frames", "int"]),
+        ("optim.lr=[1]", ["optim.lr", "float"]),
+        ("augment.scale=0.5", ["augment.scale", "list"]),
+        ("model.arguments=3", ["model.arguments", "dict"]),
+        ("augment.scale=[1,0.5]", ["augment.scale", "smaller one first"]),
+        ("augment.flip=1.5", ["augment.flip=1.5", "at most 1"]),
+        ("optim.lr=nan", ["optim.lr=nan", "at least 0"]),
+        ("data.num_frames=0", ["data.num_frames=0", "at least 1"]),
+        ("train.precision=fp8", ["fp8", "bf16-mixed"]),
+        ("train.memory=revresible", ["revresible", "checkpoint"]),
+        ("test.crops=2", ["test.crops=2", "1 (centre) or 3"]),
+        ("test.short_side=32", ["test.short_side=32", "data.crop_size=64"]),
+        ("data=3", ["data", "section", "data.root"]),
+        ("data.root", ["data.root", "key=value"]),
+        ("=3", ["key=value"]),
+        ("data.root=[", ["data.root=[", "cannot be read"]),
+    ],
+)
+def test_a_bad_value_is_one_line_that_names_it(override, parts):
+    message = refused(override)
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("data: {num_frame: 3}", "data.num_frames"),
+        ("data: [1]", "section"),
+        ("- 1\n- 2", "no recipe"),
+        ("a: [", "cannot be read"),
+        ("", "ok"),
+        ("base: nowhere.yaml", "nowhere.yaml"),
+        ("base: recipe.yaml", "its own base"),
+    ],
+)
+def test_files_are_checked_like_overrides(tmp_path, text, part):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    if part == "ok":
+        assert load_config(file) == Config()
+    else:
+        assert part in refused(config=file)
+
+
+def test_a_file_that_does_not_exist_names_the_nearest_recipe():
+    message = refused(config="configs/video/demo/moton.yaml")
+    assert MOTION in message
+
+
+def test_a_recipe_holds_what_differs_from_its_base(tmp_path):
+    (tmp_path / "first.yaml").write_text(
+        "optim: {lr: 0.5, epochs: 7}\nmodel: {arguments: {depth: 2}}"
+    )
+    (tmp_path / "second.yaml").write_text(
+        "base: first.yaml\noptim: {lr: 0.25}\nmodel: {arguments: {embed_dim: 8}}"
+    )
+    config = load_config(tmp_path / "second.yaml", ["optim.epochs=9"])
+    assert (config.optim.lr, config.optim.epochs) == (0.25, 9)
+    assert config.model.arguments == {"depth": 2, "embed_dim": 8}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_saved_config_is_the_same_recipe(recipe, tmp_path):
+    config = load_config(recipe)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_help_explains_every_key():
+    text = describe_schema()
+    for section, kind in typing.get_type_hints(Config).items():
+        for entry in dataclasses.fields(kind):
+            assert entry.metadata["text"]
+            assert re.search(rf"^  {section}\.{entry.name} \(", text, re.MULTILINE)
+            for choice in entry.metadata["choices"]:
+                assert choice in text
+    assert max(map(len, text.splitlines())) <= 100

@@ -1,0 +1,189 @@
+"""What reaches the model: every video once, the same number of steps everywhere, no twins."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from revvideo.config import load_config
+from revvideo.data import PaddedBatches, ResumableLoader, VideoData
+from revvideo.errors import UserError
+from revvideo.metrics import VideoScores, accuracy
+from revvideo.mixing import Mixing
+from revvideo.module import Batch, VideoModule
+from revvideo.run import main
+from revvideo.sampler import ResumableSampler, ShardSampler
+from tests.revvideo.tiny_set import arguments, build_set
+
+
+@pytest.mark.parametrize("size", [1, 5, 7, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_every_video_is_tested_once_in_equally_many_steps(size, world_size, batch_size):
+    count = math.ceil(math.ceil(size / world_size) / batch_size)
+    seen, steps = [], set()
+    for rank in range(world_size):
+        shard = ShardSampler(size, rank=rank, world_size=world_size)
+        batches = list(PaddedBatches(shard, batch_size, count))
+        steps.add(len(batches))
+        assert all(len(batch) <= batch_size for batch in batches)
+        seen += [index for batch in batches for index, _ in batch]
+    assert sorted(seen) == list(range(size))
+    assert steps == {count}
+
+
+def loader(batches_per_step: int = 1, workers: int = 0) -> ResumableLoader:
+    keys = {index: index for index in range(11)}
+    return ResumableLoader(
+        _Keys(keys),
+        batch_size=4 // batches_per_step,
+        sampler=ResumableSampler(11, 4, seed=1),
+        batches_per_step=batches_per_step,
+        collate_fn=list,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+
+
+class _Keys(torch.utils.data.Dataset):
+    def __init__(self, keys: dict[int, int]) -> None:
+        self.keys = keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, key: tuple[int, int]) -> int:
+        return key[1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_loader_continues_where_its_state_was_taken(parts, workers):
+    whole = loader(parts, workers)
+    assert len(whole) == 2 * parts
+    expected = [batch for _ in range(3) for batch in whole]
+    assert [key for batch in expected for key in batch] == list(range(24))
+    for steps in range(6):
+        first = loader(parts)
+        given = 0
+        while given < steps * parts:
+            for _ in first:
+                given += 1
+                if given == steps * parts:
+                    break
+        second = loader(parts, workers)
+        second.load_state_dict(first.state_dict())
+        rest = [batch for _ in range(steps // 2, 3) for batch in second]
+        assert rest == expected[steps * parts :]
+
+
+def test_clips_of_one_video_are_no_neighbours(tmp_path, monkeypatch):
+    """They would be mixed with each other, and nothing would be mixed."""
+    labels = []
+    mix = Mixing.__call__
+
+    def record(self: Mixing, video: torch.Tensor, label: torch.Tensor) -> tuple:
+        labels.append(video.flatten(1).mean(dim=1).argsort().argsort().tolist())
+        return mix(self, video, label)
+
+    monkeypatch.setattr(Mixing, "__call__", record)
+    monkeypatch.setattr("revvideo.results.draw_curves", lambda *_: None)
+    root = build_set(tmp_path / "set", train=4, val=1)
+    more = ["augment.repeats=3", "optim.epochs=1", "test.clips=1"]
+    assert main(arguments(root, tmp_path / "out", *more)) == 0
+    # Three copies of four videos: four different means, then the same four again.
+    (ranks,) = labels
+    videos = [rank // 3 for rank in ranks]
+    assert videos[:4] == videos[4:8] == videos[8:] and len(set(videos[:4])) == 4
+
+
+def test_labels_that_are_numbers_need_not_be_complete(tmp_path):
+    root = build_set(tmp_path / "set", train=6, val=3)
+    for split in ("train", "val"):
+        lines = [f"{path.relative_to(root)} 1\n" for path in sorted(root.glob(f"{split}/*/*.mp4"))]
+        (root / f"{split}.csv").write_text("".join(lines))
+    more = ["data.layout=list", "optim.max_steps=1", "optim.epochs=1", "test.clips=1"]
+    assert main(arguments(root, tmp_path / "out", *more, "model.num_classes=400")) == 0
+
+
+def test_videos_without_a_label_are_not_counted(tmp_path):
+    root = build_set(tmp_path / "set", train=0, val=4)
+    paths = sorted(str(path.relative_to(root)) for path in root.glob("val/*/*.mp4"))
+    (root / "val.csv").write_text("".join(f"{p} {i % 2 - 1}\n" for i, p in enumerate(paths)))
+    config = load_config(
+        "configs/video/demo/motion.yaml",
+        [f"data.root={root}", "data.layout=list", f"train.output_dir={tmp_path / 'out'}"],
+    )
+    data = VideoData(config, train=False)
+    data.prepare_data()
+    data.setup("test")
+    assert data.val_total == 2 and [r.path for r in data.val_records] == paths[1::2]
+
+    (root / "val.csv").write_text("".join(f"{path} -1\n" for path in paths))
+    data = VideoData(config, train=False, classes=["only"])
+    data.prepare_data()
+    with pytest.raises(UserError, match="has a label"):
+        data.setup("test")
+
+
+def test_the_manifests_of_a_scan_save_opening_videos_again(tmp_path, monkeypatch):
+    from revvideo.scan import main as scan
+
+    root = build_set(tmp_path / "set", train=0, val=3)
+    assert scan([str(root), "--split", "val"]) == 0
+    monkeypatch.setattr("revvideo.scan.probe", _must_not_be_called)
+    config = load_config(
+        "configs/video/demo/motion.yaml",
+        [f"data.root={root}", f"train.output_dir={tmp_path / 'out'}"],
+    )
+    data = VideoData(config, train=False)
+    data.prepare_data()
+    data.setup("test")
+    assert data.val_total == 3
+    assert (tmp_path / "out" / "manifest_val.csv").is_file()
+
+
+def _must_not_be_called(path: Path) -> None:
+    raise AssertionError(f"{path} was opened")
+
+
+def test_scores_come_in_the_order_of_the_videos_and_once():
+    scores = VideoScores()
+    scores.update(torch.tensor([3, 1]), torch.tensor([0, 1]), torch.eye(2))
+    scores.update(torch.tensor([], dtype=torch.int64), torch.tensor([]), torch.zeros(0, 2))
+    scores.update(torch.tensor([2]), torch.tensor([1]), torch.tensor([[0.9, 0.1]]))
+    index, label, values = scores.compute()
+    assert index.tolist() == [1, 2, 3] and label.tolist() == [1, 1, 0]
+    found = accuracy(label.long(), values, of=5)
+    assert str(found) == "66.7 top-1, 100.0 top-5 on 3 of 5 videos"
+    scores.update(torch.tensor([1]), torch.tensor([1]), torch.ones(1, 2))
+    with pytest.raises(RuntimeError, match="tested twice"):
+        scores.compute()
+
+
+def test_top_five_counts_the_five_best():
+    values = torch.arange(10.0).repeat(10, 1)  # class 9 is the best, then 8, …
+    found = accuracy(torch.arange(10), values.softmax(dim=1), of=10)
+    assert (found.top1, found.top5) == (pytest.approx(10), pytest.approx(50))
+    assert str(accuracy(torch.zeros(0), torch.zeros(0, 3), of=1234)).endswith("0 of 1,234 videos")
+
+
+def test_the_softmax_scores_of_the_views_of_a_video_are_averaged():
+    class Fixed(torch.nn.Module):
+        def forward(self, video: torch.Tensor) -> torch.Tensor:
+            return video[:, :2, 0, 0, 0]  # the first pixel of two channels stands for the logits
+
+    module = VideoModule(load_config("configs/video/demo/motion.yaml"))
+    module.backbone = Fixed()
+    logits = torch.tensor([[9.0, 0.0], [0.0, 3.0], [2.0, 1.0], [0.0, 8.0]])
+    video = torch.zeros(4, 3, 1, 1, 1)
+    video[:, :2, 0, 0, 0] = logits
+    index = torch.tensor([5, 5, 2, 2])
+    module._score(Batch(video=video, label=index % 2, index=index, problems=[]), views=2)
+    found, label, scores = module.scores.compute()
+    assert found.tolist() == [2, 5] and label.tolist() == [0, 1]
+    expected = logits.softmax(dim=1).view(2, 2, 2).mean(dim=1).flip(0)
+    torch.testing.assert_close(scores, expected)

@@ -1,0 +1,206 @@
+"""Which frames a clip has, what a sample depends on, and what happens to files that break."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from itertools import chain, pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from revvideo.datasets import ClipDataset, RandomClip, UniformClips, collate
+from revvideo.decode import Video, probe
+from revvideo.manifest import Manifest, VideoRecord
+from revvideo.scan import scan
+from tests.revvideo import shard_worker
+from tests.revvideo.make_videos import cut, damage, encode
+from tests.revvideo.test_decode import full_decode
+
+
+def at_rate(fps: float, frames: int, digits: int = 12) -> list[float]:
+    return [round(i / fps, digits) for i in range(frames)]
+
+
+@pytest.mark.parametrize("digits", [12, 3])  # Matroska rounds to milliseconds
+def test_uniform_clips_at_30_fps(digits: int) -> None:
+    clips = UniformClips(16, 4, clips=5)(at_rate(30, 300, digits))
+    assert len(clips) == 5 and clips[0][0] == 0 and clips[-1][-1] == 299
+    for clip in clips:
+        assert [b - a for a, b in pairwise(clip)] == [4] * 15
+    starts = [clip[0] for clip in clips]
+    assert all(abs(start - 239 / 4 * i) <= 1 for i, start in enumerate(starts))
+    (middle,) = UniformClips(16, 4, clips=1)(at_rate(30, 300, digits))
+    assert abs(middle[0] - 239 / 2) <= 1
+
+
+@pytest.mark.parametrize("fps, step", [(60, 8), (15, 2), (120, 16), (7.5, 1)])
+def test_stride_is_a_time(fps: float, step: int) -> None:
+    for clip in UniformClips(8, 4, clips=3)(at_rate(fps, 200)):
+        assert [b - a for a, b in pairwise(clip)] == [step] * 7
+
+
+@pytest.mark.parametrize("clips", [RandomClip(8, 4, clips=20), UniformClips(8, 4, clips=20)])
+def test_frames_nearest_in_time_under_a_variable_rate(clips: Callable) -> None:
+    gaps = np.random.default_rng(0).choice([0.01, 0.03, 0.2], 80)
+    timestamps = [0.0, *np.cumsum(gaps).tolist()]
+    for clip in clips(timestamps):
+        for i, frame in enumerate(clip):
+            due = timestamps[clip[0]] + i * 4 / 30
+            assert abs(timestamps[frame] - due) == min(abs(t - due) for t in timestamps)
+
+
+@pytest.mark.parametrize("sampler", [RandomClip(16, 4), UniformClips(16, 4, clips=3)])
+def test_a_video_shorter_than_a_clip_repeats_its_last_frame(sampler: Callable) -> None:
+    for clip in sampler(at_rate(30, 10)):
+        assert clip == [0, 4, 8] + [9] * 13
+    for clip in sampler([0.0]):
+        assert clip == [0] * 16
+
+
+def test_random_clips_reach_all_of_the_video() -> None:
+    clips = RandomClip(8, 4, clips=2000)(at_rate(30, 100))
+    starts = [clip[0] for clip in clips]
+    assert min(starts) == 0 and max(starts) == 100 - 29
+    assert max(clip[-1] for clip in clips) == 99
+    counts = np.bincount(starts)[1:-1]
+    assert counts.min() > 10 and counts.max() < 60  # about 28 each
+
+
+def test_views_of_the_same_clip() -> None:
+    first, again, other, _ = RandomClip(4, 2, clips=2, views=2)(at_rate(30, 300))
+    assert first == again != other
+
+
+def frames_as_they_are(clip: torch.Tensor) -> torch.Tensor:
+    return clip.float().transpose(0, 1)
+
+
+@pytest.mark.parametrize("name", ["constant.mp4", "variable_rate.mkv", "mpeg4.avi"])
+def test_a_sample_holds_the_frames_of_its_clips(make: Callable[[str], Path], name: str) -> None:
+    chosen = []
+
+    def remember(timestamps: list[float]) -> list[list[int]]:
+        chosen.extend(RandomClip(4, 6, clips=3, views=2)(timestamps))
+        return chosen
+
+    path = make(name)
+    record = VideoRecord(name, 3, frames=probe(path).frames)
+    sample = ClipDataset([record], path.parent, remember, frames_as_they_are)[0, 17]
+    assert sample["video"].shape == (6, 3, 4, 48, 64)
+    assert (sample["label"], sample["index"], sample["path"]) == (3, 0, name)
+    assert sample["problem"] == ""
+    shown = full_decode(path)
+    for view, clip in zip(sample["video"], chosen, strict=True):
+        expected = np.stack([shown[i] for i in clip]).transpose(3, 0, 1, 2)
+        np.testing.assert_array_equal(view.numpy(), expected)
+
+
+def test_one_decode_for_all_clips(
+    make: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    decode = Video.frames
+    monkeypatch.setattr(Video, "frames", lambda *args: calls.append(args) or decode(*args))
+    path = make("constant.mp4")
+    clips = RandomClip(4, 2, clips=3, views=2)
+    ClipDataset([VideoRecord(path.name, 0)], path.parent, clips, frames_as_they_are)[0, 0]
+    assert len(calls) == 1
+
+
+def noisy(clip: torch.Tensor) -> torch.Tensor:
+    noise = torch.rand(3, 1, 1, 1) + random.random() + np.random.rand()
+    return clip[:, :, :4, :4].float().transpose(0, 1) + noise
+
+
+def test_a_sample_depends_on_seed_and_position_alone(make: Callable[[str], Path]) -> None:
+    path = make("constant.mp4")
+    records = [VideoRecord(path.name, 0)] * 4
+
+    def dataset(seed: int) -> ClipDataset:
+        return ClipDataset(records, path.parent, RandomClip(4, 2, views=2), noisy, seed=seed)
+
+    keys = [(0, 5), (1, 9), (2, 5), (3, 1 << 40)]
+    first = [dataset(1)[key]["video"] for key in keys]
+    torch.manual_seed(123), random.seed(4), np.random.seed(5)
+    state = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    again = [dataset(1)[key]["video"] for key in reversed(keys)][::-1]
+    after = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    assert torch.equal(state[0], after[0]) and state[1:] == after[1:]
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(first[0], first[2])  # another index, the same position, the same file
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0][0], first[0][1])  # augmented anew for each view
+    assert not torch.equal(first[0], dataset(2)[keys[0]]["video"])
+    loader = DataLoader(dataset(1), batch_size=4, sampler=keys, collate_fn=collate, num_workers=2)
+    (batch,) = loader
+    assert torch.equal(batch["video"], torch.cat(first))
+    assert batch["index"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_several_crops(make: Callable[[str], Path]) -> None:
+    def crops(clip: torch.Tensor) -> torch.Tensor:
+        views = [clip[..., :32], clip[..., 16:48], clip[..., 32:]]
+        return torch.stack([view.float().transpose(0, 1) for view in views])
+
+    path = make("constant.mp4")
+    record = VideoRecord(path.name, 1)
+    sample = ClipDataset([record], path.parent, UniformClips(4, 2, clips=2), crops)[0, 0]
+    assert sample["video"].shape == (6, 3, 4, 48, 32)
+    assert collate([sample])["label"].tolist() == [1] * 6
+
+
+def test_files_that_break_after_the_scan(tmp_path: Path) -> None:
+    fast = {"movflags": "faststart"}
+    names = ["good", "gone", "cut", "damaged", "good2"]
+    for name in names:
+        encode(tmp_path / f"{name}.mp4", 30, container_options=fast)
+    records = [VideoRecord(f"{name}.mp4", label, frames=30) for label, name in enumerate(names)]
+    (tmp_path / "gone.mp4").unlink()
+    cut(tmp_path / "cut.mp4", tmp_path / "cut.mp4", 0.7)
+    damage(tmp_path / "damaged.mp4", 1)
+    clips = UniformClips(4, 8, clips=2)
+    dataset = ClipDataset(records, tmp_path, clips, frames_as_they_are)
+    batch = collate([dataset[i, i] for i in range(5)])
+    assert batch["label"].tolist() == [0, 0, 4, 4] and batch["index"].tolist() == [0, 0, 4, 4]
+    assert batch["video"].shape == (4, 3, 4, 48, 64)
+    problems = dict(batch["problems"])
+    assert list(problems) == ["gone.mp4", "cut.mp4", "damaged.mp4"]
+    assert problems["gone.mp4"] == "file is missing"
+    assert problems["cut.mp4"].startswith("is cut off after")
+    assert problems["damaged.mp4"].startswith("decoding fails after")
+    nothing = collate([dataset[i, i] for i in (1, 2)])
+    assert nothing["video"].shape == nothing["label"].shape == (0,)
+    assert len(nothing["problems"]) == 2
+
+
+@pytest.fixture
+def broken_set(tmp_path: Path) -> Manifest:
+    """Nine videos, two of which break after the scan, and one that the scan finds to be broken."""
+    for number in range(9):
+        encode(tmp_path / "test" / "abc"[number % 3] / f"{number}.mp4", 12 + number, size=(32, 32))
+    (tmp_path / "test" / "a" / "empty.mp4").touch()
+    manifest = scan(tmp_path, "test", workers=0, manifest_path=tmp_path / "manifest.csv")
+    (tmp_path / "test" / "a" / "3.mp4").unlink()
+    (tmp_path / "test" / "b" / "4.mp4").write_bytes(b"no more")
+    return manifest
+
+
+def test_two_processes_with_uneven_shards(broken_set: Manifest) -> None:
+    folder = broken_set.root
+    torch.multiprocessing.spawn(shard_worker.run, (str(folder),), nprocs=shard_worker.WORLD)
+    gathered, of_other = (torch.load(folder / f"{rank}.pt") for rank in range(2))
+    assert gathered == of_other
+    scores = list(chain.from_iterable(scores for scores, _ in gathered))
+    broken = list(chain.from_iterable(broken for _, broken in gathered))
+    alone, broken_alone = shard_worker.read(folder / "manifest.csv", 0, 1)
+    assert sorted(scores) == sorted(alone)
+    assert sorted(broken) == sorted(broken_alone) == ["test/a/3.mp4", "test/b/4.mp4"]
+    tested = [path for path, _ in scores]
+    assert all(tested.count(path) == 2 for path in tested)  # two clips each
+    every = {record.path for record in broken_set.readable}
+    assert len(every) == 9 and set(tested) | set(broken) == every

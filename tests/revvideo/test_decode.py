@@ -1,0 +1,269 @@
+"""The frames of a clip are those of a full decode, byte by byte, whatever is odd about the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from revvideo import packets
+from revvideo.datasets import RandomClip, UniformClips
+from revvideo.decode import Video, probe
+from revvideo.errors import VideoError
+from tests.revvideo.make_videos import (
+    IRREGULAR_TIMES,
+    KINDS,
+    cut,
+    damage,
+    encode,
+    encode_sound,
+)
+
+DECODED_FROM_START = {
+    "no_times.avi",
+    "start_over.ts",
+    "step_back.ts",
+    "without_its_keyframe.mp4",
+    "leading_frames.mkv",
+    "intra_refresh.mp4",
+    "mpeg4.avi",
+    "times_of_decoding.mp4",
+    "vp8.webm",
+    # The encoder announces frames out of order, but there are too few for that.
+    "three_frames.mov",
+    "rotated_90.mov",
+    "rotated_180.mov",
+}
+
+
+def full_decode(path: Path) -> list[np.ndarray]:
+    """All frames, upright, by the plainest means; up to where the decoder fails."""
+    shown = []
+    with av.open(path) as container:
+        container.streams.video[0].thread_type = "NONE"
+        try:
+            for frame in container.decode(video=0):
+                picture = frame.to_ndarray(format="rgb24")
+                shown.append(np.rot90(picture, frame.rotation // 90 % 4))
+        except av.error.InvalidDataError:
+            pass
+    return shown
+
+
+def assert_frames(video: Video, indices: list[int], shown: list[np.ndarray]) -> None:
+    found = video.frames(indices)
+    assert found.dtype == torch.uint8 and found.shape[:2] == (len(indices), 3)
+    np.testing.assert_array_equal(
+        found.permute(0, 2, 3, 1).numpy(), np.stack([shown[i] for i in indices])
+    )
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "sought"])
+@pytest.mark.parametrize("name", KINDS)
+def test_frames_of_a_full_decode(
+    make: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str, keep: bool
+) -> None:
+    if not keep:
+        monkeypatch.setattr(packets, "_KEEP_BYTES", 0)
+    shown = full_decode(make(name))
+    with Video(make(name)) as video:
+        assert len(video) == len(video.timestamps) == len(shown)
+        assert video.truncated == ""
+        assert video.timestamps[0] == 0 and video.timestamps == sorted(video.timestamps)
+        everything = list(range(len(shown)))
+        clips = [everything, everything[::-3], everything[:1], everything[-1:]]
+        clips += RandomClip(16, 4, clips=3)(video.timestamps)
+        clips += UniformClips(8, 2, clips=4)(video.timestamps)
+        clips += UniformClips(64, 4, clips=1)(video.timestamps)  # longer than any of the videos
+        clips += [[i] for i in everything[::5]]
+        for clip in clips:
+            assert_frames(video, clip, shown)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in DECODED_FROM_START])
+def test_seeks(make: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("decodes from the start")
+
+    with Video(make(name)) as video:
+        monkeypatch.setattr(Video, "_all_frames", refuse)
+        for clip in UniformClips(4, 2, clips=5)(video.timestamps):
+            video.frames(clip)
+
+
+class Counter:
+    """A decoder that counts the frames that come out."""
+
+    def __init__(self, codec: object) -> None:
+        self.__dict__.update(codec=codec, count=0)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.codec, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self.codec, name, value)
+
+    def decode(self, packet: object) -> list[object]:
+        frames = self.codec.decode(packet)
+        self.__dict__["count"] += len(frames)
+        return frames
+
+
+def test_frames_that_no_other_needs_are_not_decoded(make: Callable[[str], Path]) -> None:
+    with Video(make("constant.mp4")) as video:
+        video._codec = Counter(video._codec)
+        video.frames([69])
+        assert video._codec.count <= 20  # the last group of pictures starts with frame 50
+    with Video(make("deep_b_pyramid.mp4")) as video:
+        video._codec = Counter(video._codec)
+        video.frames([0, 28])
+        assert video._codec.count < 20
+
+
+@pytest.mark.parametrize("name", ["constant.mp4", "intra_refresh.mp4", "mpeg4.avi"])
+def test_one_thread_inside_a_worker(make: Callable[[str], Path], name: str) -> None:
+    class Frames(Dataset):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, _: int) -> tuple[int, torch.Tensor]:
+            with Video(make(name)) as video:
+                return video._codec.thread_count, video.frames([0, 20, 39])
+
+    (threads, frames), *_ = DataLoader(Frames(), batch_size=None, num_workers=1)
+    assert threads == 1
+    with Video(make(name)) as video:
+        torch.testing.assert_close(frames, video.frames([0, 20, 39]), rtol=0, atol=0)
+
+
+def test_times_of_a_variable_rate(make: Callable[[str], Path]) -> None:
+    expected = [(t - IRREGULAR_TIMES[0]) / 1000 for t in IRREGULAR_TIMES]
+    for name in ("variable_rate.mp4", "variable_rate.mkv"):
+        with Video(make(name)) as video:
+            assert video.timestamps == pytest.approx(expected, abs=1e-3)
+
+
+def test_info(make: Callable[[str], Path]) -> None:
+    info = probe(make("constant.mp4"))
+    assert (info.frames, info.width, info.height) == (70, 64, 48)
+    assert info.fps == pytest.approx(30, abs=0.01)
+    assert info.duration == pytest.approx(70 / 30, abs=0.01)
+    upright = probe(make("rotated_90.mov"))
+    assert (upright.width, upright.height) == (48, 64)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("rotation", [0, 90, 180, -90])
+def test_upright(
+    make: Callable[[str], Path], tmp_path: Path, rotation: int, mirrored: bool
+) -> None:
+    path = encode(tmp_path / "turned.mov", 3, rotation=rotation, mirrored=mirrored)
+    with Video(make("three_frames.mov")) as plain, Video(path) as turned:
+        expected = torch.rot90(plain.frames([1]), rotation // 90, (2, 3))  # counterclockwise
+        expected = expected.flip(3) if mirrored else expected
+        torch.testing.assert_close(turned.frames([1]), expected, rtol=0, atol=0)
+
+
+def test_resized_while_decoding(make: Callable[[str], Path]) -> None:
+    with Video(make("constant.mp4")) as video:
+        small, others = (video.frames(clip, short_side=24) for clip in ([3, 9], [4, 10]))
+        assert small.shape == (2, 3, 24, 32)
+        expected = torch.nn.functional.interpolate(
+            video.frames([3, 9]).float(), (24, 32), mode="area"
+        )
+        # The pictures are noise, so that any other frame is far off.
+        assert (small - expected).abs().mean() < 0.7 * (others - expected).abs().mean()
+        assert video.frames([3], short_side=480).shape == (1, 3, 48, 64)  # never enlarged
+    with Video(make("rotated_90.mov")) as video:
+        assert video.frames([0], short_side=24).shape == (1, 3, 32, 24)
+
+
+def test_break_in_the_middle(tmp_path: Path) -> None:
+    options = {"x264-params": "keyint=20:min-keyint=20:scenecut=0"}
+    whole = full_decode(encode(tmp_path / "whole.mp4", 60, options=options))
+    # The packet after the second keyframe is a P frame, which the rest of its group needs.
+    path = damage(encode(tmp_path / "broken.mp4", 60, options=options), packet=21)
+    shown = full_decode(path)
+    assert 15 <= len(shown) <= 21
+    assert probe(path).frames == 60
+    with Video(path) as video:
+        assert_frames(video, list(range(len(shown))), shown)
+        for clip in ([2, 39], [30], list(range(10, 50, 4))):
+            with pytest.raises(VideoError, match=rf"^decoding fails after {len(shown)} frames \("):
+                video.frames(clip)
+        assert_frames(video, [0, 5, len(shown) - 1], shown)  # as good as before
+        # Sound again from the next keyframe on; a full decode does not get there.
+        assert_frames(video, [40, 45, 59], whole)
+
+
+@pytest.mark.parametrize(
+    "name, damaged",
+    [("no_times.avi", 20), ("mpeg4.avi", 20), ("one_keyframe.mp4", 20)],
+)
+def test_damage_never_gives_another_frame(
+    make: Callable[[str], Path], tmp_path: Path, name: str, damaged: int
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(make(name).read_bytes())
+    shown = full_decode(damage(path, damaged))
+    with Video(path) as video:
+        assert_frames(video, list(range(min(15, len(shown)))), shown)
+
+
+def test_part_of_a_transport_stream_is_lost(tmp_path: Path) -> None:
+    whole = encode(tmp_path / "whole.ts", size=(320, 240)).read_bytes()
+    path = tmp_path / "lost.ts"
+    middle = len(whole) // 188 // 2 * 188  # these streams are made of pieces of 188 bytes
+    path.write_bytes(whole[:middle] + whole[middle + 188 :])
+    with pytest.raises(VideoError, match="is cut off or damaged after 39 frames"):
+        probe(path)
+    shown = full_decode(path)
+    with Video(path) as video:
+        assert_frames(video, list(range(len(shown))), shown)
+
+
+def test_bad_index(make: Callable[[str], Path]) -> None:
+    with Video(make("three_frames.mov")) as video:
+        for index in (-1, 3):
+            with pytest.raises(IndexError, match=f"frame {index} of a video of 3 frames"):
+                video.frames([index])
+
+
+def test_a_colon_in_the_name(tmp_path: Path) -> None:
+    assert probe(encode(tmp_path / "a:b%03d.mp4", 3)).frames == 3
+
+
+def test_not_a_video(tmp_path: Path) -> None:
+    whole = encode(tmp_path / "whole.mp4", container_options={"movflags": "faststart"})
+    index_last = encode(tmp_path / "index_last.mp4")
+    matroska = encode(tmp_path / "whole.mkv")
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("no video at all\n" * 100)
+    (tmp_path / "folder.mp4").mkdir()
+    cut(whole, tmp_path / "cut.mp4", 0.6)
+    cut(index_last, tmp_path / "no_index.mp4", 0.6)
+    cut(matroska, tmp_path / "cut.mkv", 0.6)
+    cut(encode(tmp_path / "whole.avi", codec="mpeg4"), tmp_path / "cut.avi", 0.6)
+    encode_sound(tmp_path / "sound.mp4")
+    reasons = {
+        "missing.mp4": "file is missing",
+        "folder.mp4": "is not a file",
+        "empty.mp4": "file is empty",
+        "text.mp4": "is not a video",
+        "sound.mp4": "has no video stream, only sound",
+        "cut.mp4": "is cut off after [0-9]+ of 40 frames",
+        "no_index.mp4": "is cut off: the index",
+        "cut.mkv": r"is cut off after 0\.[0-9] of 1\.3 seconds",
+        "cut.avi": "is cut off after [0-9]+ of [0-9]+ frames",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(VideoError, match=reason) as caught:
+            probe(tmp_path / name)
+        assert "\n" not in caught.value.reason
+    for path in (whole, index_last, matroska, tmp_path / "whole.avi"):
+        assert probe(path).frames == 40

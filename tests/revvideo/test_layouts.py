@@ -1,0 +1,168 @@
+"""Kinetics and the like, in the layouts that people have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from revvideo.errors import UserError
+from revvideo.layouts import find_videos, splits_of
+from tests.revvideo.make_videos import encode, encode_sound
+
+
+def touch(root: Path, *names: str) -> None:
+    """Files that have the name of a video; layouts do not open these."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+
+
+def test_folders(tmp_path: Path) -> None:
+    touch(tmp_path, "train/air_drumming/b.mkv", "train/air_drumming/a.mp4", "train/airplay/c.MP4")
+    touch(tmp_path, "train/abseiling/part/d.webm", "train/.cache/e.mp4", "train/abseiling/.f.mp4")
+    touch(tmp_path, "val/airplay/g.mp4")
+    classes, entries = find_videos(tmp_path, "train")
+    # By name, with a space for "_": as the released weights count.
+    assert classes == ["abseiling", "air_drumming", "airplay"]
+    assert entries == [
+        ("train/abseiling/part/d.webm", 0),
+        ("train/air_drumming/a.mp4", 1),
+        ("train/air_drumming/b.mkv", 1),
+        ("train/airplay/c.MP4", 2),
+    ]
+    assert find_videos(tmp_path, "val", classes=classes) == (classes, [("val/airplay/g.mp4", 2)])
+    with_spaces = ["x", "air drumming", "airplay", "abseiling"]
+    assert {label for _, label in find_videos(tmp_path, "train", classes=with_spaces)[1]} == {
+        1,
+        2,
+        3,
+    }
+    assert splits_of(tmp_path) == ["train", "val"]
+
+
+def test_folders_name_files_of_sound_or_pictures_with_another_extension(tmp_path: Path) -> None:
+    encode(tmp_path / "train" / "a" / "video.mp4", 3).rename(tmp_path / "train" / "a" / "video.txt")
+    encode_sound(tmp_path / "train" / "a" / "sound.m4a")
+    touch(tmp_path, "train/a/good.mp4")
+    (tmp_path / "train" / "a" / "about.json").write_text("{}")
+    (tmp_path / "train" / "a" / "about.txt").write_text("text\n" * 50)
+    (tmp_path / "train" / "a" / "done").touch()
+    _, entries = find_videos(tmp_path, "train")
+    names = [Path(path).name for path, _ in entries]
+    assert names == ["good.mp4", "sound.m4a", "video.txt"]
+
+
+def test_folders_with_a_list_of_files(tmp_path: Path) -> None:
+    """UCF101."""
+    touch(tmp_path, "Archery/v_1.avi", "Archery/v_2.avi", "Bowling/v_1.avi", "Yo Yo/v_9.avi")
+    (tmp_path / "trainlist01.txt").write_text("Archery/v_1.avi 1\nYo Yo/v_9.avi 3\n")
+    (tmp_path / "testlist01.txt").write_text("\ufeffBowling/v_1.avi\n\n")
+    classes, entries = find_videos(tmp_path, "train", "trainlist01.txt", "folders")
+    assert classes == ["Archery", "Bowling", "Yo Yo"]
+    assert entries == [("Archery/v_1.avi", 0), ("Yo Yo/v_9.avi", 2)]
+    test = find_videos(tmp_path, "test", tmp_path / "testlist01.txt")
+    assert test == (classes, [("Bowling/v_1.avi", 1)])
+    (tmp_path / "bad.txt").write_text("Archery/v_1.avi\nRowing/v_1.avi\n")
+    with pytest.raises(UserError, match=r"bad\.txt, line 2: .* has no folder 'Rowing'"):
+        find_videos(tmp_path, "train", "bad.txt", "folders")
+
+
+@pytest.mark.parametrize("separator", [" ", ",", "\t", ", "])
+def test_list(tmp_path: Path, separator: str) -> None:
+    """PySlowFast."""
+    touch(tmp_path, "train/throwing axe/a b.mp4", "somewhere/c.mp4")
+    lines = [("throwing axe/a b.mp4", 1), ("somewhere/c.mp4", 0), (f"{tmp_path}/d 2.mp4", 2)]
+    text = "".join(f"{path}{separator}{label}\n" for path, label in lines)
+    (tmp_path / "train.csv").write_text(text)
+    classes, entries = find_videos(tmp_path, "train", layout="list")
+    assert entries == [("train/throwing axe/a b.mp4", 1), *lines[1:]]
+    assert classes == ["somewhere", "throwing axe", tmp_path.name]
+    assert find_videos(tmp_path, "train", "train.csv") == (classes, entries)
+    with pytest.raises(UserError, match=r"train\.csv, line 3: label 2 with the 2 classes"):
+        find_videos(tmp_path, "train", "train.csv", classes=["a", "b"])
+
+
+def test_names_of_a_list_whose_folders_are_not_classes(tmp_path: Path) -> None:
+    (tmp_path / "val.txt").write_text("a/1.mp4 0\na/2.mp4 2\nb/3.mp4 2\nb/4.mp4 -1\n")
+    classes, entries = find_videos(tmp_path, "val")
+    assert classes == ["0", "1", "2"] and [label for _, label in entries] == [0, 2, 2, -1]
+
+
+@pytest.mark.parametrize("line", ["a/1.mp4 x", "a/1.mp4", "a/1.mp4 -2", "a/1.mp4 1.5"])
+def test_bad_list(tmp_path: Path, line: str) -> None:
+    (tmp_path / "train.txt").write_text(f"a/0.mp4 0\n{line}\n")
+    with pytest.raises(UserError, match=r"train\.txt, line 2: .* is not `path label`"):
+        find_videos(tmp_path, "train", "train.txt")
+
+
+HEADER = "label,youtube_id,time_start,time_end,split"
+
+
+@pytest.mark.parametrize("annotations", [None, "somewhere/else.csv"])
+def test_annotations_of_kinetics(tmp_path: Path, annotations: str | None) -> None:
+    file = tmp_path / (annotations or "annotations/val.csv")
+    file.parent.mkdir(exist_ok=True)
+    rows = [
+        '"passing American football (in game)",--07WQ2iBlw,1,11,validate',
+        "javelin throw,-Fl7M-V4EW8,16,26,validate",
+        "air drumming,0a_x-k34FB4,2.0,12.0,validate",
+        "air drumming,gone0000000,100,110,validate",
+        "abseiling,another0000,5,15,train",
+    ]
+    file.write_text("\n".join([HEADER, *rows]) + "\n")
+    touch(tmp_path, "val/--07WQ2iBlw_000001_000011.mp4", "train/--07WQ2iBlw_000001_000011.mp4")
+    # Folders in the split's folder are taken for classes, unless annotations are given.
+    one, two = ("javelin throw/", "x/") if annotations else ("", "")
+    touch(tmp_path, f"val/{one}-Fl7M-V4EW8_000016_000026.mkv", f"val/{two}0a_x-k34FB4.webm")
+    classes, entries = find_videos(tmp_path, "val", annotations)
+    assert classes == ["air drumming", "javelin throw", "passing American football (in game)"]
+    assert entries == [
+        ("val/--07WQ2iBlw_000001_000011.mp4", 2),
+        (f"val/{one}-Fl7M-V4EW8_000016_000026.mkv", 1),
+        (f"val/{two}0a_x-k34FB4.webm", 0),
+        ("val/gone0000000_000100_000110.mp4", 0),
+    ]
+    underscored = ["abseiling", "air_drumming", "javelin_throw", classes[2]]
+    _, again = find_videos(tmp_path, "val", annotations, classes=underscored)
+    assert [label for _, label in again] == [3, 2, 1, 1]
+    with pytest.raises(UserError, match=r"has no split 'test', only train, val$"):
+        find_videos(tmp_path, "test", file)
+
+
+def test_annotations_without_labels(tmp_path: Path) -> None:
+    (tmp_path / "test.csv").write_text("youtube_id,time_start,time_end,split\nabc,1,11,test\n")
+    touch(tmp_path, "test/abc_000001_000011.mp4")
+    _, entries = find_videos(tmp_path, "test", classes=["a"])
+    assert entries == [("test/abc_000001_000011.mp4", -1)]
+
+
+def test_bad_annotations(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text(f"{HEADER}\na,abc,zero,10,train\n")
+    with pytest.raises(UserError, match=r"train\.csv, entry 2: time is no number"):
+        find_videos(tmp_path, "train")
+    (tmp_path / "train.csv").write_text("label,youtube_id,split\na,abc,train\n")
+    with pytest.raises(UserError, match=r"train\.csv has no column time_end, time_start"):
+        find_videos(tmp_path, "train")
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the folder .*none does not exist"):
+        find_videos(tmp_path / "none", "train")
+    with pytest.raises(UserError, match=r"holds no folders of classes, and .* no annotations"):
+        find_videos(tmp_path, "train")
+    with pytest.raises(UserError, match=r"no annotations for split 'train' in .*: tried train.csv"):
+        find_videos(tmp_path, "train", layout="csv")
+    with pytest.raises(UserError, match=r"the annotations none.txt do not exist"):
+        find_videos(tmp_path, "train", "none.txt")
+    with pytest.raises(UserError, match="none of the splits train, val, test"):
+        splits_of(tmp_path)
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"split 'train' of .* holds no video"):
+        find_videos(tmp_path, "train")
+
+
+def test_a_class_that_the_model_does_not_have(tmp_path: Path) -> None:
+    touch(tmp_path, "val/archery2/a.mp4")
+    with pytest.raises(UserError, match=r"'archery2' .* none of the 2 classes .*near: archery\)"):
+        find_videos(tmp_path, "val", classes=["archery", "bowling"])

@@ -1,0 +1,299 @@
+"""The predict command: the scores that testing gives, and what becomes of every input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from collections.abc import Callable
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from revvideo.config import load_config
+from revvideo.decode import Video
+from revvideo.errors import UserError
+from revvideo.predict import drawing_names, find_inputs, frame_labels, main
+from revvideo.predictor import MOST_WINDOWS, Predictor
+from revvideo.run import main as train
+from tests.revvideo.tiny_set import arguments, build_set, write_video
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_set(tmp_path_factory.mktemp("videos"), train=9, val=5)
+
+
+@pytest.fixture(scope="module")
+def trained(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of a few steps."""
+    output = tmp_path_factory.mktemp("run") / "tiny"
+    assert train(arguments(videos, output, "optim.lr=0.02", "test.crops=3")) == 0
+    return output
+
+
+@pytest.fixture
+def predict(trained: Path, tmp_path: Path) -> Callable[..., int]:
+    """``predict(*inputs, …)``: the command with the output ``tmp_path/out``; its status."""
+
+    def call(*inputs: Path | str, options: tuple[str, ...] = ("--no-drawings",)) -> int:
+        given = ["--input", *map(str, inputs), "--output", str(tmp_path / "out"), *options]
+        weights = trained / "checkpoints" / "last.ckpt"
+        run = ["--config", str(trained / "config.yaml"), "--weights", str(weights)]
+        return main([*run, "--workers", "0", *given])
+
+    return call
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The entries of predictions.json by their paths, and results.json."""
+    content = json.loads((folder / "out" / "predictions.json").read_text())
+    return {x["path"]: x for x in content}, json.loads(
+        (folder / "out" / "results.json").read_text()
+    )
+
+
+def long_video(path: Path, seconds: float = 4.0) -> Path:
+    """Bright, then dark."""
+    half = round(seconds * 15)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", Fraction(30), {"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 40, 36, "yuv420p"
+        for level in [210] * half + [30] * half:
+            picture = np.full((36, 40, 3), level, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def test_scores_are_those_of_testing(predict, trained, videos, tmp_path, capsys):
+    assert predict(videos / "val", options=("--no-drawings", "--batch-size", "13")) == 0
+    predictions, results = read(tmp_path)
+    with (trained / "predictions.csv").open() as file:
+        tested = list(csv.DictReader(file))
+    assert len(tested) == len(predictions) == results["videos"] == results["inputs"] == 5
+    for row in tested:
+        best = predictions[str(videos / row["path"])]["top"]
+        assert [b["class"] for b in best] == [row["top1"], row["top2"], row["top3"]]
+        expected = [float(row[f"score{k}"]) for k in (1, 2, 3)]
+        assert [b["score"] for b in best] == pytest.approx(expected, abs=1e-5)
+    assert results["unreadable"] == {}
+    assert results["classes"] == ["bright", "dark", "striped"]
+    printed = capsys.readouterr().out
+    for path, entry in predictions.items():
+        best = entry["top"][0]
+        assert f"{path}: {best['class']} {100 * best['score']:.1f}%, " in printed
+
+
+def test_how_clips_are_grouped_does_not_matter(predict, videos, tmp_path):
+    found = []
+    for options in (("--batch-size", "1"), ("--batch-size", "64"), ("--workers", "2")):
+        assert predict(videos / "val", options=("--no-drawings", *options)) == 0
+        found.append({path: entry["top"][0]["score"] for path, entry in read(tmp_path)[0].items()})
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    assert found[0] == pytest.approx(found[2], abs=1e-5)
+
+
+def test_unreadable_inputs_are_named_and_counted(predict, videos, tmp_path, capsys):
+    good = videos / "val" / "dark" / "01.mp4"
+    mess = tmp_path / "mess"
+    mess.mkdir()
+    (mess / "text.mp4").write_text("no video")
+    (mess / "empty.mp4").touch()
+    odd = mess / os.fsdecode(b"\xff.mp4")  # no UTF-8
+    odd.touch()
+    (mess / "cut.mp4").write_bytes(good.read_bytes()[:2000])
+    shutil.copy(good, mess / "good.mp4")
+    gone = tmp_path / "gone.mp4"
+    gone.symlink_to(tmp_path / "nowhere.mp4")
+    assert predict(mess, tmp_path / "gone*", good) == 0
+    predictions, results = read(tmp_path)
+    assert set(predictions) == {str(mess / "good.mp4"), str(good)}
+    bad = {str(mess / name) for name in ("text.mp4", "empty.mp4", "cut.mp4")}
+    assert set(results["unreadable"]) == {*bad, str(odd), str(gone)}
+    assert (results["inputs"], results["videos"]) == (7, 2)
+    captured = capsys.readouterr()
+    assert "2 of 7 videos" in captured.out
+    assert "5 unreadable:" in captured.err
+    for path in bad:
+        assert f"{path}: {results['unreadable'][path]}" in captured.err
+    assert "empty" in results["unreadable"][str(mess / "empty.mp4")]
+
+
+def test_nothing_but_unreadable_inputs_is_an_error(predict, tmp_path, capsys):
+    (tmp_path / "empty.mp4").touch()
+    assert predict(tmp_path / "empty.mp4") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: not one of the 1 inputs")
+    assert read(tmp_path)[1]["unreadable"]
+
+
+def test_a_long_video_is_followed_over_time(predict, tmp_path):
+    source = long_video(tmp_path / "long.mp4")
+    assert predict(source, options=()) == 0
+    entry = read(tmp_path)[0][str(source)]
+    assert (entry["frames"], entry["fps"], entry["width"], entry["height"]) == (120, 30, 40, 36)
+    windows = entry["windows"]
+    assert windows[0]["start"] == 0
+    assert windows[-1]["end"] == pytest.approx(119 / 30, abs=1e-3)
+    for before, after in pairwise(windows):
+        assert before["start"] < after["start"] <= before["end"], "no gaps"
+    best = [window["top"][0]["class"] for window in windows]
+    assert best[0] != best[-1]
+    assert {"strip", "curve", "video"} == set(entry["drawings"])
+    for kind, suffix in (("strip", "png"), ("curve", "png"), ("video", "mp4")):
+        assert Path(entry["drawings"][kind]) == tmp_path / "out" / f"{kind}s" / f"long.{suffix}"
+        assert Path(entry["drawings"][kind]).stat().st_size > 1000
+    with Video(entry["drawings"]["video"]) as copy, Video(source) as original:
+        assert copy.timestamps == pytest.approx(original.timestamps, abs=1e-4)
+        letters = copy.frames([5, 8, 112])[..., -20:, :].min(dim=1).values > 160
+    widths = [int(part.any(dim=0).nonzero().max()) for part in letters]
+    # As long as the names: the label changes where the best class does.
+    assert abs(widths[0] - widths[1]) < 4 < 8 < abs(widths[0] - widths[2])
+
+
+def test_a_window_has_the_scores_of_its_clip(trained, tmp_path):
+    config = load_config(trained / "config.yaml")
+    weights = str(trained / "checkpoints" / "last.ckpt")
+    predictor = Predictor(config, weights, device="cpu", batch_size=3)
+    with Video(long_video(tmp_path / "long.mp4")) as video:
+        windows = predictor.windows(video)
+        frames = video.frames(range(len(video)))
+        short = predictor.windows(video, step=0.05)
+    assert len(windows.scores) == len(windows.starts) == len(windows.ends) == 39
+    assert len(short.scores) == 77
+    for number in (0, 17, 38):
+        first = round(windows.starts[number] * 30)
+        clip = frames[first : first + 7 : 2][..., 2:34, 4:36]  # the centre; 36 px becomes 32
+        assert windows.ends[number] == pytest.approx((first + 6) / 30)
+        # The picture is plain: resizing changes nothing.
+        normed = (clip.float() / 255 - config.data.mean) / config.data.std
+        expected = predictor.score(normed.permute(1, 0, 2, 3)[None])[0]
+        assert torch.allclose(windows.scores[number], expected, atol=1e-4)
+
+
+def test_windows_are_not_too_many_and_a_short_video_has_none(trained, videos):
+    config = load_config(trained / "config.yaml")
+    weights = str(trained / "checkpoints" / "last.ckpt")
+    predictor = Predictor(config, weights, device="cpu", batch_size=64)
+
+    class Fake:
+        def __init__(self, seconds: float) -> None:
+            self.timestamps = [i / 30 for i in range(round(30 * seconds))]
+
+        def frames(self, numbers, short_side):
+            return torch.zeros(len(numbers), 3, 36, 40, dtype=torch.uint8)
+
+    assert len(predictor.windows(Fake(3600)).scores) == MOST_WINDOWS
+    assert predictor.windows(Fake(0.6)) is None
+
+
+def test_labels_follow_the_nearest_window():
+    def entry(start: float, end: float, name: str) -> dict[str, Any]:
+        return {"start": start, "end": end, "top": [{"class": name, "score": 0.5}]}
+
+    prediction = {"top": [{"class": "all", "score": 0.256}]}
+    assert frame_labels([0.0, 9.0], prediction) == ["all  26%"] * 2
+    prediction["windows"] = [entry(0, 2, "a"), entry(1, 3, "b"), entry(2, 4, "c")]
+    labels = frame_labels([0.0, 1.4, 1.6, 2.4, 2.6, 9.0], prediction)
+    assert [label[0] for label in labels] == ["a", "a", "b", "b", "c", "c"]
+
+
+def test_inputs_are_files_folders_and_patterns(tmp_path):
+    for name in ("a.mp4", "b.MKV", "deep/er/c.webm", "deep/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "folder.mp4" / "d.avi").touch()
+    output = tmp_path / "deep" / "out"
+    (output / "videos").mkdir(parents=True)
+    (output / "videos" / "copy.mp4").touch()
+
+    def names(*arguments: str) -> list[str]:
+        found = find_inputs([str(tmp_path / a) for a in arguments], output)
+        return [str(path.relative_to(tmp_path)) for path in found]
+
+    assert names("") == ["a.mp4", "b.MKV", "deep/er/c.webm", "folder.mp4/d.avi"]
+    assert names("*.mp4") == ["a.mp4", "folder.mp4/d.avi"]
+    assert names("**/c.*", "a.mp4", "a.mp4") == ["deep/er/c.webm", "a.mp4"]
+    assert names("deep/notes.txt") == ["deep/notes.txt"], "what is named is tried"
+    for wrong in ("e.mp4", "*.mov", "deep/out"):
+        with pytest.raises(UserError, match=f"--input .*{wrong.replace('*', '.')}"):
+            names(wrong)
+
+
+def test_each_input_has_drawings_of_its_own():
+    paths = [
+        Path("x", name) for name in ("left/0.mp4", "right/0.mp4", "right/0.avi", "right/1.mp4")
+    ]
+    names = ["left/0", "right/0.mp4", "right/0.avi", "right/1"]
+    assert drawing_names(paths) == dict(zip(paths, names, strict=True))
+    assert drawing_names(paths[:1]) == {paths[0]: "0"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--batch-size", "0"), "--batch-size 0: use"),
+        (("--step", "0"), "--step 0.0: use"),
+        (("--step", "nan"), "--step nan: use"),
+        (("--device", "gpu7"), "gpu7"),
+        (("--weights", "nothing.ckpt"), "nothing.ckpt"),
+        (("--config", "nothing.yaml"), "nothing.yaml"),
+        (("--classes", "nothing.txt"), "nothing.txt"),
+        (("--output", __file__), "is a file"),
+        (("--no-drawings", "test.clip=3"), "test.clips"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_mistake_is_one_line_before_work_starts(
+    predict, videos, tmp_path, capsys, options, message
+):
+    assert predict(videos / "val", options=options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_key_of_the_config_can_be_overridden(predict, videos, tmp_path):
+    write_video(tmp_path / "a.mp4", "dark", seed=1)
+    assert (
+        predict(tmp_path / "a.mp4", options=("--no-drawings", "test.clips=1", "test.crops=1")) == 0
+    )
+    run = read(tmp_path)[1]["run"]
+    assert (run["clips"], run["crops"]) == (1, 1)
+
+
+def test_names_of_classes_can_be_given(predict, videos, tmp_path, capsys):
+    names = tmp_path / "names.txt"
+    names.write_text("snow ball\nnight\nzèbre\n", encoding="utf-8")
+    assert predict(videos / "val", options=("--no-drawings", "--classes", str(names))) == 0
+    predictions, results = read(tmp_path)
+    assert results["classes"] == ["snow ball", "night", "zèbre"]
+    best = {top["class"] for entry in predictions.values() for top in entry["top"]}
+    assert best == {"snow ball", "night", "zèbre"}
+    names.write_text("night\n")
+    capsys.readouterr()
+    assert predict(videos / "val", options=("--no-drawings", "--classes", str(names))) == 2
+    assert "has 1 lines, the model 3 classes" in capsys.readouterr().err
+
+
+def test_what_was_found_is_kept_when_it_is_stopped(predict, videos, tmp_path, monkeypatch):
+    calls: list[Path] = []
+
+    def stop(_: Predictor, path: Path, *__: Any) -> None:
+        calls.append(path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("revvideo.predict._look_closer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        predict(videos / "val")
+    content = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [entry["path"] for entry in content] == [str(path) for path in calls]

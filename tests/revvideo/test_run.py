@@ -1,0 +1,395 @@
+"""The road from a recipe to results, through the command that users type."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import backbones
+from revvideo.callbacks import read_metrics
+from revvideo.datasets import ClipDataset
+from revvideo.module import VideoModule
+from revvideo.run import main
+from revvideo.scan import main as scan
+from tests.revvideo.tiny_set import arguments, build_set, cpu_only, spoil, write_video
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "rev_mvit_video_tiny.pyth"
+
+# Everything that draws random numbers.
+RANDOM = (
+    "augment.flip=0.5",
+    "augment.scale=[0.5,1.0]",
+    "augment.rand_augment_ops=1",
+    "augment.erase=0.5",
+    "augment.mixup=0.8",
+    "augment.cutmix=1.0",
+    "augment.repeats=2",
+    "augment.label_smoothing=0.1",
+    "model.drop_path_rate=0.2",
+    "model.drop_rate=0.2",
+)
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """18 + 7 videos of three classes."""
+    return build_set(tmp_path_factory.mktemp("videos"))
+
+
+@pytest.fixture
+def run(videos, monkeypatch):
+    """``run(output, *arguments)``: the command, in this process; returns its status."""
+    monkeypatch.setattr("revvideo.results.draw_curves", lambda *_: None)  # a second each time
+
+    def call(output: Path, *more: str, root: Path = videos, config: str | None = None) -> int:
+        return main(arguments(root, output, *more, config=config))
+
+    return call
+
+
+def command(videos: Path, output: Path, *more: str) -> list[str]:
+    return [sys.executable, "revvideo/run.py", *arguments(videos, output, *more)]
+
+
+def losses(output: Path) -> dict[int, float]:
+    rows = [row for row in read_metrics(output / "metrics.csv") if "train/loss" in row]
+    assert len({row["step"] for row in rows}) == len(rows)
+    return {int(row["step"]): row["train/loss"] for row in rows}
+
+
+def results(output: Path) -> dict:
+    return json.loads((output / "results.json").read_text())
+
+
+def predictions(output: Path) -> list[dict[str, str]]:
+    with (output / "predictions.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_its_results_and_tests_the_same_again(videos, tmp_path, capfd):
+    output = tmp_path / "run"
+    assert main(arguments(videos, output)) == 0
+    first = results(output)
+    assert first["test"].keys() == {"top1", "top5", "videos", "of", "clips", "crops"}
+    assert (first["test"]["videos"], first["test"]["of"]) == (7, 7)
+    assert first["run"]["steps"] == 8 and first["run"]["memory"] == "reversible"
+    assert 0 <= first["run"]["data_wait"] <= 1
+    for name in ("curves.png", "config.yaml", "log.txt", "metrics.csv", "checkpoints/last.ckpt"):
+        assert (output / name).stat().st_size > 0
+    assert list(output.glob("tensorboard/events.out.tfevents.*"))
+    assert not list(output.rglob("*.partial"))
+    assert sorted(losses(output)) == list(range(8))
+    log = (output / "log.txt").read_text()
+    assert "top-1, " in log and "on 7 of 7 videos" in log and "waiting for data" in log
+    # Nobody reads past warnings that they cannot act on.
+    err = capfd.readouterr().err
+    assert "warn" not in err.lower() and "deprecat" not in err.lower(), err
+    # The scores of a video are averaged over its views and sum to one.
+    for row in predictions(output):
+        assert sum(float(row[f"score{k}"]) for k in (1, 2, 3)) == pytest.approx(1, abs=1e-5)
+    correct = [row["class"] == row["top1"] for row in predictions(output)]
+    assert first["test"]["top1"] == pytest.approx(100 * sum(correct) / 7)
+
+    # The config that a run saves is a recipe itself.
+    config = str(output / "config.yaml")
+    assert main(["--config", config, "--eval-only", "train.memory_budget=1KB"]) == 0
+    again = results(output)
+    assert again["test"] == first["test"] and again["run"] == first["run"]
+    assert sorted(losses(output)) == list(range(8))
+
+
+def test_every_memory_policy_gives_the_same_loss_curve(run, tmp_path):
+    curves = {}
+    for policy in ("store", "reversible"):
+        more = [f"train.memory={policy}", "optim.max_steps=5", *RANDOM]
+        assert run(tmp_path / policy, *more) == 0
+        curves[policy] = losses(tmp_path / policy)
+    assert sorted(curves["store"]) == list(range(5))
+    assert curves["reversible"] == pytest.approx(curves["store"], rel=1e-4)
+
+
+def test_a_budget_chooses_the_memory_policy(run, tmp_path, monkeypatch):
+    asked = []
+
+    def fit(model: torch.nn.Module, example: torch.Tensor, *rest: object) -> SimpleNamespace:
+        """In the place of the real one, which takes seconds and has tests of its own."""
+        asked.append((tuple(example.shape), *rest))
+        return SimpleNamespace(policy="reversible", stored_blocks=3)
+
+    monkeypatch.setattr(backbones, "fit_memory", fit)
+    more = ["train.memory_budget=1GB", "train.precision=bf16-mixed", "augment.repeats=2"]
+    more += ["optim.accumulate=2", "optim.max_steps=1", "test.clips=1"]
+    assert run(tmp_path, *more) == 0
+    assert asked == [((4, 3, 4, 32, 32), "1GB", torch.bfloat16)]
+    assert results(tmp_path)["run"]["stored_blocks"] == 3
+    assert "stored_blocks=3" in (tmp_path / "log.txt").read_text()
+
+
+def test_accumulating_changes_neither_the_steps_nor_the_loss(run, tmp_path):
+    more = ["optim.clip_grad_norm=0.1", "test.clips=1"]
+    assert run(tmp_path / "whole", *more) == 0
+    assert run(tmp_path / "parts", "optim.accumulate=4", *more) == 0
+    assert len(losses(tmp_path / "parts")) == 8
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_spoils_no_checkpoint(run, tmp_path, capfd):
+    more = ["optim.lr=1e30", "train.checkpoint_every=1"]
+    assert run(tmp_path, *more) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: the loss is nan at step") and "optim.lr" in error
+    state = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_out_of_memory_is_one_line(run, tmp_path, monkeypatch, capfd):
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
+
+    monkeypatch.setattr(VideoModule, "training_step", full)
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path)
+    assert caught.value.code == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: CUDA out of memory: ") and "train.memory_budget=auto" in error
+
+
+def test_the_golden_checkpoint_gives_its_scores(videos, tmp_path, monkeypatch):
+    expected = torch.load(GOLDEN.with_suffix(".expected.pt"), weights_only=True)
+    # The clips of the golden data are no videos, so they are put where decoded ones would be.
+    two = build_set(tmp_path / "two", train=0, val=2)
+
+    def golden_clip(self: ClipDataset, key: tuple[int, int]) -> dict:
+        index, _ = key
+        video = expected["input"][index].expand(2, -1, -1, -1, -1)
+        return {"video": video, "label": 0, "index": index, "path": str(index), "problem": ""}
+
+    monkeypatch.setattr(ClipDataset, "__getitem__", golden_clip)
+    output = tmp_path / "out"
+    more = [
+        "--eval-only",
+        f"model.weights={GOLDEN}",
+        "model.num_classes=5",
+        "model.arguments={embed_dim: 10, depth: 5, transitions: [1, 3], kv_stride: 8}",
+        "data.crop_size=64",
+        "test.short_side=64",
+        "data.layout=list",
+        f"data.annotations={tmp_path / 'list.txt'}",
+    ]
+    (tmp_path / "list.txt").write_text(
+        "".join(f"{path.relative_to(two)} 0\n" for path in sorted(two.rglob("*.mp4")))
+    )
+    assert main(arguments(two, output, *more)) == 0
+    rows = predictions(output)
+    assert len(rows) == 2
+    for row, scores in zip(rows, expected["eval_output"].tolist(), strict=True):
+        for rank in range(1, 6):
+            found = float(row[f"score{rank}"])
+            assert found == pytest.approx(scores[int(row[f"top{rank}"])], abs=1e-5)
+    assert results(output)["test"]["videos"] == 2
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL where the test looks into the process."""
+
+
+def test_a_stopped_run_reads_the_same_remaining_clips(run, tmp_path, monkeypatch):
+    more = ["train.checkpoint_every=1", "optim.accumulate=2", *RANDOM]
+    more += ["train.val_every=9", "test.clips=1"]
+    read: list[tuple[int, int]] = []
+    plain = ClipDataset.__getitem__
+
+    def record(self: ClipDataset, key: tuple[int, int]) -> dict:
+        if len(self) == 18:
+            read.append(key)
+        return plain(self, key)
+
+    monkeypatch.setattr(ClipDataset, "__getitem__", record)
+    assert run(tmp_path / "whole", *more) == 0
+    whole = read.copy()
+    assert [position for _, position in whole] == list(range(32))
+    step = VideoModule.training_step
+
+    def killed(self: VideoModule, batch: object, batch_idx: int) -> torch.Tensor:
+        if self.global_step == killed_at and batch_idx % 2:  # the second part of a step
+            raise Killed
+        return step(self, batch, batch_idx)
+
+    # At the end of an epoch of four steps, and in the middle of the second one.
+    for killed_at in (4, 6):
+        output = tmp_path / f"killed{killed_at}"
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(VideoModule, "training_step", killed)
+            run(output, *more)
+        read.clear()
+        assert run(output, "--resume", *more) == 0
+        assert read == whole[4 * killed_at :]
+        assert losses(output) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+        rows, expected = (read_metrics(o / "metrics.csv") for o in (output, tmp_path / "whole"))
+        assert [r["lr"] for r in rows if "lr" in r] == [r["lr"] for r in expected if "lr" in r]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_resumes_as_if_nothing_had_happened(videos, run, tmp_path):
+    more = [
+        "optim.epochs=5",
+        "train.checkpoint_every=2",
+        "data.workers=1",
+        "optim.ema=0.9",
+        *RANDOM,
+    ]
+    more += ["train.val_every=10", "test.clips=1"]
+    assert run(tmp_path / "whole", *more) == 0
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(videos, killed, *more),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=cpu_only(),
+    )
+    deadline = time.monotonic() + 240
+    while not (killed / "metrics.csv").exists() or max(losses(killed), default=0) < 5:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "results.json").exists()
+    assert run(killed, "--resume", *more) == 0
+    assert sorted(losses(killed)) == list(range(20))
+    assert losses(killed) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    assert predictions(killed) == predictions(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scanned set of which a video for validation has broken since the scan."""
+    root = build_set(tmp_path_factory.mktemp("spoilt"))
+    assert scan(["--split", "train", "val", "--", str(root)]) == 0
+    spoil(root / "val" / "dark" / "04.mp4")
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "steps"), [("ddp", 20), ("fsdp", 2)])
+def test_two_processes_train_and_test_like_one(run, spoilt, tmp_path, strategy, steps):
+    """Seven videos for two processes, of which one has a video that breaks."""
+    more = [f"optim.max_steps={steps}", "optim.epochs=5", "train.val_every=9"]
+    more += ["optim.clip_grad_norm=1", "test.clips=1"]
+    two = tmp_path / "two"
+    subprocess.run(
+        command(spoilt, two, "train.devices=2", f"train.strategy={strategy}", *more),
+        check=True,
+        capture_output=True,
+        timeout=300,
+        env=cpu_only(),
+    )
+    assert run(tmp_path / "one", *more, root=spoilt) == 0
+    assert sorted(losses(two)) == list(range(steps))
+    assert losses(two) == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+
+    paths = [row["path"] for row in predictions(two)]
+    good = [p for p in spoilt.glob("val/*/*.mp4") if p.name != "04.mp4"]
+    assert sorted(paths) == sorted(str(path.relative_to(spoilt)) for path in good)
+    alone = predictions(tmp_path / "one")
+    assert [row["path"] for row in alone] == paths
+    assert [row["top1"] for row in alone] == [row["top1"] for row in predictions(two)]
+    assert results(two)["test"] == results(tmp_path / "one")["test"]
+    assert (results(two)["test"]["videos"], results(two)["test"]["of"]) == (6, 7)
+    assert list(results(two)["left_out"]) == ["val/dark/04.mp4"]
+    assert "on 6 of 7 videos" in (two / "log.txt").read_text()
+
+
+def test_a_batch_without_any_readable_video_is_passed_over(run, videos, tmp_path):
+    """Training goes to the end although no file of some batches can be read."""
+    root = tmp_path / "set"
+    shutil.copytree(videos, root)
+    assert scan(["--split", "train", "val", "--", str(root)]) == 0
+    broken = sorted(root.glob("train/*/*.mp4"))[:12]
+    for path in broken:
+        spoil(path)
+    more = ["optim.batch_size=1", "optim.epochs=1", "test.batch_size=1", "augment.repeats=2"]
+    spoil(root / "val" / "striped" / "02.mp4")
+    assert run(tmp_path / "out", *more, root=root) == 0
+    found = results(tmp_path / "out")
+    names = {str(path.relative_to(root)) for path in broken} | {"val/striped/02.mp4"}
+    assert found["left_out"].keys() == names
+    assert (found["test"]["videos"], found["test"]["of"]) == (6, 7)
+    zero = [step for step, loss in losses(tmp_path / "out").items() if loss == 0]
+    assert len(losses(tmp_path / "out")) == 18 and len(zero) == 12
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert all(name in log for name in names)
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        (["data.root=nowhere"], ["data.root=nowhere", "no such folder"]),
+        (["data.root="], ["data.root=", "not set"]),
+        (["data.val_split=tset"], ["tset"]),
+        (["optim.batch_size=6", "optim.accumulate=4"], ["optim.batch_size=6", "use 8"]),
+        (["optim.batch_size=32"], ["18 readable", "32"]),
+        (["model.num_classes=4"], ["3 classes (bright, dark, striped)", "model.num_classes=3"]),
+        (["model.name=rev_mvit"], ["rev_mvit_base"]),
+        (["model.name=mvit_base_16x4"], ["no reversible blocks", "checkpoint"]),
+        (["model.weights=nowhere.pyth"], ["nowhere.pyth"]),
+        (["--eval-only"], ["holds no checkpoint", "model.weights"]),
+        (["train.precision=16-mixed"], ["16-mixed", "bf16-mixed"]),
+        (["train.strategy=fsdp", "optim.ema=0.9"], ["optim.ema", "fsdp"]),
+        (["train.memory_budget=lots"], ["train.memory_budget=lots", "12GB"]),
+        (["train.memory_budget=auto"], ["train.memory_budget=auto", "needs a GPU"]),
+        (["train.sede=3"], ["train.sede", "train.seed"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_is_wrong_is_one_line(run, tmp_path, capfd, more, parts):
+    assert run(tmp_path / "out", *more) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1 and errors[0].startswith("error: ")
+    assert all(part in errors[0] for part in parts), errors[0]
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_from_a_damaged_checkpoint(run, tmp_path, capfd):
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.parent.mkdir()
+    last.write_bytes(b"half a checkpoint")
+    assert run(tmp_path) == 2
+    assert "add --resume" in capfd.readouterr().err
+    assert run(tmp_path, "--resume") == 2
+    assert f"{last} is damaged" in capfd.readouterr().err
+    assert run(tmp_path, "--eval-only") == 2
+    assert str(last) in capfd.readouterr().err
+
+
+def test_half_precision_trains(run, tmp_path):
+    more = ["optim.max_steps=2", "test.clips=1"]
+    assert run(tmp_path / "half", "train.precision=bf16-mixed", *more) == 0
+    assert run(tmp_path / "full", *more) == 0
+    half, full = losses(tmp_path / "half"), losses(tmp_path / "full")
+    assert half != full and half == pytest.approx(full, rel=0.05)
+
+
+def test_fine_tuning_starts_from_a_run_and_other_classes_get_a_new_head(run, tmp_path, capfd):
+    assert run(tmp_path / "first", "optim.epochs=1", "test.clips=1") == 0
+    other = build_set(tmp_path / "other", train=8, val=2)
+    for split in ("train", "val"):
+        (other / split / "more").mkdir()
+        write_video(other / split / "more" / "0.mp4", "dark", seed=1)
+    last = tmp_path / "first" / "checkpoints" / "last.ckpt"
+    more = [f"model.weights={last}", "optim.layer_decay=0.7", "optim.epochs=1", "test.clips=1"]
+    assert run(tmp_path / "second", *more, root=other) == 0
+    log = capfd.readouterr().err
+    assert "left out head.weight: 3 classes, the model has 4" in log
+    assert results(tmp_path / "second")["test"]["of"] == 3
+    # A run whose config names weights is tested with its own.
+    assert run(tmp_path / "second", "--eval-only", root=other) == 0
