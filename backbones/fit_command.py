@@ -27,8 +27,9 @@ as fit.
 The rows, at the moment of the peak: stem, stages and head are what these made in the forward
 pass and is still alive; 'working set' is what the backward pass and the optimizer need for the
 moment. Below the total: 'held', all that waits between forward and backward pass. 'speed' is
-the throughput over that of 'store': counted, from the operations of a step; measured, from a
-few steps in turn, at a smaller batch where 'store' does not fit."""
+the throughput over that of 'store': counted, from the operations of a step, which is a bound;
+measured, from a few real steps in turn, at a smaller batch where 'store' does not fit. On a GPU
+'allocated' is the peak of real steps, by torch's allocator, and 'total is off by' compares."""
 
 # Of the memory that is free, what steps are planned with: other programs want some of it too.
 _MEASURED_SHARE = 0.9
@@ -61,14 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--measure",
         action=argparse.BooleanOptionalAction,
-        help="run real steps on the device (default: on a GPU that is there; a CPU may take "
-        "minutes, and has no allocator to ask)",
+        help="run real steps: on a GPU for the peak and the speed, on a CPU for the speed, which "
+        "may take minutes (default: if the device is a GPU that is there)",
     )
     parser.add_argument("--plot", metavar="FILE.png", help="write a picture of the table")
     options = parser.parse_args(arguments)
     try:
         _report(options)
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+        show_progress("")
         parser.exit(2, f"error: {str(error).splitlines()[0]}\n")
 
 

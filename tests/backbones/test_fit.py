@@ -134,10 +134,12 @@ def test_the_prediction_on_a_gpu(
     name: str, policy: MemoryPolicy, autocast: torch.dtype | None
 ) -> None:
     """At a size beside which the libraries' own workspaces, tens of MB, are small."""
-    shape = (32, 3, 224, 224)
+    shape = (64, 3, 224, 224)
     model = create_model(name).cuda()
     predicted = predict_memory(model, torch.empty(shape), policy, autocast=autocast).peak_bytes
     allocated = Trial(model, autocast).allocated_peak(shape, policy, 0)
+    if allocated is None:
+        pytest.skip(f"a step of {predicted / 1e9:.1f} GB does not fit this GPU")
     print(f"{name}, {policy}, {autocast}: {predicted}, allocated {allocated}")
     assert predicted == pytest.approx(allocated, rel=0.1)
 
