@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from backbones.files import optional_import
 from backbones.fit import largest_that_fits, parse_budget, readable
 from backbones.memory import MemoryPolicy
 from backbones.simulate import Simulation
@@ -40,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m backbones.memory",
         description="Shows where the memory of a training step (forward, backward, AdamW) goes "
-        "under each memory policy. Needs no GPU and no weights: a step on shape-only tensors is "
-        "counted. Where there is a GPU, real steps check the count and measure the speed.",
+        "under each\nmemory policy. Needs no GPU and no weights: a step on shape-only tensors is "
+        "counted.\nWhere there is a GPU, real steps check the count and measure the speed.",
         epilog=_NOTES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -82,6 +84,10 @@ def _report(options: argparse.Namespace) -> None:
     here = device.type == "cpu" or torch.cuda.is_available()
     if options.measure and not here:
         raise ValueError("--measure finds no GPU: add --device cpu to measure on the CPU")
+    if options.plot:
+        if not Path(options.plot).absolute().parent.is_dir():
+            raise ValueError(f"--plot {options.plot}: there is no such folder")
+        optional_import("matplotlib", "matplotlib", "--plot")
 
     simulation = _simulate(options.model, shape, device, autocast)
     saving = simulation.saving_policy

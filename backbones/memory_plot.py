@@ -25,10 +25,8 @@ def plot(steps: Mapping[str, StepMemory], title: str, budget: int | None, path: 
         OSError: the file cannot be written.
         ValueError: no such format.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("--plot needs matplotlib: pip install matplotlib") from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12.0, 4.8), layout="constrained")
     of_parts, of_time = figure.subplots(1, 2, sharey=True)
     for axes in (of_parts, of_time):

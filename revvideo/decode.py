@@ -16,12 +16,17 @@ from fractions import Fraction
 from functools import cached_property
 from itertools import chain
 from types import TracebackType
-from typing import Any
+from typing import Literal
 
 import av
 import numpy as np
 import torch
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.codeccontext import VideoCodecContext
+from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
@@ -93,8 +98,9 @@ class Video:
             self._index = read_index(self._container, self._stream)
             self.truncated = self._index.truncated
             rate = self._stream.average_rate or self._stream.guessed_rate
-            if self._index.reliable:
-                self.timestamps = _seconds(self._index.shown, self._stream.time_base)
+            unit = self._stream.time_base
+            if self._index.reliable and unit is not None:
+                self.timestamps = _seconds(self._index.shown, unit)
             elif rate:
                 count = known_frames or self._count_frames()
                 self.timestamps = [float(number / rate) for number in range(count)]
@@ -168,7 +174,7 @@ class Video:
             raise VideoError("has frames of several sizes")
         return torch.from_numpy(np.stack([pictures[i] for i in indices])).permute(0, 3, 1, 2)
 
-    def _frames_near(self, wanted: set[int]) -> Iterator[tuple[int, Any]]:
+    def _frames_near(self, wanted: set[int]) -> Iterator[tuple[int, VideoFrame]]:
         """Decode from the keyframe before each frame. Yields what comes out, perhaps not all."""
         index, codec = self._index, self._codec
         groups: dict[int, set[int]] = {}
@@ -176,7 +182,7 @@ class Video:
             place = index.places[index.shown[number]]
             groups.setdefault(index.keyframe_before(place), set()).add(place)
         # An H.264 frame says whether others refer to it. If not, it need not be decoded.
-        unneeded = "NONREF" if codec.name == "h264" else "DEFAULT"
+        unneeded: Literal["NONREF", "DEFAULT"] = "NONREF" if codec.name == "h264" else "DEFAULT"
         for keyframe, places in sorted(groups.items()):
             codec.flush_buffers()
             last = max(places)
@@ -192,7 +198,7 @@ class Video:
                 if place == last:
                     break
 
-    def _packets_from(self, keyframe: int) -> Iterable[tuple[int, Any]]:
+    def _packets_from(self, keyframe: int) -> Iterable[tuple[int, Packet[VideoStream]]]:
         """Places and packets, from the keyframe at place ``keyframe`` on."""
         index = self._index
         if index.data:
@@ -226,7 +232,7 @@ class Video:
                 count += 1
         return count
 
-    def _all_frames(self) -> Iterator[Any]:
+    def _all_frames(self) -> Iterator[VideoFrame]:
         """Decode from the start on. Raises VideoError after the last frame before damage."""
         # Opened anew, which is a sure way to the start. One thread: with several, errors come late.
         container, stream, codec = _open(self._path, threads=1)
@@ -242,19 +248,22 @@ class Video:
         finally:
             container.close()
 
-    def _picture(self, frame: Any, short_side: int | None) -> np.ndarray:
+    def _picture(self, frame: VideoFrame, short_side: int | None) -> np.ndarray:
         """uint8 (H, W, 3)."""
         width, height = frame.width, frame.height
         if short_side is not None and short_side < min(width, height):
             scale = short_side / min(width, height)
             width, height = round(width * scale), round(height * scale)
         rgb = self._converter.reformat(frame, width, height, "rgb24", threads=self._threads)
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        picture = rgb.to_ndarray()
-        return picture if matrix is None else _upright(picture, bytes(matrix))
+        picture, extras = rgb.to_ndarray(), frame.side_data
+        if "DISPLAYMATRIX" not in extras:
+            return picture
+        return _upright(picture, bytes(extras["DISPLAYMATRIX"]))
 
 
-def _open(path: str | os.PathLike[str], threads: int) -> tuple[Any, Any, Any]:
+def _open(
+    path: str | os.PathLike[str], threads: int
+) -> tuple[InputContainer, VideoStream, VideoCodecContext]:
     container, stream = open_video(path)
     codec = stream.codec_context
     codec.thread_count = threads

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import av
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.stream import VideoStream
 
 from revvideo.errors import NotMediaError, VideoError
 
@@ -36,12 +38,12 @@ class PacketIndex:
     """
 
     packets: Sequence[int]
-    places: dict[int, int]
+    places: dict[int | None, int]
     keyframes: Sequence[int]
     shown: Sequence[int]
-    numbers: dict[int, int]
+    numbers: dict[int | None, int]
     reliable: bool
-    data: Sequence[Any]
+    data: Sequence[Packet[VideoStream]]
     truncated: str
 
     def keyframe_before(self, place: int) -> int:
@@ -55,7 +57,7 @@ class PacketIndex:
         raise AssertionError("a reliable index starts with a keyframe that is shown first")
 
 
-def open_video(path: str | os.PathLike[str]) -> tuple[Any, Any]:
+def open_video(path: str | os.PathLike[str]) -> tuple[InputContainer, VideoStream]:
     """Open a file with PyAV. Returns the container and its video stream; others are not read.
 
     Raises:
@@ -94,7 +96,7 @@ def _why_not_open(path: Path, error: Exception) -> VideoError:
     return NotMediaError(f"is not a video ({reason})")
 
 
-def _choose_stream(container: Any) -> Any:
+def _choose_stream(container: InputContainer) -> VideoStream:
     # FFmpeg takes images and texts for videos, too: image2, png_pipe, jpeg_pipe, tty.
     if container.format.name in ("image2", "tty") or container.format.name.endswith("_pipe"):
         raise NotMediaError(f"is not a video (opens as {container.format.name})")
@@ -109,14 +111,14 @@ def _choose_stream(container: Any) -> Any:
     raise NotMediaError("has no video stream")
 
 
-def read_index(container: Any, stream: Any) -> PacketIndex:
+def read_index(container: InputContainer, stream: VideoStream) -> PacketIndex:
     """Read all packets of ``stream``, which has to be at its start."""
     packets: list[int] = []
     dts: list[int] = []
     keyframes: list[int] = []
     shown: list[int] = []
-    data: list[Any] = []
-    size = end = 0
+    data: list[Packet[VideoStream]] = []
+    size = latest = end = 0
     codec = stream.codec_context
     reliable = codec.codec.canonical_name in _ONE_FRAME_PER_PACKET
     broken = False
@@ -128,20 +130,22 @@ def read_index(container: Any, stream: Any) -> PacketIndex:
                 broken = True
                 continue
             reliable = reliable and packet.pts is not None and not broken
+            pts = packet.pts or 0
             if packet.is_keyframe:
                 keyframes.append(len(packets))
             if packet.dts is not None:
                 dts.append(packet.dts)
             if not packet.is_discard:  # what an edit list hides is decoded, but not shown
-                shown.append(packet.pts)
-            packets.append(packet.pts)
+                shown.append(pts)
+            packets.append(pts)
             size += packet.size
             if size <= _KEEP_BYTES:
                 data.append(packet)
-            end = max(end, (packet.pts or 0) + (packet.duration or 0))
+            latest = max(latest, pts, packet.dts or 0)
+            end = max(end, pts + (packet.duration or 0))
     except av.error.FFmpegError:
         broken = True
-    places = {pts: place for place, pts in enumerate(packets)}
+    places: dict[int | None, int] = {pts: place for place, pts in enumerate(packets)}
     reliable = (
         reliable
         and len(places) == len(packets) > 0
@@ -161,24 +165,31 @@ def read_index(container: Any, stream: Any) -> PacketIndex:
         numbers={pts: number for number, pts in enumerate(shown)},
         reliable=reliable,
         data=data if size <= _KEEP_BYTES else [],
-        truncated=_what_is_missing(container, stream, len(packets), broken, end),
+        truncated=_what_is_missing(container, stream, len(packets), broken, latest, end),
     )
 
 
-def _what_is_missing(container: Any, stream: Any, packets: int, broken: bool, end: int) -> str:
-    promised = len(stream.index_entries)  # in mp4, mov and avi: all packets, after edit lists
-    if promised > packets:
-        return f"is cut off after {packets} of {promised} frames"
+def _what_is_missing(
+    container: InputContainer,
+    stream: VideoStream,
+    packets: int,
+    broken: bool,
+    latest: int,
+    end: int,
+) -> str:
+    entries = stream.index_entries  # in mp4, mov and avi one for each packet
+    if len(entries) and entries[-1].timestamp > latest:
+        return f"is cut off after {packets} of {len(entries)} frames"
     if broken:
         return f"is cut off or damaged after {packets} frames"
-    seconds = float(end * stream.time_base)
+    seconds = float(end * (stream.time_base or 0))
     duration = _promised_duration(container, stream)
     if duration - seconds > max(0.5, 0.1 * duration):
         return f"is cut off after {seconds:.1f} of {duration:.1f} seconds"
     return ""
 
 
-def _promised_duration(container: Any, stream: Any) -> float:
+def _promised_duration(container: InputContainer, stream: VideoStream) -> float:
     """Seconds that a Matroska file says its video has; 0 if it does not."""
     if "matroska" not in container.format.name:
         return 0.0

@@ -112,6 +112,7 @@ def test_the_speed_is_measured_at_a_batch_that_store_has_room_for(
         (["--model", "rev_vit_tiny", "--input", "8x4x224x224"], "expected images"),
         (["--model", "small", "--input", "16x3x64x64", "--budget", "1MB"], "smallest"),
         (["--model", "small", "--input", "1x3x32x32", "--measure"], "--device cpu"),
+        (["--model", "small", "--input", "1x3x32x32", "--plot", "no/m.png"], "no such folder"),
     ],
 )
 def test_the_command_ends_with_one_line_and_status_2(
