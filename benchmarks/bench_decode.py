@@ -74,8 +74,8 @@ def encode_videos(folder: Path, count: int) -> None:
 
 
 def _moving(
-    back: Image.Image, front: Image.Image, rng: np.random.Generator, sigma=3
-) -> Iterable[Any]:
+    back: Image.Image, front: Image.Image, rng: np.random.Generator
+) -> Iterable[np.ndarray]:
     """RGB pictures: a camera that wanders over ``back``, a smaller ``front`` that crosses it."""
     front = front.resize((WIDTH // 3, HEIGHT // 2))
     speed = rng.uniform(0.5, 3, 4) * rng.choice([-1, 1], 4)  # pixels per frame, in 1/30 s
@@ -134,6 +134,9 @@ def _cpu_seconds(clips: Iterable[Tensor], count: int) -> float:
 
 def measure(folder: Path, count: int, rounds: int) -> dict[str, Any]:
     """Clips per second of a core for both, and ours relative to theirs."""
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):  # to one core, so that nobody decodes with more
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     runs = {"pytorchvideo": _theirs(folder), "revvideo": _ours(folder)}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
@@ -172,9 +175,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Encode the videos, measure, write the JSON file, and print the ratio."""
     args = parse_args(argv)
-    torch.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity"):  # to one core, so that nobody decodes with more
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as folder:
         encode_videos(Path(folder), args.videos)
         size = sum(file.stat().st_size for file in Path(folder).rglob("*.mp4"))

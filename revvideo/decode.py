@@ -16,11 +16,12 @@ from fractions import Fraction
 from functools import cached_property
 from itertools import chain
 from types import TracebackType
-from typing import Literal
+from typing import Literal, cast
 
 import av
 import numpy as np
 import torch
+from av.buffer import Buffer
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
@@ -156,7 +157,8 @@ class Video:
 
         Raises:
             IndexError: an index that the video does not have.
-            VideoError: one of the frames does not decode, as in a file that is damaged before it.
+            VideoError: one of the frames does not decode, because the file is damaged there or in a
+                frame that it refers to. Damage elsewhere does not matter.
         """
         wanted = set(indices)
         for number in wanted:
@@ -255,10 +257,9 @@ class Video:
             scale = short_side / min(width, height)
             width, height = round(width * scale), round(height * scale)
         rgb = self._converter.reformat(frame, width, height, "rgb24", threads=self._threads)
-        picture, extras = rgb.to_ndarray(), frame.side_data
-        if "DISPLAYMATRIX" not in extras:
-            return picture
-        return _upright(picture, bytes(extras["DISPLAYMATRIX"]))
+        matrix = cast(Buffer | None, frame.side_data.get("DISPLAYMATRIX"))
+        picture = rgb.to_ndarray()
+        return picture if matrix is None else _upright(picture, bytes(matrix))
 
 
 def _open(
