@@ -188,15 +188,12 @@ class MetricsLogger(Logger):
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a ``metrics.csv``, each with what it holds."""
-    rows = []
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            # A kill may have cut the last line off, before a comma or within a number; it is of a
-            # step that comes after the last checkpoint.
-            if None in row.values():
-                break
-            rows.append({key: float(value) for key, value in row.items() if value})
-    return rows
+    lines = path.read_text().splitlines(keepends=True)
+    # A kill may have cut the last one off; its step comes after the last checkpoint.
+    whole = [line for line in lines if line.endswith("\n")]
+    return [
+        {key: float(value) for key, value in row.items() if value} for row in csv.DictReader(whole)
+    ]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import textwrap
 import typing
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 from revvideo.errors import UserError
 
 BASE = "base"
+# m, n: strength and operations; mstd, p: spread of the strength, probability of each operation;
+# mmax: largest strength; inc: whether all operations get stronger with the strength.
+_RAND_AUGMENT = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(mstd|p)\d+(\.\d+)?)*")
 
 
 def key(
@@ -75,9 +79,7 @@ class AugmentConfig:
     scale: list[float] = key([0.08, 1.0], "area of the random crop over that of the frame")  # noqa: RUF009
     ratio: list[float] = key([0.75, 1.3333], "width over height of the random crop")  # noqa: RUF009
     flip: float = key(0.5, "probability of a horizontal flip", low=0, high=1)
-    rand_augment_ops: int = key(0, "RandAugment: operations drawn for a clip; 0: none", low=0)
-    rand_augment_prob: float = key(0.5, "RandAugment: probability of each", low=0, high=1)
-    rand_augment_magnitude: int = key(7, "RandAugment: strength, of 10", low=0, high=10)
+    rand_augment: str = key("", "RandAugment in timm's words: rand-m7-n4-mstd0.5-inc1; '': none")
     color_jitter: float = key(0.0, "brightness, contrast and saturation vary by this", low=0)
     erase: float = key(0.0, "probability that a box is filled with noise", low=0, high=1)
     mixup: float = key(0.0, "alpha of mixup; 0: none", low=0)
@@ -192,7 +194,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         _check_keys(tree, where)
         for name, value in _leaves(tree):
             _set(merged, name, value, where)
-    config = typing.cast(Config, OmegaConf.to_object(merged))
+    try:
+        config = typing.cast(Config, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise UserError(f"config {str(path)!r}, with the overrides: {_one_line(error)}") from error
     _check_values(config)
     return config
 
@@ -337,9 +342,19 @@ def _check_values(config: Config) -> None:
         value = getattr(config.augment, name)
         if len(value) != 2 or not 0 < value[0] <= value[1]:
             raise UserError(f"augment.{name}={value}: give two numbers, the smaller one first")
+    if (text := config.augment.rand_augment) and not _RAND_AUGMENT.fullmatch(text):
+        raise UserError(
+            f"augment.rand_augment={text}: write it as timm does, such as rand-m7-n4-mstd0.5-inc1"
+        )
     crop, short_side = config.data.crop_size, config.test.short_side
     if short_side < crop:
         raise UserError(f"test.short_side={short_side}: use at least data.crop_size={crop}")
+    decoded = config.data.decode_short_side
+    if 0 < decoded < short_side:
+        raise UserError(
+            f"data.decode_short_side={decoded}: use at least test.short_side={short_side}, or 0, "
+            "or frames would be enlarged again"
+        )
     if config.test.crops == 2:
         raise UserError("test.crops=2: use 1 (centre) or 3 (along the longer side)")
 

@@ -22,6 +22,8 @@ from revvideo.transforms import TestTransform, TrainTransform
 
 logger = logging.getLogger("revvideo")
 
+NAMED = 20  # unreadable videos that are logged; the manifest has all
+
 
 class VideoData(pl.LightningDataModule):
     """Training and validation videos as their manifests list them.
@@ -87,7 +89,7 @@ class VideoData(pl.LightningDataModule):
                 manifest_path=path,
             )
             classes = manifest.classes
-            logger.info("%s: %s", split, describe(manifest))
+            logger.info("%s (%s): %s", split, path, describe(manifest, most=NAMED))
         self._prepared = True
 
     def setup(self, stage: str) -> None:
@@ -136,7 +138,14 @@ class VideoData(pl.LightningDataModule):
                 f"processes x optim.accumulate={optim.accumulate}: use "
                 f"{-(-optim.batch_size // parts) * parts}"
             )
-        return optim.batch_size // parts
+        videos, augment = optim.batch_size // parts, self.config.augment
+        if videos == 1 and (augment.mixup or augment.cutmix):
+            raise UserError(
+                f"optim.batch_size={optim.batch_size} over {self._world_size} processes x "
+                f"optim.accumulate={optim.accumulate} is one video at a time, which has none to "
+                "be mixed with: lower optim.accumulate, or set augment.mixup=0 augment.cutmix=0"
+            )
+        return videos
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled clips; resumable in the middle of an epoch."""
@@ -235,9 +244,9 @@ class ResumableLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         sampler = self.sampler
         assert isinstance(sampler, ResumableSampler)
-        epoch, batch = divmod(self.batches, len(self))
+        epoch, given = divmod(self.batches, len(self))
         sampler.set_epoch(epoch)
-        sampler.start_step = batch // self.batches_per_step
+        sampler.start_step = given // self.batches_per_step
         for batch in super().__iter__():
             self.batches += 1
             yield batch

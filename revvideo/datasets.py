@@ -34,34 +34,32 @@ KINETICS_FPS = 30.0
 
 @dataclass(frozen=True)
 class RandomClip:
-    """Clips that start anywhere in the video, drawn from torch's global generator.
+    """A clip that starts anywhere in the video, drawn from torch's global generator.
 
     Attributes:
         frames: of a clip.
         stride: from a frame of the clip to the next, counted in frames of a video at
             ``KINETICS_FPS``: clips of all videos are equally long in seconds, whatever their
             frame rate. Where a video ends before the clip does, its last frame is repeated.
-        clips: how many to draw; one decode serves them all.
-        views: how often to give each, for repeated augmentation.
+        views: how often to give it, for repeated augmentation.
     """
 
     frames: int
     stride: int
-    clips: int = 1
     views: int = 1
 
     def __call__(self, timestamps: Sequence[float]) -> list[list[int]]:
         latest = _latest_start(timestamps, self.frames, self.stride)
-        starts = (torch.rand(self.clips, dtype=torch.float64) * latest).tolist()
-        chosen = [_clip(timestamps, start, self.frames, self.stride) for start in starts]
-        return [clip for clip in chosen for _ in range(self.views)]
+        start = float(torch.rand((), dtype=torch.float64)) * latest
+        return [_clip(timestamps, start, self.frames, self.stride)] * self.views
 
 
 @dataclass(frozen=True)
 class UniformClips:
     """Clips at equal distances, the first at the start of the video and the last at its end.
 
-    A single clip lies in the middle.
+    A single clip lies in the middle. That is SlowFast's ``DATA.USE_OFFSET_SAMPLING``; without it,
+    the last of ``n`` clips starts at ``(n - 1) / n`` of the latest start.
 
     Attributes:
         frames, stride: as for ``RandomClip``.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import logging
 import os
 import re
@@ -132,8 +133,7 @@ def _annotation_file(
 
 
 def _guess_layout(file: Path) -> Layout:
-    with file.open(encoding="utf-8-sig") as lines:
-        first = next((line.strip() for line in lines if line.strip()), "")
+    _, first = next(_lines(file), (0, ""))
     if "youtube_id" in first.split(","):
         return "csv"
     return "list" if re.search(r"[\s,]-?\d+$", first) else "folders"
@@ -232,12 +232,15 @@ def _is_media(path: Path) -> bool:
     return True
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
+def _text(file: Path) -> str:
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read as text ({error})") from error
-    for number, line in enumerate(text.splitlines(), 1):
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(_text(file).splitlines(), 1):
         if line.strip():
             yield number, line.strip()
 
@@ -282,8 +285,7 @@ def _names_of(entries: Entries) -> list[str]:
 def _kinetics(
     root: Path, split: str, file: Path, classes: Sequence[str] | None
 ) -> tuple[list[str], Entries]:
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        rows = list(csv.DictReader(lines))
+    rows = list(csv.DictReader(io.StringIO(_text(file))))
     missing = {"youtube_id", "time_start", "time_end"} - set(rows[0] if rows else ())
     if missing:
         raise UserError(f"{file} has no column {', '.join(sorted(missing))}")
@@ -298,11 +300,13 @@ def _kinetics(
     base = root / split if (root / split).is_dir() else root
     files = {path.stem: path for path in _files(base) if has_video_extension(path)}
     entries = []
-    for number, row in enumerate(rows, 2):
+    for row in rows:
         try:
             start, end = (int(float(row[name])) for name in ("time_start", "time_end"))
-        except ValueError as error:
-            raise UserError(f"{file}, entry {number}: time is no number ({error})") from error
+        except (TypeError, ValueError) as error:  # TypeError: the line ends before it
+            raise UserError(
+                f"{file}: the time of {row['youtube_id']} is no number ({error})"
+            ) from error
         stem = f"{row['youtube_id']}_{start:06d}_{end:06d}"
         path = files.get(stem) or files.get(row["youtube_id"]) or base / f"{stem}.mp4"
         entries.append((str(path.relative_to(root)), labels.get(row.get("label") or "", -1)))

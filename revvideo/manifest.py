@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from backbones.files import replacing
 from revvideo.errors import UserError
 
 _FORMAT = "revvideo manifest 1"
@@ -77,15 +78,16 @@ class Manifest:
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         header = {"format": _FORMAT, "root": str(self.root), "classes": self.classes}
-        with unfinished.open("w", newline="", encoding="utf-8") as file:
+        with (
+            replacing(path) as partial,
+            partial.open("w", newline="", encoding="utf-8") as file,
+        ):
             file.write(f"# {json.dumps(header, ensure_ascii=False)}\n")
             writer = csv.writer(file, lineterminator="\n")
             names = [field.name for field in fields(VideoRecord)]
             writer.writerow(names)
             writer.writerows([getattr(record, name) for name in names] for record in self.records)
-        unfinished.replace(path)
 
 
 def load_manifest(path: str | os.PathLike[str]) -> Manifest:

@@ -1,4 +1,4 @@
-"""The model of a run and what training, validation and testing do with a batch."""
+"""What training, validation and testing do with a batch."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ from revvideo.data import VideoData
 from revvideo.errors import UserError
 from revvideo.metrics import VideoScores, accuracy
 from revvideo.mixing import Mixing
+from revvideo.models import AUTOCAST, build_model
 from revvideo.optim import build_optimizer
 from revvideo.sampler import seed_of
 from revvideo.weights import CLASSES, load_pretrained, require_complete
 
 logger = logging.getLogger("revvideo")
-
-# By the names of train.precision.
-_AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class Batch(TypedDict):
@@ -42,39 +40,6 @@ class Batch(TypedDict):
     label: Tensor
     index: Tensor
     problems: list[tuple[str, str]]
-
-
-def build_model(config: Config, num_classes: int = 0) -> nn.Module:
-    """The network of a config with its memory policy, freshly initialised.
-
-    Args:
-        config: of the run.
-        num_classes: of the data, where ``model.num_classes`` leaves it open.
-
-    Raises:
-        UserError: a model that does not exist, takes no clips or not these arguments.
-    """
-    settings = config.model
-    outputs = settings.num_classes or num_classes
-    if not outputs:
-        raise UserError("model.num_classes=0, and there is no data to count: set the number")
-    arguments: dict[str, Any] = {
-        "num_frames": config.data.num_frames,
-        "img_size": config.data.crop_size,
-        "drop_rate": settings.drop_rate,
-        "drop_path_rate": settings.drop_path_rate,
-        **settings.arguments,
-    }
-    policy = cast(backbones.MemoryPolicy, config.train.memory)
-    try:
-        model = backbones.create_model(settings.name, num_classes=outputs, **arguments)
-        backbones.set_memory(model, policy, config.train.stored_blocks)
-    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        if "takes no argument 'num_frames'" in reason:
-            reason = f"{settings.name} is for images; for clips, use an mvit_* or rev_mvit_*"
-        raise UserError(f"the model cannot be built: {reason}") from error
-    return model
 
 
 class VideoModule(pl.LightningModule):
@@ -147,7 +112,7 @@ class VideoModule(pl.LightningModule):
         data, budget = self.config.data, self.config.train.memory_budget
         clips = self.data.loader_batch_size * self.config.augment.repeats
         size = (clips, 3, data.num_frames, data.crop_size, data.crop_size)
-        autocast = _AUTOCAST[self.config.train.precision]
+        autocast = AUTOCAST[self.config.train.precision]
         model.to(self.trainer.strategy.root_device)
         try:
             plan = backbones.fit_memory(model, torch.empty(size, device="meta"), budget, autocast)

@@ -1,4 +1,4 @@
-"""Pictures of clips and of predictions: sheets and strips of frames, curves, labelled videos."""
+"""Pictures of clips and of predictions: sheets and strips of frames, scores over time."""
 
 from __future__ import annotations
 

@@ -87,7 +87,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="names of the classes, one a line in the order of their numbers, for weights that do "
         "not hold them, such as released ones",
     )
-    add("--device", metavar="NAME", help="cuda, cpu, … (default: a GPU if there is one)")
+    add(
+        "--device",
+        metavar="NAME",
+        help="cuda, cpu, … (default: train.device of the config; auto: a GPU if there is one)",
+    )
     add(
         "--workers",
         type=int,

@@ -19,13 +19,12 @@ from revvideo.decode import Video
 from revvideo.errors import UserError
 from revvideo.manifest import VideoRecord
 from revvideo.metrics import TOP_K
+from revvideo.models import AUTOCAST
 from revvideo.sampler import ShardSampler
 from revvideo.transforms import TestTransform
 from revvideo.weights import load_run
 
-_AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-
-LONG = 3.0  # clip lengths; scores over time say nothing about a video that is shorter
+LONG = 3.0  # clip lengths; scores over time say nothing about a video that is no longer
 MOST_WINDOWS = 240
 
 
@@ -83,7 +82,7 @@ class Predictor:
     @torch.no_grad()
     def score(self, clips: Tensor) -> Tensor:
         """Clips, float (N, 3, T, H, W), to scores (N, classes), on the CPU."""
-        dtype = _AUTOCAST.get(self.config.train.precision)
+        dtype = AUTOCAST[self.config.train.precision]
         scores = []
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             for part in clips.split(self.batch_size):
@@ -128,7 +127,7 @@ class Predictor:
                     yield paths[index], row, ""
 
     def windows(self, video: Video, step: float | None = None) -> Windows | None:
-        """Scores of clips all along a video; None if it is shorter than ``LONG`` clips.
+        """Scores of clips all along a video; None if it is no longer than ``LONG`` clips.
 
         Args:
             video: opened.
@@ -141,7 +140,7 @@ class Predictor:
         data, test = self.config.data, self.config.test
         length = (data.num_frames - 1) * data.stride / KINETICS_FPS
         last = video.timestamps[-1]
-        if last < LONG * length:
+        if last <= LONG * length:  # equal where both are 0: a single frame, of stills
             return None
         step = step or max(length / 2, (last - length) / (MOST_WINDOWS - 1))
         count = 1 + math.ceil((last - length) / step)

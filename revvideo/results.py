@@ -32,6 +32,15 @@ def write_results(
     facts: dict[str, Any],
     left_out: dict[str, str],
 ) -> None:
+    """Write and log what a test came to.
+
+    Args:
+        config: of the run.
+        data: what was tested on.
+        module: after the test.
+        facts: of the training; empty if this session has not trained.
+        left_out: the reason for each file that could not be used, by its path.
+    """
     output_dir, test = Path(config.train.output_dir), config.test
     output_dir.mkdir(parents=True, exist_ok=True)
     results = output_dir / RESULTS

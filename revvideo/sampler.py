@@ -28,7 +28,7 @@ class ResumableSampler(Sampler[tuple[int, int]]):
     video comes once before any comes again. An epoch of the trainer is ``steps_per_epoch`` global
     batches; videos beyond the last full batch of an epoch open the next one.
 
-    Use it as ``DataLoader(dataset, batch_size, sampler=sampler)``. Lightning calls ``set_epoch``.
+    Use it as ``DataLoader(dataset, batch_size, sampler=sampler)``, and call ``set_epoch``.
 
     Args:
         size: of the dataset.
@@ -51,7 +51,7 @@ class ResumableSampler(Sampler[tuple[int, int]]):
         if batch_size < 1 or size < batch_size * world_size:
             raise UserError(
                 f"{size} readable training videos do not fill one batch of {batch_size} on each "
-                f"of {world_size} processes: use a smaller batch, or more videos"
+                f"of {world_size} processes: set a smaller optim.batch_size, or add videos"
             )
         self.size = size
         self.batch_size = batch_size

@@ -117,18 +117,21 @@ class _Files(Dataset[VideoRecord]):
         return replace(record, **asdict(info), problem=problem)
 
 
-def describe(manifest: Manifest) -> str:
+def describe(manifest: Manifest, most: int | None = None) -> str:
     """What a person wants to know about a manifest: how many videos can be used, why others cannot.
 
-    One line for all readable videos, then one for each that is not.
+    One line for all readable videos, then one for each of those that are not, up to ``most``.
     """
-    readable = manifest.readable
+    readable, unreadable = manifest.readable, manifest.unreadable
     hours = sum(record.duration for record in readable) / 3600
     lines = [
         f"{len(readable):,} of {len(manifest.records):,} videos can be used: "
         f"{len(manifest.classes)} classes, {hours:.2f} hours"
     ]
-    lines += [f"  {record.path}: {record.problem}" for record in manifest.unreadable]
+    named = unreadable[:most]
+    lines += [f"  {record.path}: {record.problem}" for record in named]
+    if len(named) < len(unreadable):
+        lines.append(f"  and {len(unreadable) - len(named):,} more")
     return "\n".join(lines)
 
 
@@ -150,6 +153,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     one = len(args.data) == 1 and args.split is not None and len(args.split) == 1
     if not one and (args.annotations or args.output):
         parser.error("--annotations and --output go with one DATA and one --split")
+    if args.workers is not None and args.workers < 0:
+        parser.error(f"--workers {args.workers}: use a number from 0 on")
     return args
 
 

@@ -139,7 +139,6 @@ def _fit(config: Config, checkpoint: Path | None) -> dict[str, Any]:
     trainer.save_checkpoint(last_checkpoint(output_dir))
     return {
         "steps": trainer.global_step,
-        "epochs": optim.epochs,
         "seconds": round(steps.seconds, 1),  # in training steps, since the last resume
         "data_wait": round(steps.waited / steps.seconds, 4) if steps.seconds else None,
         "memory": module.memory,

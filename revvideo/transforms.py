@@ -6,47 +6,65 @@ all its frames.
 
 from __future__ import annotations
 
+import random
 from typing import Any, cast
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from revvideo.config import AugmentConfig, DataConfig, TestConfig
+from revvideo.errors import UserError
 
-# RandAugment's strength counts from 0 to 10 in the recipes of the field.
-_MAGNITUDES = 11
+
+class _RandAugment:
+    """timm's RandAugment (Cubuk et al., arXiv 1909.13719), the same for all frames of a clip.
+
+    It takes one image and draws from the generators of Python and NumPy, which are therefore set to
+    the same seed before each frame.
+
+    Args:
+        recipe: in timm's words.
+    """
+
+    def __init__(self, recipe: str) -> None:
+        try:
+            from timm.data.auto_augment import rand_augment_transform  # takes a second or two
+        except ImportError as error:
+            raise UserError("augment.rand_augment needs timm: pip install timm") from error
+        bicubic = {"interpolation": Image.Resampling.BICUBIC}
+        self._augment = rand_augment_transform(recipe, bicubic)
+
+    def __call__(self, clip: tv_tensors.Video) -> tv_tensors.Video:
+        seed = int(torch.randint(2**31, ()))
+        frames = []
+        for frame in clip:
+            random.seed(seed)
+            np.random.seed(seed)
+            frames.append(F.pil_to_tensor(self._augment(F.to_pil_image(frame))))
+        return tv_tensors.Video(torch.stack(frames))
 
 
 class TrainTransform:
     """A random crop of random size, flip, RandAugment, colour jitter and random erasing.
 
-    RandAugment is the one of timm's ``rand-m7-n4-inc1``: of ``rand_augment_ops`` drawn operations
-    each is applied with probability ``rand_augment_prob``. It differs from that one in that the
-    strength does not vary, and in two rare operations. It comes after the crop, when there are
-    fewer pixels.
+    RandAugment comes after the crop, when there are fewer pixels; SlowFast has it before.
 
     Args:
         augment, data: the sections of the config.
     """
 
     def __init__(self, augment: AugmentConfig, data: DataConfig) -> None:
-        mean = 255 * data.mean
         steps: list[Any] = [
             v2.RandomResizedCrop(data.crop_size, tuple(augment.scale), tuple(augment.ratio)),
             v2.RandomHorizontalFlip(augment.flip),
         ]
-        for _ in range(augment.rand_augment_ops):
-            operation = v2.RandAugment(
-                num_ops=1,
-                magnitude=augment.rand_augment_magnitude,
-                num_magnitude_bins=_MAGNITUDES,
-                interpolation=v2.InterpolationMode.BILINEAR,
-                fill=[mean, mean, mean],
-            )
-            steps.append(v2.RandomApply([operation], augment.rand_augment_prob))
+        if augment.rand_augment:
+            steps.append(_RandAugment(augment.rand_augment))
         if jitter := augment.color_jitter:
             steps.append(v2.ColorJitter(jitter, jitter, jitter))
         steps += _to_float(data)
@@ -55,7 +73,10 @@ class TrainTransform:
         self._steps = v2.Compose(steps)
 
     def __call__(self, clip: Tensor) -> Tensor:
-        """uint8 (T, 3, H, W) -> float32 (3, T, crop_size, crop_size). Draws from torch's RNG."""
+        """uint8 (T, 3, H, W) -> float32 (3, T, crop_size, crop_size).
+
+        Draws from torch's RNG; with RandAugment those of Python and NumPy are seeded anew.
+        """
         return _channels_first(self._steps(tv_tensors.Video(clip)))
 
 
@@ -82,9 +103,9 @@ class TestTransform:
         crops = []
         for part in self._parts():
             # Half way along the shorter side, `part` of the way along the longer one.
-            along = [part if side == max(height, width) else 0.5 for side in (height, width)]
-            top = round(along[0] * (height - self._size))
-            left = round(along[1] * (width - self._size))
+            down, right = (0.5, part) if width >= height else (part, 0.5)
+            top = round(down * (height - self._size))
+            left = round(right * (width - self._size))
             crop = F.crop(video, top, left, self._size, self._size)
             crops.append(_channels_first(self._to_float(crop)))
         return torch.stack(crops)

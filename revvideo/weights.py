@@ -15,6 +15,7 @@ from backbones.formats import convert_state_dict
 from backbones.weights import LoadReport, load_checkpoint
 from revvideo.config import Config
 from revvideo.errors import UserError
+from revvideo.models import build_model
 
 # What a run's checkpoint holds beside Lightning's entries: the names of the classes.
 CLASSES = "classes"
@@ -83,8 +84,6 @@ def load_run(weights: str | Path, config: Config) -> tuple[nn.Module, list[str]]
     Raises:
         UserError: a file that cannot be read or does not fit the config.
     """
-    from revvideo.module import build_model
-
     info = read_run_info(Path(weights).expanduser())
     classes = info.classes if info else []
     model = build_model(config, len(classes) or config.model.num_classes)

@@ -82,6 +82,13 @@ def test_an_unknown_key_names_the_nearest(override, near):
         ("train.memory=revresible", ["revresible", "checkpoint"]),
         ("test.crops=2", ["test.crops=2", "1 (centre) or 3"]),
         ("test.short_side=32", ["test.short_side=32", "data.crop_size=64"]),
+        (
+            "augment.rand_augment=rand-m7-n4-mst0.5",
+            ["rand-m7-n4-mst0.5", "rand-m7-n4-mstd0.5-inc1"],
+        ),
+        ("augment.rand_augment=rand-m7.5", ["augment.rand_augment=rand-m7.5"]),
+        ("data.decode_short_side=70", ["data.decode_short_side=70", "test.short_side=72"]),
+        ("data.root=${nowhere}", ["'nowhere' not found"]),
         ("data=3", ["data", "section", "data.root"]),
         ("data.root", ["data.root", "key=value"]),
         ("=3", ["key=value"]),

@@ -77,7 +77,8 @@ def test_frames_of_a_full_decode(
         assert video.timestamps[0] == 0 and video.timestamps == sorted(video.timestamps)
         everything = list(range(len(shown)))
         clips = [everything, everything[::-3], everything[:1], everything[-1:]]
-        clips += RandomClip(16, 4, clips=3)(video.timestamps)
+        for _ in range(3):
+            clips += RandomClip(16, 4)(video.timestamps)
         clips += UniformClips(8, 2, clips=4)(video.timestamps)
         clips += UniformClips(64, 4, clips=1)(video.timestamps)  # longer than any of the videos
         clips += [[i] for i in everything[::5]]

@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter
 from revvideo import demo_dataset, demo_motion
 from revvideo.errors import UserError
 
-CLIPS = {"train": 3, "val": 2}
+CLIPS = {"train": 2, "val": 1}
 MOTIONS = list(demo_motion.MOTIONS)
 
 

@@ -140,8 +140,15 @@ def test_annotations_without_labels(tmp_path: Path) -> None:
 
 def test_bad_annotations(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text(f"{HEADER}\na,abc,zero,10,train\n")
-    with pytest.raises(UserError, match=r"train\.csv, entry 2: time is no number"):
+    with pytest.raises(UserError, match=r"train\.csv: the time of abc is no number"):
         find_videos(tmp_path, "train")
+    (tmp_path / "train.csv").write_text(f"{HEADER}\na,abc\n")  # the line is cut off
+    with pytest.raises(UserError, match=r"train\.csv: the time of abc is no number"):
+        find_videos(tmp_path, "train")
+    for layout in ("auto", "csv", "list"):
+        (tmp_path / "train.csv").write_bytes(b"\xff\xfe\x00")  # a spreadsheet, say
+        with pytest.raises(UserError, match=r"train\.csv cannot be read as text"):
+            find_videos(tmp_path, "train", layout=layout)
     (tmp_path / "train.csv").write_text("label,youtube_id,split\na,abc,train\n")
     with pytest.raises(UserError, match=r"train\.csv has no column time_end, time_start"):
         find_videos(tmp_path, "train")

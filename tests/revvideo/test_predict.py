@@ -192,6 +192,8 @@ def test_windows_are_not_too_many_and_a_short_video_has_none(trained, videos):
 
     assert len(predictor.windows(Fake(3600)).scores) == MOST_WINDOWS
     assert predictor.windows(Fake(0.6)) is None
+    config.data.stride = 0  # stills
+    assert predictor.windows(Fake(1 / 30)) is None
 
 
 def test_labels_follow_the_nearest_window():

@@ -9,7 +9,7 @@ import torch
 
 import backbones
 from revvideo.config import load_config
-from revvideo.module import build_model
+from revvideo.models import build_model
 from revvideo.transforms import TestTransform, TrainTransform
 
 ROOT = Path("configs/video")
@@ -53,6 +53,7 @@ def test_the_published_settings():
     assert (config.optim.epochs, config.optim.warmup_epochs) == (200, 50)
     assert config.optim.weight_decay == 0.07 and config.model.drop_path_rate == 0.05
     assert (config.augment.mixup, config.augment.cutmix) == (0.8, 1.0)
+    assert config.augment.rand_augment == "rand-m7-n4-mstd0.5-inc1"
     assert (config.test.clips, config.test.crops, config.test.short_side) == (5, 1, 256)
 
 

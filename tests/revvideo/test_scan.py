@@ -162,9 +162,13 @@ def test_bad_arguments(
     assert len(lines) == 1 and re.match(message, lines[0]), lines
 
 
-def test_output_goes_with_one_split(root: Path) -> None:
+@pytest.mark.parametrize("options", [("--output", "x.csv"), ("--workers", "-1")])
+def test_bad_options(
+    root: Path, capsys: pytest.CaptureFixture[str], options: Sequence[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main([str(root), "--output", "x.csv"])
+        main([str(root), *options])
+    assert options[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -191,7 +195,13 @@ def test_describe() -> None:
         VideoRecord("a.mp4", 0, frames=9, duration=5400.0),
         VideoRecord("b.mp4", 1, problem="file is empty"),
     ]
-    assert describe(Manifest(Path("."), ["x", "y"], records)).splitlines() == [
+    more = [VideoRecord(f"{number}.mp4", 1, problem="file is missing") for number in range(1500)]
+    manifest = Manifest(Path("."), ["x", "y"], [*records, *more])
+    assert describe(manifest, most=1).splitlines()[1:] == [
+        "  b.mp4: file is empty",
+        "  and 1,500 more",
+    ]
+    assert describe(Manifest(Path("."), ["x", "y"], records), most=1).splitlines() == [
         "1 of 2 videos can be used: 2 classes, 1.50 hours",
         "  b.mp4: file is empty",
     ]

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from torchvision import tv_tensors
 
 from revvideo.config import AugmentConfig, DataConfig, TestConfig
-from revvideo.transforms import TestTransform, TrainTransform
+from revvideo.transforms import TestTransform, TrainTransform, _RandAugment
 
 DATA = DataConfig(crop_size=24)
+RAND_AUGMENT = "rand-m7-n4-mstd0.5-inc1"
 EVERYTHING = AugmentConfig(
     scale=[0.2, 0.6],
     flip=0.5,
-    rand_augment_ops=4,
-    rand_augment_prob=0.7,
+    rand_augment=RAND_AUGMENT,
     color_jitter=0.4,
     erase=0.7,
 )
@@ -30,7 +36,7 @@ def clip(frames: int = 5, height: int = 40, width: int = 56) -> torch.Tensor:
     "augment",
     [
         AugmentConfig(),
-        AugmentConfig(rand_augment_ops=4, rand_augment_prob=1.0),
+        AugmentConfig(rand_augment=f"{RAND_AUGMENT}-p1"),
         AugmentConfig(color_jitter=0.4),
         AugmentConfig(erase=1.0),
         EVERYTHING,
@@ -69,6 +75,22 @@ def test_a_flip_mirrors_and_is_off_at_zero():
     assert torch.equal(always, never.flip(-1)) and not torch.equal(always, never)
 
 
+def test_rand_augment_is_that_of_timm():
+    augment = _RandAugment(f"{RAND_AUGMENT}-p1")
+    own = rand_augment_transform(f"{RAND_AUGMENT}-p1", {"interpolation": Image.Resampling.BICUBIC})
+    square = clip(height=24, width=24)
+    for number in range(5):
+        torch.manual_seed(number)
+        seed = int(torch.randint(2**31, ()))
+        random.seed(seed), np.random.seed(seed)
+        expected = np.array(own(Image.fromarray(square[0].permute(1, 2, 0).numpy())))
+        torch.manual_seed(number)
+        out = augment(tv_tensors.Video(square))
+        assert type(out) is tv_tensors.Video
+        np.testing.assert_array_equal(out[0].permute(1, 2, 0).numpy(), expected)
+        assert not torch.equal(out, square)
+
+
 @pytest.mark.parametrize(("height", "width"), [(24, 48), (48, 24)])
 def test_crops_lie_along_the_longer_side(height, width):
     ramp = torch.arange(48, dtype=torch.uint8).expand(height, 48) if width == 48 else None
@@ -83,6 +105,15 @@ def test_crops_lie_along_the_longer_side(height, width):
     assert ends == [(0, 23), (12, 35), (24, 47)]
     one = TestTransform(test, data)(video)
     assert torch.equal(one[0], three[1])
+
+
+def test_crops_of_a_square_lie_side_by_side():
+    ramp = torch.arange(48, dtype=torch.uint8).expand(2, 3, 48, 48).contiguous()
+    data = DataConfig(crop_size=24, mean=0.0, std=1 / 255)
+    crops = TestTransform(TestConfig(short_side=48), data, crops=3)(ramp.transpose(2, 3))
+    assert torch.equal(crops[0], crops[2])  # the columns are alike: only the rows could differ
+    crops = TestTransform(TestConfig(short_side=48), data, crops=3)(ramp)
+    assert [round(float(crop.min())) for crop in crops] == [0, 12, 24]
 
 
 def test_the_short_side_is_resized_before_the_crop():

@@ -10,7 +10,7 @@ import torch
 import backbones
 from revvideo.config import load_config
 from revvideo.errors import UserError
-from revvideo.module import build_model
+from revvideo.models import build_model
 from revvideo.weights import load_pretrained, load_run, require_complete
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 from collections.abc import Sequence
 from fractions import Fraction
@@ -9,6 +11,8 @@ from pathlib import Path
 
 import av
 import numpy as np
+
+from revvideo.callbacks import read_metrics
 
 CLASSES = ("bright", "dark", "striped")
 
@@ -32,6 +36,20 @@ SMALL = (
     "test.clips=2",
     "test.short_side=32",
     "test.batch_size=2",
+)
+
+# Everything that draws random numbers.
+RANDOM = (
+    "augment.flip=0.5",
+    "augment.scale=[0.5,1.0]",
+    "augment.rand_augment=rand-m7-n1-mstd0.5-inc1",
+    "augment.erase=0.5",
+    "augment.mixup=0.8",
+    "augment.cutmix=1.0",
+    "augment.repeats=2",
+    "augment.label_smoothing=0.1",
+    "model.drop_path_rate=0.2",
+    "model.drop_rate=0.2",
 )
 
 
@@ -68,12 +86,25 @@ def spoil(path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def cpu_only(**variables: str) -> dict[str, str]:
-    """The environment of a command that must not see a GPU nor more than one core."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
-
-
 def arguments(root: Path, output: Path, *more: str, config: str | None = None) -> Sequence[str]:
     """Of ``run.py``, for the small set in ``root``."""
     recipe = config or "configs/video/demo/motion.yaml"
     return ["--config", recipe, f"data.root={root}", f"train.output_dir={output}", *SMALL, *more]
+
+
+def losses(output: Path) -> dict[int, float]:
+    """Of a run, by step; no step twice."""
+    rows = [row for row in read_metrics(output / "metrics.csv") if "train/loss" in row]
+    assert len({row["step"] for row in rows}) == len(rows)
+    return {int(row["step"]): row["train/loss"] for row in rows}
+
+
+def results(output: Path) -> dict:
+    """The results.json of a run."""
+    return json.loads((output / "results.json").read_text())
+
+
+def predictions(output: Path) -> list[dict[str, str]]:
+    """The lines of a run's predictions.csv."""
+    with (output / "predictions.csv").open() as file:
+        return list(csv.DictReader(file))

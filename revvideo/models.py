@@ -1,0 +1,52 @@
+"""The network of a config, and the precision that it runs in."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+import backbones
+from revvideo.config import Config
+from revvideo.errors import UserError
+
+# The dtype of torch.autocast, by the names of train.precision; None for none.
+AUTOCAST: dict[str, torch.dtype | None] = {
+    "32-true": None,
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+}
+
+
+def build_model(config: Config, num_classes: int = 0) -> nn.Module:
+    """The network of a config with its memory policy, freshly initialised.
+
+    Args:
+        config: of the run.
+        num_classes: of the data, where ``model.num_classes`` leaves it open.
+
+    Raises:
+        UserError: a model that does not exist, takes no clips or not these arguments.
+    """
+    settings = config.model
+    outputs = settings.num_classes or num_classes
+    if not outputs:
+        raise UserError("model.num_classes=0, and there is no data to count: set the number")
+    arguments: dict[str, Any] = {
+        "num_frames": config.data.num_frames,
+        "img_size": config.data.crop_size,
+        "drop_rate": settings.drop_rate,
+        "drop_path_rate": settings.drop_path_rate,
+        **settings.arguments,
+    }
+    policy = cast(backbones.MemoryPolicy, config.train.memory)
+    try:
+        model = backbones.create_model(settings.name, num_classes=outputs, **arguments)
+        backbones.set_memory(model, policy, config.train.stored_blocks)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        if "takes no argument 'num_frames'" in reason:
+            reason = f"{settings.name} is for images; for clips, use an mvit_* or rev_mvit_*"
+        raise UserError(f"the model cannot be built: {reason}") from error
+    return model
