@@ -17,7 +17,7 @@ from torch import nn
 import backbones
 from backbones.download import download
 from revdet.backbone import find_trunk
-from revdet.errors import UserError
+from revdet.errors import UserError, error_line
 
 logger = logging.getLogger("revdet")
 
@@ -72,16 +72,14 @@ class Checkpointer(DetectionCheckpointer):
         partial.replace(tag)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load a checkpoint; see ``DetectionCheckpointer.load``.
+        """Load a checkpoint, a file or an address; see ``DetectionCheckpointer.load``.
 
         Raises:
             UserError: the file is missing, is no checkpoint, or does not fit the model, which is
                 then untouched.
         """
-        if path and "://" not in path and not Path(path).is_file():
-            raise UserError(f"checkpoint {path} does not exist: check the path")
-        self._path = path
-        result: dict[str, Any] = super().load(path, *args, **kwargs)
+        self._path = fetch_weights(path)
+        result: dict[str, Any] = super().load(self._path, *args, **kwargs)
         return result
 
     def _load_file(self, filename: str) -> dict[str, Any]:
@@ -95,10 +93,9 @@ class Checkpointer(DetectionCheckpointer):
             pickle.UnpicklingError,
             zipfile.BadZipFile,
         ) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                f"checkpoint {filename} cannot be read ({reason}): it is cut off, or no plain file "
-                "of weights"
+                f"checkpoint {filename} cannot be read ({error_line(error)}): it is cut off, or no "
+                "plain file of weights"
             ) from error
         weights = content.get("model", content) if isinstance(content, dict) else None
         if (
@@ -187,9 +184,9 @@ def fetch_weights(source: str) -> str:
     try:
         path = str(download(source)) if "://" in source else source
     except backbones.WeightsError as error:
-        raise UserError(f"train.init_checkpoint: {error}") from error
+        raise UserError(f"checkpoint: {error}") from error
     if not Path(path).is_file():
-        raise UserError(f"checkpoint {path} does not exist: check train.init_checkpoint")
+        raise UserError(f"checkpoint {path} does not exist: check the path")
     return path
 
 

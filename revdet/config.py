@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import LazyConfig
 from detectron2.utils.registry import locate
@@ -55,6 +57,32 @@ TRAIN_DEFAULTS = OmegaConf.create(
 )
 
 
+def config_parser(prog: str, doc: str) -> argparse.ArgumentParser:
+    """A parser of command lines that name a recipe and override it.
+
+    Args:
+        prog: the command.
+        doc: its help: a summary and, after an empty line, what follows the options.
+    """
+    summary, _, examples = doc.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=summary,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config",
+        "--config-file",
+        dest="config",
+        required=True,
+        metavar="FILE",
+        help="the recipe: a file under configs/detection, or the config.yaml of a run",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the recipe")
+    return parser
+
+
 def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Load a recipe and apply overrides to it.
 
@@ -86,8 +114,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
             raise UserError(_unknown_key(key, unknown[0], [*defaults], section))
         cfg[section] = OmegaConf.merge(defaults, given)
     for override in overrides:
-        _check_override(cfg, override)
-    return LazyConfig.apply_overrides(cfg, list(overrides))
+        _apply(cfg, override)
+    return cfg
 
 
 def _check_tree(node: object, where: str) -> None:
@@ -105,7 +133,7 @@ def _check_tree(node: object, where: str) -> None:
             _check_tree(item, f"{where}.{index}")
 
 
-def _check_override(cfg: DictConfig, override: str) -> None:
+def _apply(cfg: DictConfig, override: str) -> None:
     try:
         parsed = OverridesParser.create().parse_override(override)
         key, value = parsed.key_or_group, parsed.value()
@@ -113,6 +141,11 @@ def _check_override(cfg: DictConfig, override: str) -> None:
         raise UserError(f"override {override!r} is not of the form key=value") from error
     if parsed.is_delete() or parsed.is_add():
         raise UserError(f"override {override!r}: write key=value, without '+' or '~'")
+    _set(cfg, key, value, override.partition("=")[2])
+
+
+def _set(cfg: DictConfig, key: str, value: Any, typed: str) -> None:
+    """Set a key to ``value``, which was written as ``typed``."""
     *parents, last = key.split(".")
     node = cfg
     for depth, part in enumerate(parents):
@@ -124,14 +157,21 @@ def _check_override(cfg: DictConfig, override: str) -> None:
     if known is not None and last not in known:
         raise UserError(_unknown_key(key, last, known, ".".join(parents)))
     old = OmegaConf.select(cfg, key)
+    if isinstance(old, DictConfig) and isinstance(value, dict):
+        for name, item in value.items():
+            _set(cfg, f"{key}.{name}", item, str(item))
+        return
+    if isinstance(old, str) and isinstance(value, int | float) and not isinstance(value, bool):
+        value = typed  # a folder may be called 2017
     if old is not None and not _same_kind(old, value):
         kind = "a section" if OmegaConf.is_config(old) else type(old).__name__
         raise UserError(f"config key {key!r} takes a value like {old!r} ({kind}), got {value!r}")
+    OmegaConf.update(cfg, key, value)
 
 
 def _same_kind(old: object, new: object) -> bool:
-    if isinstance(old, DictConfig):
-        return isinstance(new, dict)
+    if isinstance(old, DictConfig) or isinstance(new, dict):
+        return False
     if isinstance(old, bool) or isinstance(new, bool):
         return isinstance(old, bool) and isinstance(new, bool)
     if isinstance(old, int):
@@ -167,7 +207,10 @@ def _parameters(node: DictConfig) -> list[str] | None:
     if target is None:
         return None
     if isinstance(target, str):
-        target = locate(target)
+        try:
+            target = locate(target)
+        except ImportError as error:
+            raise UserError(f"config names {target!r}, which cannot be imported") from error
     # Detectron2's @configurable wraps __init__; the signature shows through functools.wraps.
     parameters = inspect.signature(target).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):

@@ -30,8 +30,7 @@ from revdet.annotations import (
 )
 from revdet.dataset_tables import class_rows, class_table, dataset_table, summarize
 from revdet.datasets import datasets_root
-from revdet.errors import UserError
-from revdet.media import error_line
+from revdet.errors import UserError, error_line
 from revdet.own_data import class_counts, cleaned_file, dataset_names, original_file
 
 LISTED = 20  # lines of each kind that are printed; the report has all

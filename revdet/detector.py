@@ -18,8 +18,7 @@ from torch.utils.data import Dataset
 from backbones.images import read_image
 from revdet.build import build_model
 from revdet.checkpoint import Checkpointer
-from revdet.errors import UserError
-from revdet.media import error_line
+from revdet.errors import UserError, error_line
 
 
 @dataclass

@@ -25,8 +25,10 @@ from revdet.build import amp_dtype, build_optimizer, device_of
 from revdet.checkpoint import Checkpointer, load_initial_weights
 from revdet.dataloader import ResumableBatchSampler
 from revdet.dataset_checks import dataset_facts
+from revdet.errors import UserError
 from revdet.evaluation import to_json
 from revdet.memory import apply_memory_budget
+from revdet.own_data import dataset_names
 from revdet.pictures import draw_curves, draw_predictions
 from revdet.trainer import MetricsWriter, Trainer
 
@@ -46,7 +48,8 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
             starting from ``train.init_checkpoint``.
 
     Raises:
-        UserError: weights, budget or optimizer settings do not fit the model.
+        UserError: weights, budget or optimizer settings do not fit the model, or the processes
+            would not resume from the same checkpoint.
     """
     settings = cfg.train
     output_dir = Path(settings.output_dir)
@@ -57,41 +60,34 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     _log_schedule(cfg, loader)
     if settings.memory_budget:
         apply_memory_budget(cfg, model, loader.dataset.records, amp_dtype(cfg))
-    optimizer, schedule = build_optimizer(cfg, model)
     average = ModelEmaV3(model, settings.ema_decay, use_warmup=True) if settings.ema_decay else None
-    trainer = Trainer(
-        _distributed(cfg, model),
-        loader,
-        optimizer,
-        seed=settings.seed,
-        accumulate=settings.accumulate,
-        amp_dtype=amp_dtype(cfg),
-        clip_grad_norm=settings.clip_grad_norm,
-    )
-    trainer.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(scheduler=schedule)])
-    saved: dict[str, Any] = {"trainer": trainer}
+    trainer = _trainer(cfg, model, loader, average)
+    result, trained = model, {}
     if average is not None:
-        saved["training_model"] = model
-        # The decay grows with the iteration, so that a short run too forgets how it started.
-        trainer.register_hooks(
-            [hooks.CallbackHook(after_step=lambda trainer: average.update(model, trainer.iter))]
-        )
-    result = model if average is None else average.module
-    checkpointer = Checkpointer(result, settings.output_dir, **saved)
+        result, trained = average.module, {"training_model": model}
+    checkpointer = Checkpointer(result, settings.output_dir, trainer=trainer, **trained)
     start_iter = 0
     if resume:
         checkpointer.load(checkpointer.get_checkpoint_file())
         start_iter = trainer.iter + 1
+    if len(set(comm.all_gather(start_iter))) > 1:
+        raise UserError(
+            f"the processes find different checkpoints in {output_dir}: put it where all machines "
+            "see it, to resume"
+        )
+    evaluations = Evaluations(cfg, result, checkpointer, resume=resume)
     if start_iter >= settings.max_iter:
         logger.info(f"{output_dir} has finished its {start_iter} iterations: evaluating")
-        finish(cfg, result, evaluate(cfg, result), {"iterations": start_iter}, trained=False)
+        evaluations.set_iteration(trainer)
+        metrics = evaluations.run()
+        facts = {"iterations": start_iter, "best": evaluations.best}
+        finish(cfg, result, metrics, facts, trained=False)
         return
     sampler = getattr(loader, "batch_sampler", None)
     if isinstance(sampler, ResumableBatchSampler):
         sampler.start_step = start_iter
     elif start_iter:
         logger.warning("dataloader.train is not revdet's: the order of the data starts over")
-    evaluations = Evaluations(cfg, result, checkpointer, resume=resume)
     trainer.register_hooks(_reporting(cfg, checkpointer, evaluations, start_iter))
     began = time.perf_counter()
     trainer.train(start_iter, settings.max_iter)
@@ -105,6 +101,28 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     if device_of(cfg).startswith("cuda"):
         facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     finish(cfg, result, evaluations.last, facts, trained=True)
+
+
+def _trainer(cfg: DictConfig, model: nn.Module, loader: Any, average: ModelEmaV3 | None) -> Trainer:
+    """The trainer of a recipe, with the hooks that belong to a step."""
+    settings = cfg.train
+    optimizer, schedule = build_optimizer(cfg, model)
+    trainer = Trainer(
+        _distributed(cfg, model),
+        loader,
+        optimizer,
+        seed=settings.seed,
+        accumulate=settings.accumulate,
+        amp_dtype=amp_dtype(cfg),
+        clip_grad_norm=settings.clip_grad_norm,
+    )
+    trainer.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(scheduler=schedule)])
+    if average is not None:
+        # The decay grows with the iteration, so that a short run too forgets how it started.
+        trainer.register_hooks(
+            [hooks.CallbackHook(after_step=lambda trainer: average.update(model, trainer.iter))]
+        )
+    return trainer
 
 
 def _log_schedule(cfg: DictConfig, loader: Any) -> None:
@@ -222,14 +240,15 @@ def finish(
     partial.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(partial, results)
 
-    name = cfg.dataloader.test.dataset.names
-    name = name if isinstance(name, str) else name[0]
+    name = dataset_names(cfg, evaluation_only=True)[0]
     records = DatasetCatalog.get(name)[: settings.pictures]
     mapper = instantiate(cfg.dataloader.test.mapper)
     files = draw_predictions(model, records, mapper, name, output_dir / "pictures")
+    written = ["results.json", f"{len(files)} pictures in pictures/"]
     if (output_dir / "metrics.json").exists():
         draw_curves(output_dir / "metrics.json", output_dir / "curves.png")
+        written.append("curves.png")
     for task, scores in metrics.items():
         line = "  ".join(f"{key} {value:.2f}" for key, value in scores.items() if "-" not in key)
         logger.info(f"{task}: {line}")
-    logger.info(f"{output_dir}: results.json, curves.png and {len(files)} pictures in pictures/")
+    logger.info(f"{output_dir}: {', '.join(written)}")

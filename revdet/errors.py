@@ -1,4 +1,6 @@
-"""The one kind of error that is the user's to fix."""
+"""The one kind of error that is the user's to fix, and the gist of all others."""
+
+from __future__ import annotations
 
 
 class UserError(ValueError):
@@ -6,3 +8,9 @@ class UserError(ValueError):
 
     The commands print it without a traceback and exit with status 2.
     """
+
+
+def error_line(error: BaseException) -> str:
+    """The reason in one line, without the path, which every message about a file names already."""
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return reason.splitlines()[0]

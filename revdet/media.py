@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from revdet.errors import UserError
+from revdet.errors import UserError, error_line
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
@@ -182,9 +182,3 @@ class VideoWriter:
             self._partial.replace(self._path)
         else:
             self._partial.unlink(missing_ok=True)
-
-
-def error_line(error: BaseException) -> str:
-    """The reason without the path, which every message about a file names already."""
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return reason.splitlines()[0]

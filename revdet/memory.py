@@ -56,7 +56,7 @@ def _plan(
     settings, world_size = cfg.train, comm.get_world_size()
     images = cfg.dataloader.train.total_batch_size // (world_size * settings.accumulate)
     augmentations = instantiate(cfg.dataloader.train.mapper.augmentations)
-    height, width = largest_image(model.backbone, augmentations, records)
+    height, width = largest_image(model.backbone, augmentations, records, images)
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     # Gradients that are there before the backward pass: of the batch before, or in DDP's buckets.
     besides = weights if settings.accumulate > 1 or world_size > 1 else 0
@@ -107,7 +107,7 @@ def fit_detector_memory(
     Raises:
         ValueError: a budget that cannot be read or is too small, or another kind of detector.
     """
-    step = _ShapeOnlyDetector(detector)
+    step = ShapeOnlyDetector(detector)
     limit = parse_budget(budget, next(detector.parameters()).device) - held_besides
     if limit <= 0:
         raise ValueError(f"{held_besides} bytes are held besides the training step itself")
@@ -115,7 +115,7 @@ def fit_detector_memory(
     return backbones.fit_memory(step, images, limit, autocast=amp_dtype)
 
 
-class _ShapeOnlyDetector(nn.Module):
+class ShapeOnlyDetector(nn.Module):
     """What a detector computes in training, without what depends on the values of tensors.
 
     Args:
@@ -165,26 +165,38 @@ def _pool(features: dict[str, Tensor], names: Sequence[str], pooler: Any, count:
 
 
 def largest_image(
-    backbone: Any, augmentations: Sequence[T.Augmentation], records: Iterable[Any]
+    backbone: Any, augmentations: Sequence[T.Augmentation], records: Iterable[Any], batch: int
 ) -> tuple[int, int]:
     """The largest (H, W) in pixels that a batch is padded to.
 
     Args:
         backbone: the pyramid, which says to what images are padded.
-        augmentations: of the training mapper; those that resize or crop to a size are understood.
+        augmentations: of the training mapper. Those that flip, resize the shorter edge or crop to
+            a fixed size are understood; what others leave may be of any shape.
         records: the training images, as Detectron2's dataset dictionaries.
+        batch: images in a batch.
     """
     if square := backbone.padding_constraints.get("square_size", 0):
         return square, square
     shapes = {(record["height"], record["width"]) for record in records}
+    known = True
     for augmentation in augmentations:
         if isinstance(augmentation, T.ResizeShortestEdge):
             edge, limit = max(augmentation.short_edge_length), augmentation.max_size
-            shapes = {augmentation.get_output_shape(h, w, edge, limit) for h, w in shapes}
+            if known:
+                shapes = {augmentation.get_output_shape(h, w, edge, limit) for h, w in shapes}
+            else:
+                shapes = {(edge, limit), (limit, edge)}
         elif isinstance(augmentation, T.FixedSizeCrop):
-            shapes = {tuple(augmentation.crop_size)}
-    # Images that are wider than high are not batched with others.
-    groups = [[s for s in shapes if (s[1] > s[0]) is wide] for wide in (True, False)]
+            shapes, known = {tuple(augmentation.crop_size)}, True
+        elif not isinstance(augmentation, T.RandomFlip):
+            known = False
+    if batch == 1:
+        groups = [[shape] for shape in shapes]
+    elif known:  # images that are wider than high are not batched with others
+        groups = [[s for s in shapes if (s[1] > s[0]) is wide] for wide in (True, False)]
+    else:
+        groups = [[*shapes]]
     bounds = [(max(h for h, _ in g), max(w for _, w in g)) for g in groups if g]
     height, width = max(bounds, key=lambda shape: shape[0] * shape[1])
     divisor = max(backbone.size_divisibility, 1)

@@ -86,7 +86,7 @@ def _side_by_side(panels: Sequence[np.ndarray], titles: Sequence[str], file: Pat
 
 
 def draw_curves(metrics_file: Path, output: Path) -> None:
-    """Plot the losses, the learning rate and, where there is more than one, the evaluations.
+    """Plot the losses, the learning rate and the evaluations.
 
     Args:
         metrics_file: the ``metrics.json`` of a run.

@@ -39,15 +39,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from revdet.config import load_config
+from revdet.config import config_parser, load_config
 from revdet.datasets import register_datasets
 from revdet.detector import Detector, Frame, PictureFiles, Preparation, batches
-from revdet.errors import UserError
+from revdet.errors import UserError, error_line
 from revdet.media import (
     UnreadableError,
     VideoReader,
     VideoWriter,
-    error_line,
     find_inputs,
     header_size,
     import_av,
@@ -61,22 +60,8 @@ NAMED = 20  # unreadable inputs that are printed; results.json has all
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    summary, _, examples = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="revdet/predict.py",
-        description=summary,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = config_parser("revdet/predict.py", __doc__ or "")
     add = parser.add_argument
-    add(
-        "--config",
-        "--config-file",
-        dest="config",
-        required=True,
-        metavar="FILE",
-        help="the config.yaml of a run, or a recipe",
-    )
     add("--weights", required=True, metavar="FILE", help="a checkpoint of that run or recipe")
     add("--input", required=True, nargs="+", metavar="PATH", help="pictures, videos, folders, …")
     add("--output", required=True, metavar="DIR", help="a folder, made if it is not there")
@@ -104,7 +89,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="processes that read pictures, 0 for none but this (default: %(default)s)",
     )
     add("--no-drawings", action="store_true", help="write the JSON files only")
-    add("overrides", nargs="*", metavar="key=value", help="override the recipe")
     args = parser.parse_intermixed_args(argv)
     # argparse takes what follows --input PATH… for paths, up to the next option.
     overrides = [text for text in args.input if "=" in text and not Path(text).exists()]
@@ -184,8 +168,9 @@ def _check_options(args: argparse.Namespace) -> str:
     try:
         torch.ones(1, device=device)
     except (AssertionError, RuntimeError) as error:  # torch built without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {device} cannot be used ({reason}): try --device cpu") from error
+        raise UserError(
+            f"--device {device} cannot be used ({error_line(error)}): try --device cpu"
+        ) from error
     return device
 
 
@@ -267,7 +252,7 @@ def detect_video(
     with VideoReader(path) as video, contextlib.ExitStack() as stack:
         bar.total += video.num_frames
         writer = None
-        frames = (prepare(time, pixels) for pixels, time in video)
+        frames = (prepare(when, pixels) for pixels, when in video)
         for batch in batches(frames, args.batch_size):
             for frame, instances in zip(batch, detector(batch), strict=True):
                 predictions.add(first_id + number, instances, file_name=str(path), frame=number)

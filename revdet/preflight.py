@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 import torch
 from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from backbones.fit import parse_budget
 from revdet.build import device_of
@@ -16,6 +17,21 @@ from revdet.dataset_checks import check_datasets
 from revdet.errors import UserError
 from revdet.launch import is_first_on_machine, rank_of_this_process, under_torchrun
 from revdet.trainer import AMP_DTYPES
+
+# The smallest number that each setting of the train section can be.
+_LEAST = {
+    "max_iter": 1,
+    "accumulate": 1,
+    "log_period": 1,
+    "checkpointer.period": 1,
+    "checkpointer.max_to_keep": 1,
+    "eval_period": 0,
+    "seed": 0,
+    "stored_blocks": 0,
+    "reference_batch_size": 0,
+    "clip_grad_norm": 0,
+    "pictures": 0,
+}
 
 
 def preflight(cfg: DictConfig, args: argparse.Namespace) -> None:
@@ -36,27 +52,35 @@ def preflight(cfg: DictConfig, args: argparse.Namespace) -> None:
         )
     if is_first_on_machine():
         log_to(train.output_dir, rank_of_this_process(args.machine_rank))
-        if train.init_checkpoint and not (args.eval_only or _last_checkpoint(train.output_dir)):
+        if args.eval_only:
+            fetch_weights(args.weights)
+        elif train.init_checkpoint and not _last_checkpoint(train.output_dir):
             fetch_weights(train.init_checkpoint)
         check_datasets(cfg, evaluation_only=args.eval_only)
 
 
 def log_to(output_dir: str, rank: int) -> None:
-    """Log to ``log.txt`` there and, from the first process, to the terminal."""
+    """Log to ``log.txt`` there and, from the first process, to the terminal, and nowhere else."""
     for name in ("revdet", "detectron2", "fvcore"):
-        setup_logger(output_dir, distributed_rank=rank, name=name)
+        # An earlier run in this process has its own log. Detectron2 remembers whom it has set up.
+        logging.getLogger(name).handlers.clear()
+        setup_logger.__wrapped__(output_dir, distributed_rank=rank, name=name)
 
 
 def _check_settings(cfg: DictConfig) -> None:
     train = cfg.train
-    if device_of(cfg).startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("train.device=cuda, but no GPU is found: set train.device=cpu")
+    try:
+        on_gpu = torch.device(device_of(cfg)).type == "cuda"
+    except RuntimeError as error:
+        raise UserError(f"train.device={train.device}: use cuda, cpu or auto") from error
+    if on_gpu and not torch.cuda.is_available():
+        raise UserError(f"train.device={train.device}, but no GPU is found: set train.device=cpu")
     if train.amp.enabled and train.amp.dtype not in AMP_DTYPES:
         raise UserError(f"train.amp.dtype={train.amp.dtype!r}: use {' or '.join(AMP_DTYPES)}")
-    if train.seed < 0:
-        raise UserError(f"train.seed={train.seed}: use a number >= 0")
-    if train.accumulate < 1:
-        raise UserError(f"train.accumulate={train.accumulate}: use a number >= 1")
+    for key, least in _LEAST.items():
+        value = OmegaConf.select(train, key)
+        if value is not None and not value >= least:  # NaN is refused too
+            raise UserError(f"train.{key}={value}: use a number >= {least}")
     if not 0 <= train.ema_decay < 1:
         raise UserError(
             f"train.ema_decay={train.ema_decay}: use one below 1, such as 0.9999, or 0 for none"
@@ -78,6 +102,13 @@ def _check_processes(cfg: DictConfig, args: argparse.Namespace) -> None:
         if args.num_gpus != 1 or args.num_machines != 1:
             raise UserError("torchrun starts the processes: leave out --num-gpus, --num-machines")
         return
+    if args.num_gpus < 1:
+        raise UserError(f"--num-gpus {args.num_gpus}: use a number >= 1")
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise UserError(
+            f"--machine-rank {args.machine_rank} of --num-machines {args.num_machines}: machines "
+            "are counted from 0"
+        )
     if args.num_machines > 1 and args.dist_url == "auto":
         raise UserError("--num-machines > 1 needs --dist-url tcp://HOST:PORT")
     if args.num_gpus > 1 and not device_of(cfg).startswith("cuda") and torch.cuda.is_available():

@@ -42,9 +42,11 @@ import argparse
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from detectron2.config import LazyConfig
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
@@ -54,7 +56,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 
 from revdet.build import build_model, device_of
 from revdet.checkpoint import Checkpointer
-from revdet.config import load_config
+from revdet.config import config_parser, load_config
 from revdet.datasets import register_datasets
 from revdet.engine import evaluate, finish, train
 from revdet.errors import UserError
@@ -67,22 +69,8 @@ logger = logging.getLogger("revdet")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, in the words that Detectron2 users know."""
-    summary, _, examples = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="revdet/train_net.py",
-        description=summary,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = config_parser("revdet/train_net.py", __doc__ or "")
     add = parser.add_argument
-    add(
-        "--config",
-        "--config-file",
-        dest="config",
-        required=True,
-        metavar="FILE",
-        help="the recipe: a file under configs/detection, or the config.yaml of an earlier run",
-    )
     add(
         "--resume",
         action="store_true",
@@ -108,7 +96,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="URL",
         help="where processes meet, such as tcp://HOST:PORT; auto on a single machine",
     )
-    add("overrides", nargs="*", metavar="key=value", help="override the recipe")
     return parser.parse_intermixed_args(argv)
 
 
@@ -130,22 +117,24 @@ def main(argv: list[str] | None = None) -> int:
             on_gpu=device_of(cfg).startswith("cuda"),
         )
     except UserError as error:
-        # What is found out before processes join, torchrun's find out all alike: one says it.
-        if is_first_on_machine() or comm.get_world_size() > 1:
-            print(f"error: {_last_line(error)}", file=sys.stderr)
-        return 2
+        if not is_first_on_machine() and not dist.is_initialized():
+            # Before torchrun's processes join, all of them find out the same, and the first one
+            # says it. torchrun ends all when one ends, so the others wait for it to do so.
+            time.sleep(60)
+            return 2
+        return _fail(error)
     except ProcessRaisedException as error:
-        # A spawned process sends its traceback, whose last line is the message.
         if "revdet.errors.UserError: " not in str(error).strip().splitlines()[-1]:
             raise
-        print(f"error: {_last_line(error)}", file=sys.stderr)
-        return 2
+        return _fail(error)
     return 0
 
 
-def _last_line(error: Exception) -> str:
-    """The message of a :class:`UserError`, also if other processes wrapped it in a traceback."""
-    return str(error).strip().splitlines()[-1].removeprefix("revdet.errors.UserError: ")
+def _fail(error: Exception) -> int:
+    """Print what the user can fix. Another process sends its traceback, which ends with that."""
+    last = str(error).strip().splitlines()[-1]
+    print(f"error: {last.removeprefix('revdet.errors.UserError: ')}", file=sys.stderr)
+    return 2
 
 
 def run(cfg: DictConfig, args: argparse.Namespace) -> None:

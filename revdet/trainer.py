@@ -17,7 +17,7 @@ from detectron2.utils.events import EventWriter, get_event_storage
 from torch.nn.parallel import DistributedDataParallel
 
 from revdet.dataloader import seed_of
-from revdet.errors import UserError
+from revdet.errors import UserError, error_line
 
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -68,18 +68,18 @@ class Trainer(SimpleTrainer):
             self._run_step()
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"out of memory in iteration {self.iter} ({_first_line(error)}): raise "
+                f"out of memory in iteration {self.iter} ({error_line(error)}): raise "
                 "train.accumulate, or set train.memory=reversible train.stored_blocks=0"
             ) from error
         except FloatingPointError as error:
             raise UserError(
-                f"{_first_line(error)} Lower optimizer.lr, or set train.clip_grad_norm"
+                f"{error_line(error)} Lower optimizer.lr, or set train.clip_grad_norm"
             ) from error
         except RuntimeError as error:
             if "deterministic" not in str(error):
                 raise
             raise UserError(
-                f"train.deterministic=true is not possible here: {_first_line(error)}"
+                f"train.deterministic=true is not possible here: {error_line(error)}"
             ) from error
 
     def _run_step(self) -> None:
@@ -131,10 +131,6 @@ class Trainer(SimpleTrainer):
         super().load_state_dict(state_dict)
         if state_dict["grad_scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state_dict["grad_scaler"])
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
 
 
 class MetricsWriter(EventWriter):

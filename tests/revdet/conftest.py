@@ -34,9 +34,14 @@ def datasets_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def train_net(datasets_root: Path) -> Callable[..., int]:
-    """``train_net(output, *arguments)``: the command on the small model; returns its status."""
+def train_net(datasets_root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """``train_net(output, *arguments)``: the command on the small model; returns its status.
+
+    It draws no curves, which would take longer than all the rest.
+    """
     from revdet.train_net import main
+
+    monkeypatch.setattr("revdet.engine.draw_curves", lambda *_: None)
 
     def call(output: Path, *arguments: str, config: str = DEMO) -> int:
         torch.manual_seed(0)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import LazyConfig
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
@@ -34,6 +35,8 @@ def error_of(capsys) -> str:
         ("train.max_iter=many", ["train.max_iter", "many", "int"]),
         ("train.max_iter=1e3", ["train.max_iter", "1000.0", "int"]),
         ("train.amp=true", ["train.amp", "section"]),
+        ("train.amp={enabeld:true}", ["train.amp.enabeld", "train.amp.enabled"]),
+        ("train.max_iter={a:1}", ["train.max_iter", "int"]),
         ("train.seed=-1", ["train.seed=-1"]),
         ("model.backbone.in_feature=scale4", ["scale4"]),
         ("train.max_iter", ["train.max_iter", "key=value"]),
@@ -99,6 +102,23 @@ def test_an_argument_of_the_target_may_be_set_though_the_recipe_does_not_name_it
     assert cfg.model.backbone.net.model.qkv_bias is False
 
 
+def test_what_an_override_sets():
+    typed = ["train.output_dir=2017_01", "dataset.val_images=007", "train.memory_budget=8000000000"]
+    cfg = load_config(DEMO, [*typed, "train.amp={enabled:true,dtype:float16}"])
+    # A number where a name belongs is one: folders are called like that.
+    assert (cfg.train.output_dir, cfg.dataset.val_images) == ("2017_01", "007")
+    assert cfg.train.memory_budget == "8000000000"
+    assert cfg.train.amp == {"enabled": True, "dtype": "float16"}
+
+
+def test_a_config_that_names_what_cannot_be_imported(tmp_path):
+    path = tmp_path / "config.yaml"
+    LazyConfig.save(load_config(DEMO), str(path))
+    path.write_text(path.read_text().replace("revdet.backbone.TrunkBackbone", "gone.Backbone"))
+    with pytest.raises(UserError, match=r"'gone\.Backbone', which cannot be imported"):
+        load_config(str(path))
+
+
 def test_eval_only_without_a_checkpoint(train_net, tmp_path, capsys):
     assert train_net(tmp_path, "--eval-only") == 2
     assert "train.init_checkpoint" in error_of(capsys)
@@ -135,7 +155,8 @@ def test_a_dataset_root_that_is_not_set(broken, train_net, tmp_path, capsys):
 def test_an_image_that_stops_decoding_during_training(broken, train_net, tmp_path, capsys):
     image = broken / "train" / "000005.jpg"
     image.write_bytes(image.read_bytes()[:800])
-    assert train_net(tmp_path / "run", "train.max_iter=30", *BROKEN, "train.check_data=false") == 2
+    arguments = ["train.max_iter=30", "train.check_data=false", *BROKEN]
+    assert train_net(tmp_path / "run", *arguments, "dataloader.train.num_workers=1") == 2
     assert "000005.jpg" in error_of(capsys)
 
 

@@ -13,7 +13,7 @@ from backbones.fit import predict_memory
 from backbones.measure import saved_bytes
 from backbones.memory import MemoryManaged
 from revdet.config import load_config
-from revdet.memory import _ShapeOnlyDetector, fit_detector_memory, largest_image
+from revdet.memory import ShapeOnlyDetector, fit_detector_memory, largest_image
 from tests.revdet.conftest import DEMO
 from tests.revdet.test_recipes import SIDE, images, shrink
 
@@ -34,7 +34,7 @@ def test_what_is_counted_is_what_a_real_step_holds(policy, dtype):
             loss = sum(model(images(SHAPE[0], 5)).values())
         real = held.bytes
     assert loss > 0
-    step = _ShapeOnlyDetector(model)
+    step = ShapeOnlyDetector(model)
     counted = predict_memory(step, torch.empty(SHAPE), policy, autocast=dtype).held_bytes
     # Real heads may see fewer proposals than the most that they can.
     assert real <= 1.02 * counted and counted <= 1.25 * real
@@ -66,7 +66,7 @@ def test_budgets_that_cannot_be_kept():
 def test_every_head_is_run_on_the_most_proposals_it_can_see():
     cfg = load_config("configs/detection/coco/cascade_mask_rcnn_rev_vit_base_100ep.py")
     shrink(cfg)
-    outputs = _ShapeOnlyDetector(instantiate(cfg.model))(torch.zeros(2, 3, SIDE, SIDE))
+    outputs = ShapeOnlyDetector(instantiate(cfg.model))(torch.zeros(2, 3, SIDE, SIDE))
     levels, (*boxes, masks) = outputs[:10], outputs[10:]
     assert [tuple(x.shape[-2:]) for x in levels] == 2 * [(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)]
     # 8 proposals of each image, a quarter of them objects; three heads with classes and boxes.
@@ -78,11 +78,16 @@ def test_the_largest_image_a_batch_is_padded_to():
     records = [{"height": h, "width": w} for h, w in ((480, 640), (600, 400), (300, 900))]
     pyramid = detector().backbone
     pyramid._square_pad = 96
-    assert largest_image(pyramid, [], records) == (96, 96)
+    assert largest_image(pyramid, [], records, 2) == (96, 96)
     fpn = detector(DEMO.replace("rev_vit", "rev_mvit")).backbone
     # Wide images are batched with wide ones: 480 x 900, and 16 is the coarsest stride.
-    assert largest_image(fpn, [], records) == (480, 912)
+    assert largest_image(fpn, [], records, 2) == (480, 912)
+    assert largest_image(fpn, [], records, 1) == (480, 640)
     resize = T.ResizeShortestEdge([480, 800], 1333, "choice")
-    assert largest_image(fpn, [resize], records) == (800, 1344)
+    assert largest_image(fpn, [T.RandomFlip(), resize], records, 2) == (800, 1344)
+    # A crop of any shape may make a wide image high.
+    some_crop = T.RandomApply(T.RandomCrop("absolute_range", (384, 600)))
+    assert largest_image(fpn, [some_crop, resize], records, 2) == (1344, 1344)
+    assert sorted(largest_image(fpn, [some_crop, resize], records, 1)) == [800, 1344]
     crop = T.FixedSizeCrop((256, 300))
-    assert largest_image(fpn, [T.RandomFlip(), resize, crop], records) == (256, 304)
+    assert largest_image(fpn, [some_crop, resize, crop], records, 2) == (256, 304)

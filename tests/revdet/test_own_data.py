@@ -66,8 +66,9 @@ def test_own_data_trains_without_code(own, train_net, tmp_path):
     own.content["categories"].reverse()
     own.content["categories"].append({"id": 5, "name": "comet"})
     output = tmp_path / "run"
-    all_scores = "model.roi_heads.box_predictor.test_score_thresh=0.0"
-    assert train_net(output, *own.arguments(), *ITERATION, all_scores) == 0
+    predictor = "model.roi_heads.box_predictor"
+    all_scores = [f"{predictor}.test_score_thresh=0.0", f"{predictor}.test_topk_per_image=30"]
+    assert train_net(output, *own.arguments(), *ITERATION, *all_scores) == 0
 
     log = (output / "log.txt").read_text()
     table, training = log.index("my motorcycle"), log.index("Starting training")

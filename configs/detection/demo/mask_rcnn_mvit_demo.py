@@ -5,4 +5,4 @@ from .mask_rcnn_rev_mvit_demo import dataloader, lr_multiplier, model, optimizer
 model.backbone.bottom_up.model.name = "mvit_base"
 train.memory = "store"
 
-train.output_dir = "output/demo_mvit_twin"
+train.output_dir = "output/demo_mvit"

@@ -26,4 +26,4 @@ model.backbone = L(FPN)(
     norm="LN",
 )
 
-train.output_dir = "output/demo_mvit"
+train.output_dir = "output/demo_rev_mvit"
