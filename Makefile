@@ -31,10 +31,11 @@ format: setup ## format the code and apply the safe fixes
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: setup ## run every benchmark in benchmarks/bench_*.py
+bench: setup ## run every benchmark that needs no GPU, then write docs/benchmarks.md
 	@set -e; for script in $(sort $(wildcard benchmarks/bench_*.py)); do \
 		echo "==> $$script"; $(PY) -m "benchmarks.$$(basename "$$script" .py)" $(ARGS); \
 	done
+	$(PY) -m benchmarks.report
 
 clean: ## remove what runs wrote (output/, outputs/, lightning_logs/), builds and caches; keeps .venv and datasets
 	rm -rf output outputs lightning_logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

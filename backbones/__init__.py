@@ -7,6 +7,7 @@ torch.Size([2, 10])
 >>> backbones.set_memory(model, "reversible", stored_blocks=2)
 """
 
+from backbones.compiled import compile_blocks
 from backbones.drift import DriftReport, probe_drift
 from backbones.files import WeightsError
 from backbones.fit import MemoryPlan, fit_memory
@@ -31,6 +32,7 @@ __all__ = [
     "ReversibleSequence",
     "ViT",
     "WeightsError",
+    "compile_blocks",
     "convert_state_dict",
     "create_model",
     "fit_memory",

@@ -72,7 +72,11 @@ def download(url: str) -> Path:
 
 
 def cached_path(url: str) -> Path:
-    """Where :func:`download` keeps the file of ``url``. Downloads nothing."""
+    """Where :func:`download` keeps the file of ``url``. Downloads nothing.
+
+    Raises:
+        WeightsError: no such kind of address.
+    """
     parts = urllib.parse.urlsplit(url)
     name = Path(urllib.parse.unquote(parts.path)).name
     if parts.scheme not in ("http", "https", "file") or not name:
@@ -109,14 +113,18 @@ def _opened_alone(part: Path) -> Iterator[IO[bytes]]:
     while True:
         with part.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            # Whoever had it may have renamed or deleted it.
-            if not part.exists() or not os.path.samestat(os.fstat(file.fileno()), part.stat()):
+            opened = os.fstat(file.fileno())
+            try:
+                if not os.path.samestat(opened, part.stat()):
+                    continue
+            except FileNotFoundError:  # whoever had it has renamed or deleted it
                 continue
             try:
                 yield file
             finally:
-                if part.exists() and part.stat().st_size == 0:
-                    part.unlink()
+                # By what is open here: after the end of a download the name may be another's.
+                if os.fstat(file.fileno()).st_size == 0:
+                    part.unlink(missing_ok=True)
             return
 
 

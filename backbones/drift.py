@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from backbones.files import first_line
 from backbones.memory import MemoryManaged, set_memory
 from backbones.reversible import ReversibleBlock, ReversibleSequence
 
@@ -152,8 +153,9 @@ def probe_drift(
     except RuntimeError as error:
         # Both wordings occur; a missing operation is not always a NotImplementedError.
         if precision in _AUTOCAST and "not implemented for" in str(error):
-            reason = str(error).splitlines()[0]
-            raise RuntimeError(f"{precision} does not run on {device.type}: {reason}") from error
+            raise RuntimeError(
+                f"{precision} does not run on {device.type}: {first_line(error)}"
+            ) from error
         raise
     drifts = []
     for block, name in blocks.items():

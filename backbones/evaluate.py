@@ -8,44 +8,26 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from backbones.images import image_suffixes, import_images
+from backbones.cli import make_parser, run_command
+from backbones.files import some_of
+from backbones.images import IMAGENET_CLASSES, image_suffixes, import_images
 from backbones.inference import (
-    ERRORS,
     add_options,
-    build_model,
     infer,
-    parse_device,
-    prepare_file,
+    prepare,
     print_unreadable,
     shown,
     write_json,
 )
-from backbones.models import create_model, list_models
-from backbones.zoo import PUBLISHED_TOP1, input_shape
+from backbones.zoo import PUBLISHED_TOP1, PUBLISHED_TOP5, input_shape, name_of
 
-__all__ = [
-    "PUBLISHED_TOP5",
-    "Accuracy",
-    "ClassFolders",
-    "accuracy",
-    "find_classes",
-    "main",
-    "name_of",
-]
-
-# Percent, one view of ImageNet-1k at 224 px. mmpretrain's of the released weights, converted; the
-# paper and its authors give none.
-PUBLISHED_TOP5: dict[str, float] = {"rev_vit_small": 94.9, "rev_vit_base": 95.56}
-
-_IMAGENET_CLASSES = 1000
-_NAMED = 3  # folders or files that a message names
+__all__ = ["Accuracy", "ClassFolders", "accuracy", "find_classes", "main"]
 
 
 @dataclass(frozen=True)
@@ -103,8 +85,7 @@ def find_classes(data: Path) -> ClassFolders:
 
 
 def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-    return ", ".join(shown(name) for name in names[:_NAMED]) + more
+    return some_of([shown(name) for name in names])
 
 
 @dataclass(frozen=True)
@@ -160,78 +141,43 @@ def accuracy(model: nn.Module, folders: ClassFolders, **how: Any) -> Accuracy:
     )
 
 
-def name_of(model: nn.Module) -> str:
-    """The name in the zoo of a model of this package; that of its class if it is none of the zoo.
-
-    By the shapes of its parameters, since the name that it was built with may have been given
-    another depth or width. Head and position embeddings do not count: they follow the data.
-    """
-    own = _shapes(model)
-    return next((n for n in list_models() if _shapes_in_zoo(n) == own), type(model).__name__)
-
-
-@cache
-def _shapes_in_zoo(name: str) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        return _shapes(create_model(name))
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    parameters = model.named_parameters()
-    return {k: p.shape for k, p in parameters if not k.startswith(("head.", "pos_embed."))}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the accuracy; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m backbones.evaluate",
-        description="Measure top-1 and top-5 accuracy on images in one folder per class, and print "
-        "them beside the published score. The folders' sorted names are the classes of the head, "
-        "as in torchvision's ImageFolder; for ImageNet they are the wnids (n01440764, …).",
-        epilog="examples:\n"
-        "  python -m backbones.evaluate --model rev_vit_base --pretrained --data imagenet\n"
-        "  python -m backbones.evaluate --weights REV_VIT_B.pyth --data imagenet/val "
-        "--amp bfloat16\n"
-        "  python -m backbones.evaluate --weights mine.safetensors --data flowers --json out.json\n"
-        "Images are prepared as the original does: short side to 256 pixels, bicubic, centre of\n"
-        "224; in proportion for other sizes. Unreadable images are left out, counted and named.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        "backbones.evaluate",
+        """\
+Measure top-1 and top-5 accuracy on images in one folder per class, and print them beside the
+published score. The folders' sorted names are the classes of the head, as in torchvision's
+ImageFolder; for ImageNet they are the wnids (n01440764, …).""",
+        """\
+examples:
+  python -m backbones.evaluate --model rev_vit_base --pretrained --data imagenet
+  python -m backbones.evaluate --weights REV_VIT_B.pyth --data imagenet/val --amp bfloat16
+  python -m backbones.evaluate --weights mine.safetensors --data flowers --json out.json
+
+Images are prepared as the original does: short side to 256 pixels, bicubic, centre of 224; in
+proportion for other sizes. Unreadable images are left out, counted and named.""",
     )
     parser.add_argument(
         "--data", required=True, type=Path, metavar="FOLDER", help="of class folders, or of val/"
     )
     add_options(parser)
-    options = parser.parse_args(arguments)
-    try:
-        _report(options)
-    except ERRORS as error:
-        parser.exit(2, f"error: {str(error).splitlines()[0]}\n")
-    return 0
+    return run_command(parser, _evaluate, arguments)
 
 
-def _report(options: argparse.Namespace) -> None:
-    device = parse_device(options.device)
-    if options.json:
-        prepare_file(options.json)
+def _evaluate(options: argparse.Namespace) -> None:
     folders = find_classes(options.data.expanduser())
-    model = build_model(options.model, options.weights, options.img_size)
+    model, how = prepare(options)
     _note_order(folders)
-    result = accuracy(
-        model,
-        folders,
-        device=device,
-        img_size=options.img_size,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        amp=options.amp,
-    )
-    name = name_of(model)
+    result = accuracy(model, folders, **how)
+    name = name_of(model) or type(model).__name__
     top1 = top5 = None
-    if model.num_classes == _IMAGENET_CLASSES:
+    if model.num_classes == IMAGENET_CLASSES:
         top1, top5 = PUBLISHED_TOP1.get(name), PUBLISHED_TOP5.get(name)
     size = options.img_size or input_shape(model)[-1]
+    precision = options.amp or "float32"
     weights = options.weights or "released weights"
-    print(f"{name}, {weights}, {size} px, {options.amp or 'float32'}, {device}")
+    print(f"{name}, {weights}, {size} px, {precision}, {how['device']}")
     print(
         f"{result.top1:.2f} top-1{_beside(top1)}, {result.top5:.2f} top-5{_beside(top5)} "
         f"on {result.evaluated:,} of {result.images:,} images in {folders.root}"
@@ -244,8 +190,8 @@ def _report(options: argparse.Namespace) -> None:
             "data": str(folders.root),
             "classes": len(folders.classes),
             "img_size": size,
-            "precision": options.amp or "float32",
-            "device": str(device),
+            "precision": precision,
+            "device": str(how["device"]),
             "torch": torch.__version__,
             "top1": result.top1,
             "top5": result.top5,
@@ -261,7 +207,7 @@ def _report(options: argparse.Namespace) -> None:
 def _note_order(folders: ClassFolders) -> None:
     """Say so where the order of the folders is hardly that of ImageNet's classes."""
     names = folders.classes
-    if len(names) == _IMAGENET_CLASSES and not all(re.fullmatch(r"n\d{8}", n) for n in names):
+    if len(names) == IMAGENET_CLASSES and not all(re.fullmatch(r"n\d{8}", n) for n in names):
         print(
             f"note: the folders in {folders.root} are not named by wnid; their sorted order "
             f"({_some(names)}) is taken for that of the head",

@@ -11,7 +11,7 @@ import importlib
 import pickle
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +23,11 @@ from torch import Tensor
 __all__ = [
     "Checkpoint",
     "WeightsError",
+    "first_line",
     "optional_import",
     "read_checkpoint",
     "replacing",
+    "some_of",
     "write_safetensors",
 ]
 
@@ -92,7 +94,7 @@ def _read_safetensors(path: Path) -> Checkpoint:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return Checkpoint(tensors, metadata=file.metadata() or {})
     except Exception as error:  # its own error class and OSError, by the kind of damage
-        raise WeightsError(f"{path} is no valid safetensors file: {_first_line(error)}") from error
+        raise WeightsError(f"{path} is no valid safetensors file: {first_line(error)}") from error
 
 
 def _read_torch(path: Path) -> Checkpoint:
@@ -108,7 +110,7 @@ def _read_torch(path: Path) -> Checkpoint:
         raise WeightsError(f"{path} is no checkpoint, or a damaged one") from error
     except Exception as error:  # a damaged pickle or archive fails in any way
         raise WeightsError(
-            f"{path} is no checkpoint, or a damaged one: {_first_line(error)}"
+            f"{path} is no checkpoint, or a damaged one: {first_line(error)}"
         ) from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds no state dict but a {type(content).__name__}")
@@ -122,8 +124,15 @@ def _read_torch(path: Path) -> Checkpoint:
     return Checkpoint(dict(tensors), cfg if isinstance(cfg, str) else None)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; the name of its class if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first three of many names, and how many more there are."""
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -8,6 +8,7 @@ engine does, not a formula about it.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -19,8 +20,14 @@ from backbones.memory import MemoryPolicy, set_memory
 from backbones.simulate import Simulation, StepMemory, nbytes
 from backbones.trial import free_bytes
 
-__all__ = ["MemoryPlan", "fit_memory", "parse_budget", "predict_memory"]
-
+__all__ = [
+    "MemoryPlan",
+    "fit_memory",
+    "largest_that_fits",
+    "parse_budget",
+    "predict_memory",
+    "readable",
+]
 
 # Of the memory that is free, what "auto" plans with: the allocator fragments, and kernels take
 # scratch memory of their own, neither of which can be counted beforehand.
@@ -112,7 +119,8 @@ def predict_memory(
 ) -> StepMemory:
     """The memory of a training step under a policy: its peak, and what it holds for backward.
 
-    Arguments as for :func:`fit_memory` and :func:`backbones.set_memory`. ``model`` is unchanged.
+    Arguments and errors as for :func:`fit_memory` and :func:`backbones.set_memory`. ``model`` is
+    unchanged.
     """
     simulation = Simulation(model, example_input, _device_of(model).type, autocast)
     return simulation.step(policy, stored_blocks)
@@ -141,7 +149,11 @@ def parse_budget(budget: int | str, device: torch.device | None = None) -> int:
 
 
 def largest_that_fits(simulation: Simulation, budget: int) -> MemoryPlan:
-    """The largest number of stored blocks that fits, by bisection: the peak grows with it."""
+    """The largest number of stored blocks that fits, by bisection: the peak grows with it.
+
+    Raises:
+        ValueError: the budget, in bytes, is too small even with no block stored.
+    """
     policy, blocks = simulation.saving_policy, simulation.blocks
 
     def peak(stored: int) -> int:
@@ -152,15 +164,10 @@ def largest_that_fits(simulation: Simulation, budget: int) -> MemoryPlan:
             f"a training step does not fit {readable(budget)}: the smallest budget is {peak(0)} "
             f"bytes ({readable(peak(0))}), with no block stored. Give more, or a smaller batch."
         )
-    fits, too_many = 0, blocks + 1
-    if peak(blocks) <= budget:
+    if peak(blocks) <= budget:  # often so, and the speed below wants this one anyway
         fits = blocks
-    while fits + 1 < too_many and fits < blocks:
-        middle = (fits + too_many) // 2
-        if peak(middle) <= budget:
-            fits = middle
-        else:
-            too_many = middle
+    else:
+        fits = bisect_right(range(blocks), budget, key=peak) - 1
     chosen = simulation.step(policy, fits)
     relative_speed = simulation.step("store").operations / chosen.operations
     return MemoryPlan(policy, fits, blocks, chosen.peak_bytes, budget, chosen.peak, relative_speed)
@@ -186,6 +193,7 @@ def _free_bytes(model: nn.Module | None, device: torch.device) -> int:
 
 
 def readable(size: int) -> str:
+    """Bytes with a decimal unit, such as ``"1.25 GB"``."""
     if size < 1e6:
         return f"{size / 1e3:.1f} KB"
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -10,11 +10,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from backbones.cli import make_parser, run_command, show_progress
 from backbones.files import optional_import
 from backbones.fit import largest_that_fits, parse_budget, readable
 from backbones.memory import MemoryPolicy
 from backbones.simulate import Simulation
-from backbones.trial import Trial, free_bytes, show_progress
+from backbones.trial import Trial, free_bytes
+
+__all__ = ["main"]
 
 _NOTES = """\
 examples:
@@ -37,21 +40,28 @@ measured, from a few real steps in turn, at a smaller batch where 'store' does n
 _MEASURED_SHARE = 0.9
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """``python -m backbones.memory``: where the bytes of a training step go, as a table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m backbones.memory",
-        description="Shows where the memory of a training step (forward, backward, AdamW) goes "
-        "under each\nmemory policy. Needs no GPU and no weights: a step on shape-only tensors is "
-        "counted.\nWhere there is a GPU, real steps check the count and measure the speed.",
-        epilog=_NOTES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; return the exit status."""
+    parser = make_parser(
+        "backbones.memory",
+        """\
+Show where the memory of a training step (forward, backward, AdamW) goes under each memory policy.
+Needs no GPU and no weights: a step on shape-only tensors is counted. Where there is a GPU, real
+steps check the count and measure the speed.""",
+        _NOTES,
     )
-    parser.add_argument("--model", required=True, help="a name of backbones.list_models()")
     parser.add_argument(
-        "--input", required=True, help="BxCxHxW, for clips BxCxTxHxW, such as 8x3x224x224"
+        "--model", required=True, metavar="NAME", help="as python -m backbones lists"
     )
-    parser.add_argument("--budget", help="such as 8GB, 800MB or 8GiB; auto: what the GPU has free")
+    parser.add_argument(
+        "--input",
+        required=True,
+        metavar="SHAPE",
+        help="BxCxHxW, for clips BxCxTxHxW, such as 8x3x224x224",
+    )
+    parser.add_argument(
+        "--budget", metavar="SIZE", help="such as 8GB, 800MB or 8GiB; auto: what the GPU has free"
+    )
     parser.add_argument(
         "--amp", choices=("bfloat16", "float16"), help="count under autocast (default: float32)"
     )
@@ -68,12 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "may take minutes (default: if the device is a GPU that is there)",
     )
     parser.add_argument("--plot", metavar="FILE.png", help="write a picture of the table")
-    options = parser.parse_args(arguments)
-    try:
-        _report(options)
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        show_progress("")
-        parser.exit(2, f"error: {str(error).splitlines()[0]}\n")
+    return run_command(parser, _report, arguments)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -85,9 +90,7 @@ def _report(options: argparse.Namespace) -> None:
     if options.measure and not here:
         raise ValueError("--measure finds no GPU: add --device cpu to measure on the CPU")
     if options.plot:
-        if not Path(options.plot).absolute().parent.is_dir():
-            raise ValueError(f"--plot {options.plot}: there is no such folder")
-        optional_import("matplotlib", "matplotlib", "--plot")
+        _check_plot(Path(options.plot))
 
     simulation = _simulate(options.model, shape, device, autocast)
     saving = simulation.saving_policy
@@ -129,6 +132,16 @@ def _report(options: argparse.Namespace) -> None:
         from backbones.memory_plot import plot
 
         plot(steps, title, budget, options.plot)
+
+
+def _check_plot(path: Path) -> None:
+    """Find out before the work whether a picture can be written there."""
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--plot {path}: there is no such folder")
+    backend = optional_import("matplotlib.backend_bases", "matplotlib", "--plot")
+    formats = backend.FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in formats:
+        raise ValueError(f"--plot {path} should end in .png, or in one of .{', .'.join(formats)}")
 
 
 def _create(name: str) -> nn.Module:

@@ -144,8 +144,6 @@ _EXPECTED: dict[str, object] = {
     "MVIT.NORM_STEM": False,
     "MVIT.DROPOUT_RATE": 0.0,
     "MVIT.POOL_FIRST": False,
-    "MVIT.REL_POS_SPATIAL": False,
-    "MVIT.REL_POS_TEMPORAL": False,
     "MVIT.USE_ABS_POS": True,
     "MVIT.USE_FIXED_SINCOS_POS": False,
     "MVIT.USE_MEAN_POOLING": False,
@@ -159,7 +157,8 @@ def model_of_cfg(cfg: str) -> tuple[str, dict[str, Any]]:
         cfg: its YAML text.
 
     Returns:
-        a registered name and the arguments that make :func:`create_model` build the same model.
+        a registered name of that kind of model, of whatever size, and the arguments that make
+        :func:`create_model` build the same model.
 
     Raises:
         WeightsError: no YAML; a key that is needed is missing; or a model that this package does
@@ -193,9 +192,9 @@ def _flatten(tree: object, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _expect(cfg: dict[str, Any], key: str, value: object) -> None:
+def _expect(cfg: dict[str, Any], key: str, value: object, beside: str = "") -> None:
     if cfg.get(key, value) != value:
-        raise WeightsError(f"no model of this package has {key} {cfg[key]} (only {value})")
+        raise WeightsError(f"no model of this package has {key} {cfg[key]}{beside} (only {value})")
 
 
 def _arguments(cfg: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -218,8 +217,14 @@ def _arguments(cfg: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     _expect(cfg, "MVIT.POOL_KV_STRIDE", [])
     images = cfg["MVIT.PATCH_2D"]
     if not transitions:
-        patch = cfg["MVIT.PATCH_KERNEL"][0]
         _expect(cfg, "MVIT.PATCH_2D", True)
+    # The tables have the names and the shapes of ours, and attention adds the same to its logits.
+    rel_pos = arguments["use_rel_pos"] = cfg.get("MVIT.REL_POS_SPATIAL", False)
+    beside = f" with MVIT.REL_POS_SPATIAL {rel_pos}"
+    _expect(cfg, "MVIT.REL_POS_TEMPORAL", rel_pos and not images, beside)
+    if not transitions:
+        patch = cfg["MVIT.PATCH_KERNEL"][0]
+        _expect(cfg, "MVIT.RESIDUAL_POOLING", False, " without stages")
         _expect(cfg, "MVIT.POOL_KV_STRIDE_ADAPTIVE", None)
         _expect(cfg, "MVIT.PATCH_KERNEL", [patch, patch])
         _expect(cfg, "MVIT.PATCH_STRIDE", [patch, patch])
@@ -239,4 +244,5 @@ def _arguments(cfg: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         "transitions": tuple(transitions),
         "kv_stride": stride,
         "fusion": cfg.get("MVIT.REV.PRE_Q_FUSION", "avg"),
+        "residual_pooling": cfg.get("MVIT.RESIDUAL_POOLING", False),
     }

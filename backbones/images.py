@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from backbones.files import optional_import
+from backbones.files import first_line, optional_import
 
 if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = [
+    "IMAGENET_CLASSES",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "Batch",
@@ -30,6 +31,8 @@ __all__ = [
     "import_images",
     "read_image",
 ]
+
+IMAGENET_CLASSES = 1000
 
 # Of the three released image models (DATA.MEAN and DATA.STD of their configurations), in RGB order.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -46,8 +49,9 @@ def import_images(module: str) -> Any:
     try:
         return optional_import(module, package, "working on images (the extra 'images')")
     except RuntimeError as error:  # torchvision, where its compiled operators were not made for it
-        reason = str(error).splitlines()[0]
-        raise ImportError(f"{package} does not fit torch {torch.__version__}: {reason}") from error
+        raise ImportError(
+            f"{package} does not fit torch {torch.__version__}: {first_line(error)}"
+        ) from error
 
 
 def image_suffixes() -> tuple[str, ...]:
@@ -63,7 +67,7 @@ def eval_transform(height: int, width: int) -> Any:
     (``_prepare_im_tf`` in ``slowfast/datasets/imagenet.py``; mmpretrain does the same).
 
     Args:
-        height, width: of the crop, in pixels. The long one counts for the size before the crop.
+        height, width: of the crop, in pixels. The longer one decides the size before the crop.
 
     Returns:
         a callable from an RGB ``PIL.Image`` to a float32 tensor (3, height, width).
@@ -139,9 +143,9 @@ class ImageFiles(Dataset[tuple[int, Tensor | str]]):
         try:
             image = read_image(self.paths[index], self.upright)
         except Exception as error:  # a damaged file fails in any way
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            reason = getattr(error, "strerror", None) or first_line(error)
             # Pillow repeats the path, which every message about the file has already.
-            return index, reason.splitlines()[0].replace(f" {self.paths[index]!r}", "")
+            return index, reason.replace(f" {self.paths[index]!r}", "")
         return index, self.transform(image)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backbones.cli import add_device, not_negative, parse_device, positive
 from backbones.download import RELEASED_WEIGHTS, download
 from backbones.files import Checkpoint, WeightsError, read_checkpoint, replacing
 from backbones.formats import convert_state_dict
@@ -23,26 +24,22 @@ from backbones.weights import CONFIG, load_checkpoint
 from backbones.zoo import input_shape
 
 __all__ = [
-    "ERRORS",
     "add_options",
     "build_model",
     "infer",
-    "parse_device",
+    "prepare",
     "prepare_file",
     "print_unreadable",
     "shown",
     "write_json",
 ]
 
-# What a command ends with one line about: something that the user gave, or that is not installed.
-ERRORS = (ValueError, OSError, ImportError)
-
 _AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAMED = 20  # files that are printed where a JSON file has all
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that :func:`build_model` and :func:`infer` want, the same for every command."""
+    """The options that :func:`prepare` wants, the same for every command."""
     parser.add_argument(
         "--model",
         metavar="NAME",
@@ -56,51 +53,43 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--img-size",
-        type=_positive,
+        type=positive,
         metavar="PIXELS",
         help="side of the crop (default: the model's)",
     )
     parser.add_argument(
-        "--batch-size", type=_positive, default=64, metavar="N", help="default: %(default)s"
+        "--batch-size", type=positive, default=64, metavar="N", help="default: %(default)s"
     )
     parser.add_argument(
         "--workers",
         metavar="N",
-        type=_not_negative,
+        type=not_negative,
         default=min(4, os.cpu_count() or 1),
         help="processes that read images, 0 for none but this (default: %(default)s)",
     )
     parser.add_argument("--amp", choices=tuple(_AMP), help="autocast (default: none)")
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="such as cuda:1 (default: %(default)s)",
-    )
+    add_device(parser)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there as well")
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
-    return int(text)
+def prepare(options: argparse.Namespace, head: bool = True) -> tuple[nn.Module, dict[str, Any]]:
+    """What the options of :func:`add_options` ask for, tried before the work starts.
 
+    Args:
+        head: see :func:`build_model`.
 
-def _not_negative(text: str) -> int:
-    return 0 if text == "0" else _positive(text)
-
-
-def parse_device(text: str) -> torch.device:
-    """Try a device.
+    Returns:
+        the model, and the arguments of :func:`infer` that are options.
 
     Raises:
-        ValueError: it does not exist, or cannot be used here.
+        ValueError, OSError, ImportError: an option that cannot be met; one line says which.
     """
-    try:
-        device = torch.device(text)
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ValueError(f"cannot use --device {text}: {str(error).splitlines()[0]}") from error
-    return device
+    how: dict[str, Any] = {"device": parse_device(options.device)}
+    if options.json:
+        prepare_file(options.json)
+    model = build_model(options.model, options.weights, options.img_size, head)
+    how |= {key: getattr(options, key) for key in ("img_size", "batch_size", "workers", "amp")}
+    return model, how
 
 
 def build_model(
@@ -265,8 +254,8 @@ def prepare_file(path: Path) -> None:
     """Make sure, before the work, that its result can be written; make the folder.
 
     Raises:
-        OSError: it cannot.
-        ValueError: ``path`` is a folder.
+        ValueError: ``path`` is a folder, or nothing can be written where it lies.
+        OSError: the folder cannot be made.
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file")
@@ -276,6 +265,10 @@ def prepare_file(path: Path) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, all of it or nothing."""
+    """Write a JSON file, all of it or nothing.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

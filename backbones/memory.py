@@ -25,8 +25,10 @@ MemoryPolicy = Literal["store", "checkpoint", "reversible"]
 
 
 class MemoryManaged(nn.Module):
-    """A block whose activation memory is a policy. See :func:`set_memory`."""
+    """A block of two branches whose activation memory is a policy. See :func:`set_memory`."""
 
+    f: nn.Module
+    g: nn.Module
     invertible: ClassVar[bool] = False
     memory_policy: MemoryPolicy = "store"
 

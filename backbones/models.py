@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from backbones.compiled import compile_blocks
 from backbones.download import RELEASED_WEIGHTS
 from backbones.mvit import MViT, RevMViT
 from backbones.vit import RevViT, ViT
@@ -38,7 +39,12 @@ def list_models() -> list[str]:
 
 
 def create_model(
-    name: str, *, num_classes: int | None = None, pretrained: bool = False, **overrides: Any
+    name: str,
+    *,
+    num_classes: int | None = None,
+    pretrained: bool = False,
+    compile: bool = False,
+    **overrides: Any,
 ) -> nn.Module:
     """Build a model by name.
 
@@ -54,6 +60,8 @@ def create_model(
         pretrained: load the authors' released weights, downloaded at the first use (see
             :func:`backbones.download.download`). Other ``num_classes`` than the released ones
             give a new head. What was loaded goes to the log, at level INFO.
+        compile: compile the branches of the blocks when they first run; see
+            :func:`backbones.compile_blocks`.
         overrides: constructor arguments of the model (``img_size``, ``depth``, …) that replace
             those of the name.
 
@@ -88,6 +96,8 @@ def create_model(
     vars(model)["config"] = {"name": name, "arguments": arguments}
     if pretrained:
         _log.info("%s", load_weights(model, RELEASED_WEIGHTS[name]))
+    if compile:
+        compile_blocks(model)
     return model
 
 

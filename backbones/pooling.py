@@ -180,6 +180,8 @@ class StageTransition(MemoryManaged):
         ValueError: ``drop_path`` outside [0, 1).
     """
 
+    f: PooledAttentionBranch
+
     def __init__(
         self,
         f: PooledAttentionBranch,

@@ -12,14 +12,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from backbones.cli import make_parser, run_command
 from backbones.files import optional_import, replacing
-from backbones.images import image_suffixes, import_images, read_image
+from backbones.images import IMAGENET_CLASSES, image_suffixes, import_images, read_image
 from backbones.inference import (
-    ERRORS,
     add_options,
-    build_model,
     infer,
-    parse_device,
+    prepare,
     prepare_file,
     print_unreadable,
     shown,
@@ -27,8 +26,6 @@ from backbones.inference import (
 )
 
 __all__ = ["class_names", "find_images", "main"]
-
-_IMAGENET_CLASSES = 1000
 
 _TOP = 5
 
@@ -80,7 +77,7 @@ def class_names(classes: int, file: Path | None = None) -> list[str]:
         OSError: it cannot be read.
     """
     if file is None:
-        if classes != _IMAGENET_CLASSES:
+        if classes != IMAGENET_CLASSES:
             return [str(index) for index in range(classes)]
         weights = import_images("torchvision.models").ResNet18_Weights.IMAGENET1K_V1
         names: list[str] = weights.meta["categories"]
@@ -96,18 +93,18 @@ def class_names(classes: int, file: Path | None = None) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the predictions, or save the features; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m backbones.predict",
-        description="Print the five likeliest classes of images with their probabilities, or save "
-        "pooled features.",
-        epilog="examples:\n"
-        "  python -m backbones.predict cat.jpg --model rev_vit_small --pretrained\n"
-        "  python -m backbones.predict photos 'more/*.png' --weights mine.safetensors "
-        "--classes names.txt\n"
-        "  python -m backbones.predict photos --weights REV_VIT_B.pyth --features photos.npz\n"
-        "The features are read with numpy.load('photos.npz'): 'features' is (N, C) in float32,\n"
-        "'files' has the N file names. Unreadable images are left out, counted and named.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        "backbones.predict",
+        "Print the five likeliest classes of images with their probabilities, or save pooled "
+        "features.",
+        """\
+examples:
+  python -m backbones.predict cat.jpg --model rev_vit_small --pretrained
+  python -m backbones.predict photos 'more/*.png' --weights mine.safetensors --classes names.txt
+  python -m backbones.predict photos --weights REV_VIT_B.pyth --features photos.npz
+
+The features are read with numpy.load('photos.npz'): 'features' is (N, C) in float32, 'files' has
+the N file names. Unreadable images are left out, counted and named.""",
     )
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="a file, a folder or a pattern")
     add_options(parser)
@@ -124,45 +121,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--features", metavar="FILE.npz", type=Path, help="save pooled features instead"
     )
-    options = parser.parse_args(arguments)
-    try:
-        if options.features and (options.classes or options.pictures or options.json):
-            raise ValueError("--features goes without --classes, --pictures and --json")
-        if options.features and options.features.suffix != ".npz":
-            raise ValueError(f"--features {options.features} should end in .npz")
-        _predict(options)
-    except ERRORS as error:
-        parser.exit(2, f"error: {str(error).splitlines()[0]}\n")
-    return 0
+    return run_command(parser, _predict, arguments)
 
 
 def _predict(options: argparse.Namespace) -> None:
-    device = parse_device(options.device)
-    for file in (options.json, options.features):
-        if file:
-            prepare_file(file)
+    if options.features:
+        if options.classes or options.pictures or options.json:
+            raise ValueError("--features goes without --classes, --pictures and --json")
+        if options.features.suffix != ".npz":
+            raise ValueError(f"--features {options.features} should end in .npz")
+        prepare_file(options.features)
+    paths = find_images(options.images)
     if options.pictures:
+        if options.pictures.exists() and not options.pictures.is_dir():
+            raise ValueError(f"--pictures {options.pictures} is a file; give a folder")
         optional_import("matplotlib", "matplotlib", "--pictures")
         options.pictures.mkdir(parents=True, exist_ok=True)
-    paths = find_images(options.images)
-    head = options.features is None
-    model = build_model(options.model, options.weights, options.img_size, head)
-    names = class_names(cast(int, model.num_classes), options.classes) if head else []
+    model, how = prepare(options, head=not options.features)
     unreadable: dict[str, str] = {}
-    batches = infer(
-        model,
-        paths,
-        unreadable,
-        device=device,
-        img_size=options.img_size,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        amp=options.amp,
-        upright=True,  # photographs often lie on their side in the file
-    )
+    # Upright, because photographs often lie on their side in the file.
+    batches = infer(model, paths, unreadable, upright=True, **how)
     if options.features:
         _save_features(paths, batches, options.features)
     else:
+        names = class_names(cast(int, model.num_classes), options.classes)
         predictions = _rank(paths, batches, names, options.pictures)
         if options.json:
             write_json(options.json, {"predictions": predictions, "unreadable": unreadable})

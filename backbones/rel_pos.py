@@ -33,7 +33,7 @@ _AT_ONCE = 2**22
 
 
 def resize_table(table: Tensor, rows: int) -> Tensor:
-    """(L, D) -> (rows, D), linearly, as relative positions of another grid."""
+    """(L, D) -> (rows, D), linearly, as relative positions of another grid. Floating point."""
     if table.shape[0] == rows:
         return table
     return F.interpolate(table.t().unsqueeze(0), size=rows, mode="linear").squeeze(0).t()
@@ -74,11 +74,11 @@ def rel_pos_attention(
         q: (B, heads, T, H, W, D), floating point.
         k, v: (B, heads, T', H', W', D), of ``q``'s dtype.
         tables: for the axes T, H, W one table each as in :func:`relative_rows`; None for an axis
-            whose distances do not count.
+            whose distances do not count, which is not all of them.
         dropout_p: dropout on the attention weights.
 
     Returns:
-        (B, heads, T H W, D).
+        (B, heads, T H W, D), of ``q``'s dtype.
     """
     heads, head_dim = q.shape[1], q.shape[-1]
     axes = [axis for axis, table in enumerate(tables) if table is not None]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from torch import nn
 
-from backbones.files import WeightsError, read_checkpoint
+from backbones.files import Checkpoint, WeightsError, read_checkpoint, some_of
 from backbones.formats import model_of_cfg
 from backbones.models import create_model
 from backbones.weights import CONFIG, load_checkpoint
+from backbones.zoo import name_of
 
 __all__ = ["from_pyslowfast", "load_model"]
 
@@ -24,9 +25,13 @@ def from_pyslowfast(path: str | PathLike[str]) -> nn.Module:
     Args:
         path: a ``.pyth`` file; its rates of dropout and stochastic depth are kept.
 
+    Returns:
+        the model. Its ``config`` names the model of the zoo that it is, or else the one of its kind
+        that has all of its arguments changed.
+
     Raises:
-        WeightsError: a file that cannot be read, has no cfg, or is of a model that this package
-            does not have.
+        WeightsError: a file that cannot be read, has no cfg, is of a model that this package does
+            not have, or holds other tensors than that model.
         ImportError: PyYAML is not installed.
     """
     file = Path(path).expanduser()
@@ -40,7 +45,9 @@ def from_pyslowfast(path: str | PathLike[str]) -> nn.Module:
         model = create_model(name, **arguments)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(f"{file}: {error}") from error
-    load_checkpoint(model, checkpoint, str(file))
+    # The cfg names no size: what is called "rev_vit_base" so far may be any Rev-ViT.
+    vars(model)["config"]["name"] = name_of(model) or name
+    _load_all(model, checkpoint, file)
     return model
 
 
@@ -64,7 +71,15 @@ def load_model(path: str | PathLike[str]) -> nn.Module:
         model = create_model(config["name"], pretrained=False, **config["arguments"])
     except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(f"{file} names a model that cannot be built: {error}") from error
-    report = load_checkpoint(model, checkpoint, str(file))
-    if report.missing or report.left_out:
-        raise WeightsError(f"{file} has another head than the model it names")
+    _load_all(model, checkpoint, file)
     return model
+
+
+def _load_all(model: nn.Module, checkpoint: Checkpoint, file: Path) -> None:
+    """Load, and take no less than everything: a file fits the model that it describes."""
+    report = load_checkpoint(model, checkpoint, str(file))
+    problems = [f"{name}: {why}" for name, why in report.left_out.items()]
+    if absent := [name for name in report.missing if name not in report.left_out]:
+        problems.append(f"not in the file: {some_of(absent)}")
+    if problems:
+        raise WeightsError(f"{file} is not of the model that it describes: {'; '.join(problems)}")

@@ -28,6 +28,7 @@ __all__ = ["Simulation", "StepMemory", "nbytes"]
 
 
 def nbytes(tensor: Tensor) -> int:
+    """The bytes of the whole storage that ``tensor`` is a view of."""
     return tensor.untyped_storage().nbytes()
 
 
@@ -52,10 +53,12 @@ class StepMemory:
 
     @property
     def peak_bytes(self) -> int:
+        """The highest sum of all parts."""
         return sum(self.peak.values())
 
     @property
     def held_bytes(self) -> int:
+        """What the forward pass leaves for the backward pass, of all parts together."""
         return sum(self.held.values())
 
 
@@ -197,6 +200,9 @@ class Simulation:
     """Training steps of a shape-only copy of a model: forward, backward and AdamW.
 
     Arguments as for :func:`backbones.fit_memory`; ``device_type`` is where training would run.
+
+    Raises:
+        ValueError: no block in the model whose memory can be managed.
 
     Attributes:
         blocks: how many blocks have a memory policy.

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from backbones.cli import show_progress
 from backbones.memory import MemoryPolicy, set_memory
 
-__all__ = ["Trial", "free_bytes", "show_progress"]
+__all__ = ["Trial", "free_bytes"]
 
 
 def free_bytes(device: torch.device) -> int:
@@ -106,10 +107,3 @@ class Trial:
         start = time.perf_counter()
         self._step(x)
         return time.perf_counter() - start
-
-
-def show_progress(text: str) -> None:
-    """One line that replaces the one before, on a stderr that is a terminal."""
-    if sys.stderr.isatty():
-        # \033[K clears what a longer text left of the line.
-        print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)

@@ -67,6 +67,9 @@ class Trunk(nn.Module):
         """Images (B, in_chans, H, W), or clips (B, in_chans, T, H, W) -> logits (B, num_classes).
 
         Raw in eval mode too. With ``num_classes=0``: the mean of the tokens, (B, num_features).
+
+        Raises:
+            ValueError: ``x`` has another number of axes or of channels.
         """
         pooled = self.forward_features(x).mean(dim=1)
         return cast(Tensor, self.head(self.head_drop(pooled)))

@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.download import download
-from backbones.files import Checkpoint, WeightsError, read_checkpoint, write_safetensors
+from backbones.files import (
+    Checkpoint,
+    WeightsError,
+    read_checkpoint,
+    some_of,
+    write_safetensors,
+)
 from backbones.formats import Layout, convert_state_dict, recognise
 from backbones.layers import PositionEmbedding, SpaceTimePositionEmbedding
 from backbones.rel_pos import resize_table
@@ -61,11 +67,11 @@ class LoadReport:
         lines += [f"left out {name}: {why}" for name, why in self.left_out.items()]
         tables = [name for name in self.missing if _is_table(name)]
         if others := [name for name in self.missing if not _is_table(name)]:
-            lines.append(f"not in the file, unchanged: {', '.join(others)}")
+            lines.append(f"left unchanged: {', '.join(others)}")
         if tables:
             lines.append(
                 f"not in the file, unchanged: {len(tables)} tables of relative positions "
-                f"({_some(tables)})"
+                f"({some_of(sorted(tables))})"
             )
         return "\n  ".join(lines)
 
@@ -98,7 +104,11 @@ def load_weights(model: nn.Module, path_or_url: str | PathLike[str]) -> LoadRepo
 
 
 def load_checkpoint(model: nn.Module, checkpoint: Checkpoint, source: str) -> LoadReport:
-    """As :func:`load_weights`, for a checkpoint that was read already from ``source``."""
+    """As :func:`load_weights`, for a checkpoint that was read already from ``source``.
+
+    Raises:
+        WeightsError: it does not fit the model.
+    """
     own: dict[str, Tensor] = model.state_dict()
     report = LoadReport(source, recognise(checkpoint.tensors))
     try:
@@ -259,7 +269,7 @@ def _check(tensors: dict[str, Tensor], own: dict[str, Tensor], allowed: Iterable
             name for name in own.keys() & tensors.keys() if not _plain(tensors[name], own[name])
         },
     }
-    if found := [f"{what}: {_some(names)}" for what, names in problems.items() if names]:
+    if found := [f"{what}: {some_of(sorted(names))}" for what, names in problems.items() if names]:
         raise WeightsError("; ".join(found))
 
 
@@ -272,13 +282,6 @@ def _plain(value: Tensor, mine: Tensor) -> bool:
         and value.is_floating_point() == mine.is_floating_point()
         and value.is_complex() == mine.is_complex()
     )
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first few of many names."""
-    listed = sorted(names)
-    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-    return ", ".join(listed[:3]) + more
 
 
 def _show(grid: Grid) -> str:

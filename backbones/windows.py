@@ -30,7 +30,15 @@ def to_windows(x: Tensor, size: int) -> Tensor:
 
 
 def from_windows(windows: Tensor, height: int, width: int) -> Tensor:
-    """Undo :func:`to_windows`, the padding included: -> (B, T, height, width, C)."""
+    """Undo :func:`to_windows`, the padding included.
+
+    Args:
+        windows: (B ceil(height / size) ceil(width / size), T, size, size, C).
+        height, width: of the grid that was cut, in tokens.
+
+    Returns:
+        (B, T, height, width, C).
+    """
     _, time, size, _, channels = windows.shape
     rows, columns = -(-height // size), -(-width // size)
     x = windows.reshape(-1, rows, columns, time, size, size, channels).permute(0, 3, 1, 4, 2, 5, 6)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,9 +14,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from backbones.download import RELEASED_WEIGHTS
 from backbones.measure import saved_bytes
 from backbones.memory import MemoryManaged, set_memory
-from backbones.models import create_model
+from backbones.models import create_model, list_models
 
-__all__ = ["PUBLISHED_TOP1", "ZooEntry", "describe", "input_shape", "zoo_table"]
+__all__ = [
+    "PUBLISHED_TOP1",
+    "PUBLISHED_TOP5",
+    "ZooEntry",
+    "describe",
+    "input_shape",
+    "name_of",
+    "zoo_table",
+]
 
 # Percent, one view of ImageNet-1k at 224 px; of rev_mvit_base_16x4 Kinetics-400, 1 x 5 views. From
 # arXiv 2302.04869, but of the two Rev-MViTs that of the weights released later (the paper: 82.5
@@ -29,6 +39,9 @@ PUBLISHED_TOP1: dict[str, float] = {
     "vit_base": 81.8,
     "vit_large": 81.5,
 }
+
+# Likewise. mmpretrain's of the released weights, converted; the paper and its authors give none.
+PUBLISHED_TOP5: dict[str, float] = {"rev_vit_small": 94.9, "rev_vit_base": 95.56}
 
 _HEADER = (
     "name",
@@ -84,6 +97,42 @@ def input_shape(model: nn.Module) -> tuple[int, ...]:
     frames = arguments.get("num_frames")
     clip = () if frames is None else (frames,)
     return (arguments.get("in_chans", 3), *clip, height, width)
+
+
+def name_of(model: nn.Module) -> str | None:
+    """The name in the zoo of a model of this package; None if it is none of the zoo.
+
+    By its structure, since the name that it was built with may have been given another depth or
+    width. Head and position embeddings do not count: they follow the data.
+    """
+    own = _structure(model)
+    return next((name for name in list_models() if _structure_in_zoo(name) == own), None)
+
+
+@cache
+def _structure_in_zoo(name: str) -> dict[str, Any]:
+    with torch.device("meta"):
+        return _structure(create_model(name))
+
+
+# What changes the function that a module computes, and not the shapes of its parameters.
+_SETTINGS = ("num_heads", "stride", "window_size", "residual_pooling", "fusion")
+
+
+def _structure(model: nn.Module) -> dict[str, Any]:
+    """The shapes of all parameters, and the settings of all modules, by name."""
+    shapes = {
+        name: param.shape
+        for name, param in model.named_parameters()
+        if not name.startswith(("head.", "pos_embed."))
+    }
+    settings = {
+        f"{name}.{key}": getattr(module, key)
+        for name, module in model.named_modules()
+        for key in _SETTINGS
+        if hasattr(module, key)
+    }
+    return shapes | settings
 
 
 def describe(name: str) -> ZooEntry:

@@ -1,1 +1,1 @@
-"""Benchmarks of the toolkit. Each is a module: ``python -m benchmarks.bench_trunk --help``."""
+"""Benchmarks of the toolkit. Each is a module: ``python -m benchmarks.bench_speed --help``."""

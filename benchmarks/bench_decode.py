@@ -16,13 +16,8 @@ Writes a JSON file that names the hardware.
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import os
 import platform
-import re
-import shlex
 import statistics
 import sys
 import tempfile
@@ -43,12 +38,11 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 
-from benchmarks.bench_trunk import device_name
+from benchmarks.measuring import RESULTS, facts, parser_of, slug, write
 from revvideo.datasets import ClipDataset, RandomClip
 from revvideo.layouts import find_videos
 from revvideo.manifest import VideoRecord
 
-ROOT = Path(__file__).parents[1]
 WIDTH, HEIGHT, RATE, SECONDS = 340, 256, 30, 10
 FRAMES, STRIDE = 16, 4
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
@@ -154,41 +148,25 @@ def measure(folder: Path, count: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; see ``--help``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_decode",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """Encode the videos, measure, write the JSON file, and print the ratio."""
+    parser = parser_of("bench_decode", __doc__)
     add = parser.add_argument
     add("--videos", type=int, default=24, help="files (24)")
     add("--rounds", type=int, default=7, help="pairs of runs through all files (7)")
-    add("--output", type=Path, help="JSON file (benchmarks/results/decode_<device name>.json)")
+    device = torch.device("cpu")
+    path = RESULTS / f"decode_{slug(device)}.json"
+    add("--output", type=Path, default=path, help="JSON file (named after the CPU)")
     args = parser.parse_args(argv)
-    if args.output is None:
-        slug = re.sub(r"[^a-z0-9]+", "_", device_name(torch.device("cpu")).lower()).strip("_")
-        args.output = ROOT / "benchmarks" / "results" / f"decode_{slug}.json"
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Encode the videos, measure, write the JSON file, and print the ratio."""
-    args = parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         encode_videos(Path(folder), args.videos)
         size = sum(file.stat().st_size for file in Path(folder).rglob("*.mp4"))
         decoding = measure(Path(folder), args.videos, args.rounds)
     results = {
-        "command": shlex.join(
-            ["python", "-m", "benchmarks.bench_decode", *(sys.argv[1:] if argv is None else argv)]
-        ),
-        "device": "cpu",
-        "device_name": device_name(torch.device("cpu")),
+        **facts("bench_decode", argv, device),
+        "threads": 1,
         "python": platform.python_version(),
-        "torch": torch.__version__,
         "av": av.__version__,
-        "date": datetime.date.today().isoformat(),
         "videos": args.videos,
         "video": f"{WIDTH} x {HEIGHT}, {RATE} fps, {SECONDS} s, H.264",
         "bits_per_second": round(8 * size / args.videos / SECONDS),
@@ -196,8 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rounds": args.rounds,
         "decoding": decoding,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=2) + "\n")
+    write(results, args.output)
     print(f"wrote {args.output}")
     for name, rate in decoding["clips_per_second_per_core"].items():
         print(f"{name:14} {rate:7.2f} clips per second and core")

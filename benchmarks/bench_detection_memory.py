@@ -20,10 +20,6 @@ count, on either side.
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import shlex
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -42,8 +38,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
 from backbones import MemoryPolicy, create_model, set_memory
-
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "detection_memory.json"
+from benchmarks.measuring import RESULTS, facts, parser_of, write
 
 # Windows of 14 and four global blocks, as in ViTDet; its rates of drop path.
 _WINDOWS = {"window_size": 14, "use_rel_pos": True}
@@ -254,13 +249,11 @@ def measure(size: int) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Count, print a table and write the JSON file."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_detection_memory",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench_detection_memory", __doc__)
     parser.add_argument("--size", type=int, default=1024, help="side of the image in pixels (1024)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS / "detection_memory.json", help="JSON file"
+    )
     args = parser.parse_args(argv)
     rows = measure(args.size)
     print(f"{'trunk':12} {'':12} {'held, GiB':>10} {'peak, GiB':>10}")
@@ -268,25 +261,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         held, peak = (row[key] / 2**30 for key in ("held", "peak"))
         print(f"{row['trunk']:12} {row['policy']:12} {held:10.3f} {peak:10.3f}")
     results = {
-        "command": shlex.join(
-            [
-                "python",
-                "-m",
-                "benchmarks.bench_detection_memory",
-                *(sys.argv[1:] if argv is None else argv),
-            ]
-        ),
-        "device": "none: shape-only tensors",
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
+        **facts("bench_detection_memory", argv, torch.device("cpu")),
+        "device_name": "none: shape-only tensors",
         "img_size": args.size,
         "batch": 1,
         "precision": "bfloat16 autocast",
         "unit": "bytes, without parameters, their gradients and the image",
         "trunks": rows,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=2) + "\n")
+    write(results, args.output)
     print(f"wrote {args.output}")
 
 

@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import backbones
-from backbones.evaluate import PUBLISHED_TOP5, find_classes, main, name_of
+from backbones.evaluate import find_classes, main
 from backbones.images import ImageFiles, eval_transform, read_image
-from backbones.zoo import PUBLISHED_TOP1
+from backbones.zoo import PUBLISHED_TOP1, PUBLISHED_TOP5
 from tests.backbones.image_data import (
     MEAN,
     RANKING,
@@ -334,24 +334,11 @@ def test_the_published_score_stands_beside(
     assert "not named by wnid" in capsys.readouterr().err
 
 
-def test_names_of_the_zoo() -> None:
-    with torch.device("meta"):
-        small = {"embed_dim": 384, "num_heads": 6}
-        for name, arguments, expected in (
-            ("rev_vit_base", small, "rev_vit_small"),
-            ("vit_base", {**small, "num_classes": 7, "img_size": 64}, "vit_small"),
-            ("rev_vit_small", {"depth": 11}, "RevViT"),
-        ):
-            assert name_of(backbones.create_model(name, **arguments)) == expected
-    assert PUBLISHED_TOP5.keys() <= PUBLISHED_TOP1.keys()
-    assert all(PUBLISHED_TOP1[name] < top5 for name, top5 in PUBLISHED_TOP5.items())
-
-
 def test_as_a_user_types_it(data: Path, weights: str) -> None:
     save_truncated(data / "a" / "broken.png")
     done = command(
         "backbones.evaluate",
-        ["--weights", weights, "--data", str(data), "--workers", "2", "--batch-size", "4"],
+        ["--weights", weights, "--data", str(data), "--workers", "0", "--batch-size", "4"],
     )
     assert done.returncode == 0, done.stderr
     assert "44.44 top-1, 77.78 top-5 on 9 of 10 images" in done.stdout

@@ -155,17 +155,15 @@ def held_bytes(model: nn.Module, inputs: Tensor, policy: MemoryPolicy) -> int:
     return held.bytes
 
 
-@pytest.mark.parametrize(
-    "name, clip, times", (("rev_mvit_base", (), 25), ("rev_mvit_base_16x4", (16,), 20))
-)
-def test_bytes_held(name: str, clip: tuple[int, ...], times: int) -> None:
+def test_bytes_held() -> None:
+    """Of clips; test_memory_ratios.py has images."""
     with torch.device("meta"):
-        model = create_model(name)
-        inputs = torch.empty(1, 3, *clip, 224, 224)
+        model = create_model("rev_mvit_base_16x4")
+        inputs = torch.empty(1, 3, 16, 224, 224)
     stored, checkpointed, reversed_ = (
         held_bytes(model, inputs, policy) for policy in ("store", "checkpoint", "reversible")
     )
-    assert reversed_ * times < stored
+    assert reversed_ * 20 < stored
     assert reversed_ * 2 < checkpointed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -10,10 +11,19 @@ import torch
 from torch import Tensor, nn
 
 import backbones
-from backbones import ReversibleBlock, ReversibleSequence, RevMViT, RevViT, probe_drift, set_memory
+from backbones import (
+    ReversibleBlock,
+    ReversibleSequence,
+    RevMViT,
+    RevViT,
+    create_model,
+    probe_drift,
+    set_memory,
+)
+from backbones.drift import WARNING_THRESHOLD, BlockDrift, DriftReport
 from backbones.layers import MLPBranch
 from backbones.memory import MemoryManaged
-from backbones.probe import WARNING_THRESHOLD, BlockDrift, DriftReport, main
+from backbones.probe import main
 from tests.backbones.helpers import assert_grads_near, make_sequence
 
 DEPTH = 4
@@ -216,15 +226,27 @@ def test_command(precision: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["--model", "rev_vit_tinny"], "did you mean rev_vit_tiny"),
         (["--model", "vit_tiny", "--depth", "1", "--img-size", "32"], "no reversible sequence"),
         (["--model", "rev_mvit_base", "--depth", "4"], "transitions must rise"),
+        (["--model", "rev_vit_tiny", "--device", "cuda:99"], "cannot use --device cuda:99"),
+        (["--model", "rev_vit_tiny", "--weights", "no.pth"], "cannot read no.pth"),
     ),
 )
 def test_command_refuses(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        main([*arguments, "--device", "cpu"])
+        main(["--device", "cpu", *arguments])
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert message in line and line.startswith("error: ") and line.count("\n") == 1
+
+
+def test_command_says_what_it_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "other_head.pth"
+    arguments: dict[str, Any] = {"depth": 1, "img_size": 32}
+    torch.save(create_model("rev_vit_tiny", num_classes=5, **arguments).state_dict(), file)
+    options = ["--depth", "1", "--img-size", "32", "--device", "cpu", "--weights", str(file)]
+    assert main(["--model", "rev_vit_tiny", *options]) == 0
+    assert "left out head.weight: 5 classes, the model has 1000" in capsys.readouterr().err
 
 
 def test_exported() -> None:

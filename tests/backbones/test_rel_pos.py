@@ -268,6 +268,23 @@ def test_attention_of_mvitv2(grid: tuple[int, int], strides: tuple[int, int]) ->
     torch.testing.assert_close(ours(x[:, None])[:, 0], theirs(x), rtol=1e-10, atol=1e-10)
 
 
+def test_logits_of_slowfasts_mvitv2() -> None:
+    """By torchvision's port of it, whose released weights are SlowFast's. It has a class token."""
+    mvit = pytest.importorskip("torchvision.models.video.mvit")
+    for q_grid, k_grid in (((4, 6, 6), (2, 3, 3)), ((3, 5, 4), (3, 5, 4)), ((2, 3, 3), (4, 6, 6))):
+        q, k = (torch.randn(2, 3, *grid, 8, dtype=torch.float64) for grid in (q_grid, k_grid))
+        sides = map(max, q_grid, k_grid)
+        time, *space = (torch.randn(2 * side - 1, 8, dtype=torch.float64) for side in sides)
+        v = torch.eye(prod(k_grid), dtype=torch.float64)[:, :8].view(*k_grid, 8).expand_as(k)
+        ours = rel_pos_attention(q, k, v, [time, *space])  # the weights of the first eight keys
+        flat_q, flat_k = q.flatten(2, 4), k.flatten(2, 4)
+        logits = nn.functional.pad(flat_q @ flat_k.mT / sqrt(8), (1, 0, 1, 0))
+        padded_q = nn.functional.pad(flat_q, (0, 0, 1, 0))
+        logits = mvit._add_rel_pos(logits, padded_q, q_grid, k_grid, *space, time)
+        theirs = logits[..., 1:, 1:].softmax(-1)[..., :8]
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 # ---- Multiscale models with the options of MViTv2
 
 SMALL = {

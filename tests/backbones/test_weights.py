@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 import backbones
@@ -80,6 +81,56 @@ def test_from_pyslowfast(path: Path) -> None:
     assert twin.state_dict().keys() == model.state_dict().keys()
 
 
+def save_as_pyslowfast(file: Path, tensors: dict[str, Tensor], path: Path, **changes: Any) -> None:
+    """The checkpoint ``path`` with other tensors, and with changes to the MVIT part of its cfg."""
+    cfg = yaml.safe_load(read(path)["cfg"])
+    assert changes.keys() <= cfg["MVIT"].keys()
+    cfg["MVIT"] |= changes
+    torch.save({"model_state": tensors, "cfg": yaml.safe_dump(cfg)}, file)
+
+
+def test_from_pyslowfast_names_the_size(tmp_path: Path) -> None:
+    """And a model of no size of the zoo, as above, by its kind."""
+    reference = create_model("rev_vit_tiny", img_size=32, num_classes=5)
+    sizes = {"EMBED_DIM": 192, "DEPTH": 12, "NUM_HEADS": 3}
+    patches = {"PATCH_KERNEL": [16, 16], "PATCH_STRIDE": [16, 16]}
+    file = tmp_path / "tiny.pyth"
+    save_as_pyslowfast(file, reference.state_dict(), VIT, **sizes, **patches)
+    model = from_pyslowfast(file)
+    assert model.config["name"] == "rev_vit_tiny" and same_weights(model, reference)
+
+
+@pytest.mark.parametrize("path", PYSLOWFAST, ids=lambda path: path.stem)
+def test_from_pyslowfast_with_relative_positions(path: Path, tmp_path: Path) -> None:
+    """The options of MViTv2, none of which a released model has. Of clips, in time as well."""
+    plain = from_pyslowfast(path).double().eval()
+    options = {"use_rel_pos": True}
+    cfg = {"REL_POS_SPATIAL": True, "REL_POS_TEMPORAL": path == VIDEO}
+    if path != VIT:
+        options["residual_pooling"] = cfg["RESIDUAL_POOLING"] = True
+    config = plain.config
+    reference = create_model(config["name"], **{**config["arguments"], **options}).double().eval()
+    reference.load_state_dict(plain.state_dict(), strict=False)
+    tensors = tensors_of(path)
+    order = [name for name, module in reference.named_modules() if hasattr(module, "f")]
+    for name, table in reference.named_parameters():
+        if "rel_pos" in name:
+            nn.init.normal_(table)
+            block, _, rest = name.partition(".f.")
+            tensors[f"rev_backbone.layers.{order.index(block)}.F.{rest}"] = table.detach()
+    tables = sum("rel_pos" in name for name in tensors)
+    assert tables == config["arguments"]["depth"] * (3 if path == VIDEO else 2)
+    save_as_pyslowfast(tmp_path / "x.pyth", tensors, path, **cfg)
+    model = from_pyslowfast(tmp_path / "x.pyth").double().eval()
+    x = expected(path)["input"].double()
+    torch.testing.assert_close(model(x), reference(x))
+    assert (model(x) - plain(x)).abs().max() > 1e-3
+    if path == VIDEO:
+        save_as_pyslowfast(tmp_path / "x.pyth", tensors, path, **{**cfg, "REL_POS_TEMPORAL": False})
+        with pytest.raises(backbones.WeightsError, match=r"TEMPORAL False with .*SPATIAL True"):
+            from_pyslowfast(tmp_path / "x.pyth")
+
+
 def test_from_pyslowfast_tells_what_a_cfg_lacks_or_asks_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,10 +143,13 @@ def test_from_pyslowfast_tells_what_a_cfg_lacks_or_asks_for(
 
     for old, new, message in (
         ("  EMBED_DIM: 32\n", "", "lacks MVIT.EMBED_DIM"),
-        ("REL_POS_SPATIAL: false", "REL_POS_SPATIAL: true", "REL_POS_SPATIAL True"),
+        ("REL_POS_SPATIAL: false", "REL_POS_SPATIAL: true", "not in the file: .*rel_pos_h and 3 m"),
+        ("REL_POS_TEMPORAL: false", "REL_POS_TEMPORAL: true", "REL_POS_TEMPORAL True with"),
+        ("RESIDUAL_POOLING: false", "RESIDUAL_POOLING: true", "RESIDUAL_POOLING True without st"),
         ("    ENABLE: true\n    PRE_Q", "    ENABLE: false\n    PRE_Q", "REV.ENABLE False"),
         ("NUM_HEADS: 2", "NUM_HEADS: 3", "not divisible by num_heads 3"),
         ("NUM_HEADS: 2", "NUM_HEADS: 0", "modulo"),
+        ("NUM_CLASSES: 5", "NUM_CLASSES: 7", "head.weight: 5 classes, the model has 7"),
         ("NUM_HEADS: 2", "NUM_HEADS: two", "x.pyth"),
         ("DEPTH: 3", "DEPTH: 2", "not in the model: .*layers.2"),
         ("MVIT:", "MVIT: [", "no YAML"),
@@ -188,6 +242,7 @@ def test_another_number_of_classes(tmp_path: Path) -> None:
     assert list(report.left_out) == report.missing == ["head.weight", "head.bias"]
     assert "left out head.weight: 5 classes, the model has 7" in str(report)
     assert "unchanged: head.weight, head.bias" in str(report)
+    assert "not in the file" not in str(report)
 
     headless = tiny(num_classes=0)
     report = load_weights(headless, VIT)
@@ -237,7 +292,9 @@ def test_our_own_format_without_a_name(tmp_path: Path, monkeypatch: pytest.Monke
     model = tiny()
     model.head = nn.Linear(64, 9)
     save_weights(model, file)
-    with pytest.raises(backbones.WeightsError, match="another head"):
+    with pytest.raises(
+        backbones.WeightsError, match=r"describes: head\.bias: 9 classes, .* 5; .* 5$"
+    ):
         load_model(file)
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ImportError, match="pip install safetensors"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from backbones import create_model
 from backbones.__main__ import main
 from backbones.models import list_models
-from backbones.zoo import PUBLISHED_TOP1, describe, zoo_table
+from backbones.zoo import PUBLISHED_TOP1, PUBLISHED_TOP5, describe, name_of, zoo_table
 
 # Parameters; fvcore's total for the original, which counts layer norms; and without them.
 RELEASED = {
@@ -40,7 +42,26 @@ def test_a_model_that_is_neither_released_nor_reversible() -> None:
 
 
 def test_published_scores_are_of_models_that_exist() -> None:
-    assert PUBLISHED_TOP1.keys() <= set(list_models())
+    assert PUBLISHED_TOP5.keys() <= PUBLISHED_TOP1.keys() <= set(list_models())
+    assert all(PUBLISHED_TOP1[name] < top5 for name, top5 in PUBLISHED_TOP5.items())
+
+
+def test_names_of_the_zoo() -> None:
+    small = {"embed_dim": 384, "num_heads": 6}
+    with torch.device("meta"):
+        for name, arguments, expected in (
+            ("rev_vit_base", small, "rev_vit_small"),
+            ("vit_base", {**small, "num_classes": 7, "img_size": 64}, "vit_small"),
+            ("rev_vit_small", {"depth": 11}, None),
+            # The same parameters, another function of them.
+            ("rev_vit_small", {"num_heads": 12}, None),
+            ("vit_small", {"window_size": 7}, None),
+            ("rev_mvit_base", {"kv_stride": 2}, None),
+            ("rev_mvit_base", {"residual_pooling": True}, None),
+            ("rev_mvit_base", {"fusion": "concat_linear_2"}, "rev_mvit_base"),
+            ("mvit_base", {"drop_path_rate": 0.1}, "mvit_base"),
+        ):
+            assert name_of(create_model(name, **arguments)) == expected, (name, arguments)
 
 
 def test_plain_text_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:

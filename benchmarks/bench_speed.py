@@ -1,0 +1,148 @@
+"""Training speed of every way to save memory, against stored activations.
+
+    python -m benchmarks.bench_speed                 # about seven minutes on two CPU cores
+
+Three comparisons, each of contestants in turn on the same parameters and images (see
+`benchmarks.measuring`): the ways in eager mode at 12 blocks of ViT-B width, among them the mixtures
+from all blocks reversed to all stored; the compiled ones, at 4 blocks; and what a block costs
+beside its arithmetic, on tensors so small that there is hardly any, which is what a GPU waits for
+where the batch is small.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from backbones import create_model, fit_memory, set_memory
+from backbones.simulate import Simulation
+from backbones.trial import free_bytes
+from benchmarks.contestants import COMPILED, EAGER, Contestant
+from benchmarks.measuring import (
+    RESULTS,
+    Json,
+    Trainer,
+    alternate,
+    facts,
+    parser_of,
+    say,
+    sharing,
+    slug,
+    write,
+)
+
+FITTED = "fitted to free memory"
+
+
+def compare(
+    model: nn.Module, trainer: Trainer, contestants: Mapping[str, Contestant], rounds: int
+) -> dict[str, Json]:
+    """:func:`benchmarks.measuring.alternate` of the contestants; the baseline is the first."""
+    steps = {}
+    for name, apply in contestants.items():
+        own = sharing(model)
+        apply(own)
+        steps[name] = partial(trainer.seconds, own)
+    return alternate(steps, next(iter(steps)), rounds)
+
+
+def mixtures(depth: int, steps: int = 4) -> dict[str, Contestant]:
+    """From all blocks reversed to one part short of all stored."""
+
+    def storing(blocks: int) -> Contestant:
+        return lambda model: set_memory(model, "reversible", blocks)
+
+    return {f"{k} of {depth} stored": storing(k) for k in range(0, depth, max(1, depth // steps))}
+
+
+def eager(args: argparse.Namespace) -> Json:
+    """The ways in eager mode."""
+    model = create_model(args.model, num_classes=0, depth=args.depth, img_size=args.img_size)
+    trainer = Trainer((args.batch, 3, args.img_size, args.img_size), torch.device("cpu"))
+    contestants: dict[str, Any] = {
+        name: EAGER[name] for name in ("store", "checkpoint", "selective checkpoint")
+    }
+    contestants |= mixtures(args.depth)
+    free = free_bytes(trainer.device)
+    contestants[FITTED] = lambda own: say(str(fit_memory(own, trainer.x, free)))
+    result = compare(model.train(), trainer, contestants, args.rounds)
+    simulation = Simulation(model, trainer.x, "cpu")
+    stored = {name: int(name.split()[0]) for name in mixtures(args.depth)} | {"store": args.depth}
+    for name, blocks in stored.items():
+        result[name]["stored_blocks"] = blocks
+        result[name]["held"] = simulation.step("reversible", blocks).held_bytes
+    return {"depth": args.depth, "batch": args.batch, "contestants": result}
+
+
+def compiled(args: argparse.Namespace) -> Json:
+    """The compiled ways, and the two of eager mode beside which they stand."""
+    depth = max(1, args.depth // 3)
+    model = create_model(args.model, num_classes=0, depth=depth, img_size=args.img_size)
+    trainer = Trainer((args.batch, 3, args.img_size, args.img_size), torch.device("cpu"))
+    contestants = {name: EAGER[name] for name in ("store", "reversible")} | COMPILED
+    result = compare(model.train(), trainer, contestants, args.rounds)
+    return {"depth": depth, "batch": args.batch, "contestants": result}
+
+
+def overhead(args: argparse.Namespace) -> Json:
+    """Microseconds of a block in a training step on tensors of next to no size."""
+    depth = 2 * args.depth
+    model = create_model(
+        args.model, num_classes=0, depth=depth, img_size=16, embed_dim=24, num_heads=3
+    )
+    trainer = Trainer((1, 3, 16, 16), torch.device("cpu"))
+    contestants = {name: EAGER[name] for name in ("store", "checkpoint", "reversible")}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    result = compare(model.train(), trainer, contestants, 10 * args.rounds)
+    torch.set_num_threads(threads)
+    return {
+        "depth": depth,
+        "microseconds_per_block": {
+            name: round(1e6 * values["seconds"] / depth) for name, values in result.items()
+        },
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print a table and write the JSON file."""
+    parser = parser_of("bench_speed", __doc__)
+    add = parser.add_argument
+    add("--model", default="rev_vit_base", help="a reversible vision transformer")
+    add("--img-size", type=int, default=224, help="side of the image in pixels (224)")
+    add("--depth", type=int, default=12, help="blocks (12)")
+    add("--batch", type=int, default=4, help="images per step (4)")
+    add("--rounds", type=int, default=7, help="rounds that count (7)")
+    add("--only", choices=("eager", "compiled", "overhead"), nargs="+", help="parts to run")
+    device = torch.device("cpu")
+    path = RESULTS / f"speed_{slug(device)}.json"
+    add("--output", type=Path, default=path, help="JSON file (named after the CPU)")
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    results = {
+        **facts("bench_speed", argv, device),
+        "model": args.model,
+        "img_size": args.img_size,
+        "precision": "float32",
+        "rounds": args.rounds,
+    }
+    for part in (eager, compiled, overhead):
+        if args.only is None or part.__name__ in args.only:
+            say(f"{part.__name__}:")
+            results[part.__name__] = part(args)
+    write(results, args.output)
+    for part_name in ("eager", "compiled"):
+        for name, values in results.get(part_name, {}).get("contestants", {}).items():
+            low, high = values["quartiles"]
+            print(f"{name:36} {values['throughput']:.3f} of store  ({low:.3f} … {high:.3f})")
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()

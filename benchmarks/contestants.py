@@ -1,0 +1,95 @@
+"""What a user would pick to train within less memory, each on the same blocks.
+
+A contestant changes the blocks of a reversible model in place. All run the same layers and the same
+attention kernel with the same parameters; only what is kept for the backward pass differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from backbones import compile_blocks, set_memory
+from backbones.memory import MemoryManaged
+
+Contestant = Callable[[nn.Module], None]
+
+_MATRIX_PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.baddbmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def blocks_of(model: nn.Module) -> Iterator[MemoryManaged]:
+    """The blocks of a model, first to last."""
+    return (module for module in model.modules() if isinstance(module, MemoryManaged))
+
+
+def _keep_matrix_products(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> Any:
+    if operator in _MATRIX_PRODUCTS:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _selective(model: nn.Module) -> None:
+    """torch's selective checkpointing of each block: matrix products are kept, the rest is not."""
+    set_memory(model, "store")
+    contexts = partial(create_selective_checkpoint_contexts, _keep_matrix_products)
+    for block in blocks_of(model):
+        block.forward = partial(  # type: ignore[method-assign]
+            checkpoint, block.forward, use_reentrant=False, context_fn=contexts
+        )
+
+
+def _memory_budget(model: nn.Module, budget: float = 0.5) -> None:
+    """torch.compile of each block, that may keep this share of what it would keep."""
+    set_memory(model, "store")
+    for block in blocks_of(model):
+        forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+
+        def run(*args: Any, forward: Callable[..., Any] = forward) -> Any:
+            with torch._functorch.config.patch(activation_memory_budget=budget):
+                return forward(*args)
+
+        block.forward = run  # type: ignore[method-assign]
+
+
+def _policy(name: Any, share_stored: float = 0.0, compiled: bool = False) -> Contestant:
+    def apply(model: nn.Module) -> None:
+        set_memory(model, name, round(share_stored * len(list(blocks_of(model)))))
+        if compiled:
+            compile_blocks(model)
+
+    return apply
+
+
+EAGER: dict[str, Contestant] = {
+    "store": _policy("store"),
+    "checkpoint": _policy("checkpoint"),
+    "selective checkpoint": _selective,
+    "reversible": _policy("reversible"),
+    "reversible, half stored": _policy("reversible", 0.5),
+}
+COMPILED: dict[str, Contestant] = {
+    "store, compiled": _policy("store", compiled=True),
+    "checkpoint, compiled": _policy("checkpoint", compiled=True),
+    "compile, memory budget 0.5": _memory_budget,
+    "reversible, compiled": _policy("reversible", compiled=True),
+    "reversible, half stored, compiled": _policy("reversible", 0.5, compiled=True),
+}
+ALL = EAGER | COMPILED

@@ -1,0 +1,182 @@
+"""The one way in which all benchmarks measure, and write down what they measured.
+
+Speed: training steps (forward and backward pass) of all contestants in turn, A B C A B C, in one
+process, on the same parameters and input. A contestant's result is the median over the rounds of
+its throughput relative to the baseline's in the same round, so that what else the machine does
+weighs on both alike; beside it the quartiles. Memory: on a GPU the allocator's peak during a step
+above what parameters, gradients and input take; elsewhere the bytes that autograd holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import platform
+import re
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+Json = dict[str, Any]
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the hardware behind ``device``, as its maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
+        return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def slug(device: torch.device) -> str:
+    """The name of the hardware as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "_", device_name(device).lower()).strip("_")
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def command_of(module: str, argv: Sequence[str] | None) -> str:
+    """What a user types to measure the same again."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return shlex.join(["python", "-m", f"benchmarks.{module}", *arguments])
+
+
+def facts(module: str, argv: Sequence[str] | None, device: torch.device) -> Json:
+    """What every file of results begins with: command, hardware, versions, date."""
+    found: Json = {
+        "command": command_of(module, argv),
+        "device": device.type,
+        "device_name": device_name(device),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+    if device.type == "cpu":
+        found["threads"] = torch.get_num_threads()
+    else:
+        found["device_gib"] = round(torch.cuda.mem_get_info(device)[1] / 2**30, 1)
+    return found
+
+
+def write(results: Json, path: Path) -> None:
+    """Write results as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(".part")
+    half.write_text(json.dumps(results, indent=2) + "\n")
+    half.replace(path)
+
+
+def parser_of(module: str, description: str | None) -> argparse.ArgumentParser:
+    """A command line whose help begins with the text of the module."""
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def sharing(model: nn.Module) -> nn.Module:
+    """Another model with the same parameters: not equal ones, the very same."""
+    return copy.deepcopy(model, {id(t): t for t in chain(model.parameters(), model.buffers())})
+
+
+class Trainer:
+    """Forward and backward passes of models that share their parameters, on one random input.
+
+    Args:
+        shape: of the input.
+        device: where the models are.
+        autocast: the dtype of autocast in the forward pass, or None.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], device: torch.device, autocast: torch.dtype | None = None
+    ) -> None:
+        self.device = device
+        self.autocast = autocast
+        self.x = torch.randn(*shape, device=device)
+
+    def forward(self, model: nn.Module) -> Tensor:
+        """The loss."""
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            return model(self.x).float().square().mean()
+
+    def seconds(self, model: nn.Module) -> float:
+        """Wall time of one forward and backward pass."""
+        model.zero_grad(set_to_none=True)
+        self._wait()
+        start = time.perf_counter()
+        torch.autograd.backward(self.forward(model))
+        self._wait()
+        return time.perf_counter() - start
+
+    def peak(self, model: nn.Module) -> int | None:
+        """The allocator's peak above what is there anyway, in bytes; None: out of memory."""
+        try:
+            torch.autograd.backward(self.forward(model))  # makes gradients, kernels' workspaces
+            self._wait()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            there = torch.cuda.memory_allocated(self.device)
+            torch.autograd.backward(self.forward(model))
+            self._wait()
+            return torch.cuda.max_memory_allocated(self.device) - there
+        except torch.cuda.OutOfMemoryError:
+            return None
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def alternate(
+    steps: Mapping[str, Callable[[], float]], baseline: str, rounds: int, warmup: int = 2
+) -> dict[str, Json]:
+    """Time all contestants in turn.
+
+    Args:
+        steps: for each name what runs one step and returns its seconds.
+        baseline: the name that the others' throughput is relative to.
+        rounds: that count.
+        warmup: rounds before that do not.
+
+    Returns:
+        for each name ``seconds``, the median; ``throughput``, the median ratio to the baseline;
+        ``quartiles`` of that ratio; ``first_step`` in seconds, which includes compilation.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    first: dict[str, float] = {}
+    for done in range(-warmup, rounds):
+        for name, step in steps.items():
+            seconds = step()
+            first.setdefault(name, seconds)
+            if done >= 0:
+                times[name].append(seconds)
+        say(f"  round {done + 1} of {rounds}" if done >= 0 else "  warm-up")
+    results: dict[str, Json] = {}
+    for name, seconds_of in times.items():
+        ratios = [a / b for a, b in zip(times[baseline], seconds_of, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        results[name] = {
+            "seconds": round(statistics.median(seconds_of), 5),
+            "throughput": round(statistics.median(ratios), 4),
+            "quartiles": [round(low, 4), round(high, 4)],
+            "first_step": round(first[name], 3),
+        }
+    return results

@@ -1,0 +1,159 @@
+"""Write `docs/benchmarks.md` and its pictures from the results in `benchmarks/results`.
+
+    python -m benchmarks.report
+
+Every number on that page comes from a JSON file, and stands beside the command that made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks import gpu_report, plots
+from benchmarks.measuring import ROOT, Json, parser_of
+from benchmarks.tables import contestants, drift, load, origin, profile, table
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+
+HEAD = """\
+# Benchmarks
+
+<!-- Written by `python -m benchmarks.report` from benchmarks/results: change those, not this. -->
+
+What each way of saving memory costs, and what it saves. Contestants run the same blocks with the
+same attention kernel and the same parameters, in turn, A B C A B C; a speed is the median over the
+rounds of the throughput relative to stored activations in the same round, with its quartiles. `make
+bench` measures all of this page that needs no GPU again, in under 15 minutes on two CPU cores, and
+`python -m benchmarks.gpu` the rest, in one call of under nine minutes on one GPU.
+"""
+
+
+def _memory(results: Json) -> Iterator[str]:
+    plots.memory_depth(results)
+    plots.memory_batch(results)
+    part = results["depths"]
+    yield "![Memory against depth](images/memory_depth.png)"
+    yield f"Bytes held for a batch of {part['batch']}, in MB:"
+    rows = [
+        [name, *(f"{value / 1e6:.1f}" for value in held)] for name, held in part["held"].items()
+    ]
+    yield table(["blocks", *part["depth"]], rows)
+    measured = (
+        f"{value / 1e6:.2f} MB at {depth} blocks"
+        for depth, value in results["reversible_measured"].items()
+    )
+    yield f"Reversible, measured on real tensors: {', '.join(measured)}. {origin(results)}"
+    yield "![Memory against batch](images/memory_batch.png)"
+
+
+def _speed(results: Json) -> Iterator[str]:
+    found = results["eager"]
+    subtitle = f"{found['depth']} blocks of {results['model']}, {results['device_name']}"
+    plots.mixture(found["contestants"], subtitle)
+    for part, what in (("eager", "Eager mode"), ("compiled", "Compiled, block by block")):
+        found = results[part]
+        yield (
+            f"{what}: {found['depth']} blocks of `{results['model']}`, {results['img_size']} px, "
+            f"{results['precision']}, batch {found['batch']}."
+        )
+        yield contestants(found)
+    yield (
+        "By operation count, reversing costs a second forward pass, a third of the arithmetic of a "
+        "step with stored activations: the bound is 0.75 where a backward pass takes twice as long "
+        "as a forward pass. Checkpointing has to run all but the last matrix product of a block "
+        "again; a reversed block needs that one too, to rebuild its input."
+    )
+    yield "![Throughput of the mixtures](images/mixture.png)"
+    beside = results["overhead"]["microseconds_per_block"]
+    costs = ", ".join(f"{name} {value} µs" for name, value in beside.items())
+    yield (
+        "What a block costs in a training step where tensors are so small that arithmetic hardly "
+        f"counts, one thread: {costs}."
+    )
+    yield origin(results)
+
+
+def _profile(results: Json) -> Iterator[str]:
+    yield profile(results)
+    yield origin(results)
+
+
+def _drift(results: Json) -> Iterator[str]:
+    plots.drift(results)
+    yield "![Drift against depth](images/drift.png)"
+    yield f"Largest relative error over the blocks of a fresh `{results['model']}`:"
+    yield drift(results)
+    yield origin(results)
+
+
+def _recipes(results: Json) -> Iterator[str]:
+    plots.recipes(results)
+    yield "![Training memory of each recipe](images/recipes.png)"
+    yield "GB that one image or clip more takes; in brackets the peak of a batch of one in all:"
+    policies = ("store", "checkpoint", "reversible")
+    rows = []
+    for name, recipe in results["recipes"].items():
+        cells = []
+        for policy in policies:
+            found = recipe["policies"].get(policy)
+            cells.append(
+                f"{found['per_image'] / 1e9:.2f} ({found['peak_of_one'] / 1e9:.1f})"
+                if found
+                else "none"
+            )
+        rows.append([f"`{name}`", " x ".join(map(str, recipe["shape"][1:])), *cells])
+    yield table(["recipe", "size", *policies], rows)
+    yield origin(results)
+
+
+def _detection_trunks(results: Json) -> Iterator[str]:
+    rows = [
+        [row["trunk"], row["policy"], *(f"{row[key] / 2**30:.3f}" for key in ("held", "peak"))]
+        for row in results["trunks"]
+    ]
+    yield f"One image of {results['img_size']} pixels, {results['precision']}, in GiB:"
+    yield table(["trunk", "", "held", "peak"], rows)
+    yield origin(results)
+
+
+def _decode(results: Json) -> Iterator[str]:
+    found = results["decoding"]
+    low, high = found["lowest_and_highest_ratio"]
+    yield (
+        f"Clips of {results['clip']} from {results['videos']} videos ({results['video']}), a "
+        f"second and core; the ratio of the two over the rounds: {low} … {high}."
+    )
+    rows = [[name, f"{rate:.1f}"] for name, rate in found["clips_per_second_per_core"].items()]
+    yield table(["dataset", "clips"], rows)
+    yield origin(results)
+
+
+SECTIONS = (
+    ("Memory against depth and batch", "memory", _memory),
+    ("Speed on a CPU", "speed_*", _speed),
+    ("Where the time goes", "profile_*", _profile),
+    ("Numerical drift", "drift_*", _drift),
+    ("Training memory of every recipe", "recipes", _recipes),
+    ("Trunks of detectors beside Detectron2's", "detection_memory", _detection_trunks),
+    ("Decoding of video beside PyTorchVideo", "decode_*", _decode),
+    ("On a GPU", "gpu_*", gpu_report.section),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the page and its pictures."""
+    parser = parser_of("report", __doc__)
+    parser.add_argument("--output", type=Path, default=PAGE, help="Markdown file")
+    args = parser.parse_args(argv)
+    paragraphs = [HEAD.strip()]
+    for title, pattern, section in SECTIONS:
+        results = load(pattern)
+        paragraphs.append(f"## {title}")
+        paragraphs += ["Not yet measured."] if results is None else section(results)
+    args.output.write_text("\n\n".join(paragraphs) + "\n")
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()

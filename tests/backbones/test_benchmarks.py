@@ -1,0 +1,117 @@
+"""The benchmarks run from end to end at small sizes, and their page says what the results say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import backbones
+from benchmarks import bench_memory, bench_speed, gpu, gpu_report, plots, report
+from benchmarks.contestants import EAGER
+from benchmarks.measuring import RESULTS, Trainer, alternate, sharing
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(plots, "IMAGES", tmp_path / "images")
+    return tmp_path / "images"
+
+
+def test_turns_are_alternated_and_ratios_are_of_one_round() -> None:
+    """A machine that becomes slower and slower weighs on both alike."""
+    turns: list[str] = []
+    slower = iter(range(1, 100))
+
+    def stepper(name: str, seconds: float) -> Iterator[float]:
+        while True:
+            turns.append(name)
+            if name == "a":
+                stepper.load = next(slower)  # type: ignore[attr-defined]
+            yield seconds * stepper.load  # type: ignore[attr-defined]
+
+    steps = {"a": stepper("a", 1.0).__next__, "b": stepper("b", 1.25).__next__}
+    found = alternate(steps, "a", rounds=5, warmup=2)
+    assert turns == ["a", "b"] * 7
+    assert found["b"]["throughput"] == pytest.approx(0.8)
+    assert found["b"]["quartiles"] == pytest.approx([0.8, 0.8])
+    # The median of rounds 3 to 7, and the very first.
+    assert found["a"]["seconds"] == 5 and found["b"]["first_step"] == 1.25
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_contestants_have_the_gradients_of_stored_activations(name: str) -> None:
+    model = backbones.create_model("rev_vit_tiny", num_classes=0, depth=2, img_size=32)
+    model = model.double().train()
+    trainer = Trainer((2, 3, 32, 32), CPU)
+    trainer.x = trainer.x.double()
+    params = list(model.parameters())
+    gradients = []
+    for apply in (EAGER["store"], EAGER[name]):
+        own = sharing(model)
+        apply(own)
+        assert next(own.parameters()) is params[0]
+        gradients.append(torch.autograd.grad(trainer.forward(own), params))
+    for actual, expected in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_gpu_benchmark_rehearsed_and_reported(images: Path) -> None:
+    scale = replace(gpu.rehearsal(), sizes=(("tiny", 1), ("tiny", 2)), rounds=2, largest_batch=4)
+    parts = [part for part in gpu.PARTS if part != "speed"]  # compiles for a minute
+    saved: list[str] = []
+    results = gpu.run(scale, parts, 500, lambda found: saved.append(json.dumps(found)))
+    assert results["left_out"] == [] and len(saved) == len(parts)
+    facts = {"command": "c", "device_name": "d", "torch": "t", "date": "2000-01-01"}
+    page = "\n".join(gpu_report.section({**json.loads(saved[-1]), **facts}))
+    assert page.count("Not yet measured") == 1
+    assert {path.stem for path in images.iterdir()} >= {"gpu_depth", "gpu_mixture", "gpu_drift"}
+
+
+def test_gpu_benchmark_leaves_out_what_there_is_no_time_for() -> None:
+    results = gpu.run(gpu.rehearsal(), ["slope", "depth"], 0.0, lambda _: None)
+    assert results["left_out"] == ["slope", "depth"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_benchmark_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main([]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: torch finds no GPU")
+
+
+def test_cpu_benchmarks(tmp_path: Path) -> None:
+    small = ["--model", "rev_vit_tiny", "--img-size", "32", "--output", str(tmp_path / "out.json")]
+    depths = ["--depths", "1", "2", "--batches", "1", "2", "--measured-depths", "2"]
+    bench_memory.main([*small, *depths, "--depth", "2"])
+    found = json.loads((tmp_path / "out.json").read_text())
+    held = found["depths"]["held"]
+    assert held["reversible"][0] == held["reversible"][1] < held["store"][0] < held["store"][1]
+    # Autograd's bytes are all but the odd ends of what is alive.
+    assert 0.9 < found["reversible_measured"]["2"] / held["reversible"][0] <= 1.0
+
+    parts = ["--only", "eager", "overhead"]
+    bench_speed.main([*small, "--depth", "4", "--rounds", "2", "--batch", "2", *parts])
+    found = json.loads((tmp_path / "out.json").read_text())["eager"]["contestants"]
+    stored = {
+        values["stored_blocks"]: values["held"] for values in found.values() if "held" in values
+    }
+    assert list(stored) == [4, 0, 1, 2, 3]
+    assert stored[0] < stored[1] < stored[2] < stored[3] < stored[4]
+
+
+def test_the_page_is_made_of_the_results(tmp_path: Path, images: Path) -> None:
+    report.main(["--output", str(tmp_path / "page.md")])
+    assert (tmp_path / "page.md").read_text() == report.PAGE.read_text()
+    for name in ("memory_depth", "mixture", "drift", "recipes"):
+        assert (images / f"{name}.png").stat().st_size > 10_000
+        assert f"images/{name}.png" in report.PAGE.read_text()
+    for path in RESULTS.glob("*.json"):
+        found = json.loads(path.read_text())
+        assert found["command"].startswith("python -m benchmarks."), path
+        assert found["device_name"] and found["torch"] and found["date"], path
