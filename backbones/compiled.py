@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import torch
 from torch import nn
 
 from backbones.memory import MemoryManaged
 
 __all__ = ["compile_blocks"]
 
-# Branches of one class share their compilations, in all models of the process. Torch's own limit
-# of 8 would be reached by the stages of one MViT, each with and without gradients.
+# Compilations count together for all modules of the process that are compiled in this way. Torch's
+# own limit of 8 would be reached by the stages of one MViT, each with and without gradients.
 _RECOMPILE_LIMIT = 64
 
 
@@ -47,11 +49,15 @@ def compile_blocks(
     blocks = [block for block in module.modules() if isinstance(block, MemoryManaged)]
     if not blocks:
         raise ValueError(f"{type(module).__name__} holds no block that could be compiled")
-    # Here, because it takes longer to import than all the rest.
-    from torch._dynamo import config
-
-    config.recompile_limit = max(config.recompile_limit, _RECOMPILE_LIMIT)
     how: dict[str, Any] = {"fullgraph": True, "dynamic": dynamic, "backend": backend}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        how["recompile_limit"] = _RECOMPILE_LIMIT
+    else:
+        # In older versions of torch. In newer ones the setting is one of each thread, and the
+        # backward pass on a GPU, where reversed blocks run again, has a thread of its own.
+        from torch._dynamo import config
+
+        config.recompile_limit = max(config.recompile_limit, _RECOMPILE_LIMIT)
     if backend == "inductor":
         # Its own random numbers may differ between a pass without gradients, the forward pass of a
         # reversed block, and one with them, which is run again for the backward pass.

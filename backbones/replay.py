@@ -42,7 +42,7 @@ class AutocastState:
         Without the cache, because a cast weight kept from a pass without grad has no way back to
         its parameter, and one kept from the second run serves nobody.
         """
-        if self.dtype is None or not (self.enabled or torch.is_autocast_enabled(self.device_type)):
+        if self.dtype is None:
             return nullcontext()
         return torch.autocast(
             self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False

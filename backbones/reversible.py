@@ -12,8 +12,7 @@ arrive block by block, as autograd, hooks and DistributedDataParallel expect the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -22,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from backbones.memory import MemoryManaged, MemoryPolicy
 from backbones.replay import AutocastState, RandomState
+from backbones.rerun import Branch, parameters_of
 
 __all__ = ["ReversibleBlock", "ReversibleSequence", "add_branch", "drop_path_mask"]
 
@@ -69,68 +69,6 @@ class _Relay:
         return streams
 
 
-class _Branch:
-    """f or g of one block: how to run it again on fresh leaves, and what that yields.
-
-    The parameters are swapped for detached leaves, because a gradient taken with respect to the
-    parameters themselves would call the hooks that users registered on them twice per step.
-    """
-
-    def __init__(self, module: nn.Module, index_of: dict[int, int], random: RandomState | None):
-        self.module = module
-        self.random = random
-        # Where the parameters are. One may belong to two modules, here or in the other branch:
-        # same index, same leaf.
-        self._places = [
-            (owner._parameters, name, index_of[id(param)])
-            for owner in _modules(module)
-            for name, param in owner._parameters.items()
-            if param is not None
-        ]
-
-    @contextmanager
-    def _swapped(self, leaves: Sequence[Tensor]) -> Iterator[None]:
-        """A context in which the branch has the leaves for its parameters.
-
-        As torch.func.functional_call makes one, but without finding each place by its name, which
-        takes longer than a small branch runs.
-        """
-        params: list[Any] = [owner[name] for owner, name, _ in self._places]
-        leaf_of: Any = leaves  # a module's parameters are declared to be nn.Parameter
-        for owner, name, index in self._places:
-            owner[name] = leaf_of[index]
-        try:
-            yield
-        finally:
-            for (owner, name, _), param in zip(self._places, params, strict=True):
-                owner[name] = param
-
-    def rerun(
-        self, x: Tensor, leaves: Sequence[Tensor], autocast: AutocastState
-    ) -> tuple[Tensor, Tensor]:
-        """Return ``x`` as a fresh leaf and the branch's output, connected by an autograd graph."""
-        x = x.detach().requires_grad_()
-        replayed = nullcontext() if self.random is None else self.random.replayed()
-        with torch.enable_grad(), autocast.restored(), replayed, self._swapped(leaves):
-            # A view, because hooks on the inputs of modules (FlopCounterMode has some) fail on
-            # leaves during torch.autograd.grad.
-            out = self.module(x.view_as(x))
-        return x, out
-
-    def gradients(
-        self, out: Tensor, x: Tensor, leaves: Sequence[Tensor], grad: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor | None, dict[int, Tensor]]:
-        """Gradients of ``x`` and, by index, of the leaves, given that of ``x + mask * out``."""
-        if not out.requires_grad:  # the branch detaches its output
-            return None, {}
-        wanted = sorted({i for _, _, i in self._places if leaves[i].requires_grad})
-        grad = (grad if mask is None else grad * mask).to(out.dtype)
-        grad_x, *grads = torch.autograd.grad(
-            out, [x, *(leaves[i] for i in wanted)], grad, allow_unused=True
-        )
-        return grad_x, {i: g for i, g in zip(wanted, grads, strict=True) if g is not None}
-
-
 class _ReversedBlock(torch.autograd.Function):
     """The autograd node of one block that keeps nothing, or, at the end of a run, its outputs."""
 
@@ -159,8 +97,8 @@ class _ReversedBlock(torch.autograd.Function):
         after_g = RandomState.capture(device)
 
         index_of = {id(param): index for index, param in enumerate(params)}
-        ctx.f = _Branch(block.f, index_of, None if before_f.same_as(before_g) else before_f)
-        ctx.g = _Branch(block.g, index_of, None if before_g.same_as(after_g) else before_g)
+        ctx.f = Branch(block.f, index_of, None if before_f.same_as(before_g) else before_f)
+        ctx.g = Branch(block.g, index_of, None if before_g.same_as(after_g) else before_g)
         ctx.autocast, ctx.mask = autocast, mask
         ctx.behind, ctx.ahead = behind, ahead
         # The parameters go through save_for_backward for its check that nobody changed them.
@@ -264,7 +202,7 @@ class ReversibleBlock(MemoryManaged):
             return self._couple(x1, x2, mask)
         if self.memory_policy == "checkpoint":
             return checkpoint(self._couple, x1, x2, mask, use_reentrant=False)
-        params = _parameters_of(self)
+        params = parameters_of(self)
         streams = _ReversedBlock.apply(self, mask, behind, ahead, x1, x2, *params)
         return cast(tuple[Tensor, Tensor], streams)
 
@@ -347,51 +285,6 @@ def _ends_run(block: ReversibleBlock, following: ReversibleBlock) -> bool:
         or bool(block._forward_hooks)
         or bool(following._forward_pre_hooks)
     )
-
-
-def _modules(module: nn.Module) -> list[nn.Module]:
-    """``module`` and all modules inside, each once; for every step, so without making names."""
-    found, known = [module], {module}
-    for owner in found:
-        for child in owner._modules.values():
-            if child is not None and child not in known:
-                known.add(child)
-                found.append(child)
-    return found
-
-
-# What every module has, which therefore need not be looked at in each.
-_ATTRIBUTES_OF_MODULES = vars(nn.Module()).keys()
-
-
-def _parameters_of(block: ReversibleBlock) -> list[Tensor]:
-    """The parameters of a block.
-
-    Raises:
-        RuntimeError: a branch trains a tensor that is none of them, whose gradient would be lost.
-            FullyShardedDataParallel without its original parameters, and DataParallel, put such
-            tensors in the place of the parameters.
-    """
-    modules = _modules(block)
-    params = {
-        id(param): param
-        for owner in modules
-        for param in owner._parameters.values()
-        if param is not None
-    }
-    for owner in modules:
-        attributes = vars(owner)
-        for name in attributes.keys() - _ATTRIBUTES_OF_MODULES:
-            value = attributes[name]
-            # getattr, because isinstance with Tensor takes twice as long.
-            if getattr(value, "requires_grad", False) is True and id(value) not in params:
-                raise RuntimeError(
-                    f"{type(owner).__name__}.{name} needs a gradient but is no parameter, so a "
-                    "reversed block cannot train it. Register it as a parameter; with "
-                    "FullyShardedDataParallel set use_orig_params=True or take fully_shard; with "
-                    "DataParallel take DistributedDataParallel; or choose the 'store' policy."
-                )
-    return list(params.values())
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of("bench_drift", __doc__)
     add = parser.add_argument
     add("--model", default="rev_vit_small", help="a reversible vision transformer")
-    add("--img-size", type=int, default=224, help="side of the image in pixels (224)")
+    add("--img-size", type=int, default=112, help="side of the image in pixels (112)")
     add("--depths", type=int, nargs="+", default=[6, 12, 24, 48, 96], help="blocks")
     add("--batch", type=int, default=1, help="images (1)")
     device = torch.device("cpu")

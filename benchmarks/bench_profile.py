@@ -19,7 +19,7 @@ from benchmarks.measuring import RESULTS, Json, Trainer, facts, parser_of, say, 
 
 # The first kind whose part of a name occurs in the operator's.
 KINDS = {
-    "attention": ("scaled_dot_product", "flash", "fmha"),
+    "attention": ("attention", "fmha"),
     "matrix products": ("mm", "linear", "convolution"),
     "norms": ("layer_norm",),
     "GELU": ("gelu",),

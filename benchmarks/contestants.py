@@ -57,16 +57,26 @@ def _selective(model: nn.Module) -> None:
 
 
 def _memory_budget(model: nn.Module, budget: float = 0.5) -> None:
-    """torch.compile of each block, that may keep this share of what it would keep."""
+    """torch.compile of each block, which may keep this share of what it would keep."""
     set_memory(model, "store")
     for block in blocks_of(model):
-        forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        block.forward = _Budgeted(block.forward, budget)  # type: ignore[method-assign]
 
-        def run(*args: Any, forward: Callable[..., Any] = forward) -> Any:
-            with torch._functorch.config.patch(activation_memory_budget=budget):
-                return forward(*args)
 
-        block.forward = run  # type: ignore[method-assign]
+class _Budgeted:
+    """A function that is compiled within a memory budget at its first call."""
+
+    def __init__(self, function: Callable[..., Any], budget: float) -> None:
+        self._compiled = torch.compile(function, fullgraph=True, dynamic=False)
+        self._budget: float | None = budget
+
+    def __call__(self, *args: Any) -> Any:
+        if self._budget is None:
+            return self._compiled(*args)
+        with torch._functorch.config.patch(activation_memory_budget=self._budget):
+            result = self._compiled(*args)
+        self._budget = None
+        return result
 
 
 def _policy(name: Any, share_stored: float = 0.0, compiled: bool = False) -> Contestant:

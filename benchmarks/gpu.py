@@ -1,20 +1,21 @@
 """Every question about memory and speed, answered on one GPU in one call of under nine minutes.
 
     python -m benchmarks.gpu                         # writes benchmarks/results/gpu_<name>.json
-    python -m benchmarks.gpu --only speed budgets    # some of the parts
+    python -m benchmarks.gpu --only speed --output speed.json
     python -m benchmarks.gpu --rehearse              # every part at tiny sizes, on the CPU
 
 Needs torch and `backbones`, nothing else and no network. The file is written after every part. A
-part that the time does not suffice for is named in it, as is what did not fit the card.
+part that the time or the card does not suffice for is named in it; on a small card the model and
+the batch that contestants are compared with are smaller.
 """
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from torch import nn
 
 from backbones import create_model, set_memory
 from benchmarks import bench_drift, bench_profile
-from benchmarks.bench_speed import compare
+from benchmarks.bench_speed import compare, compile_seconds
 from benchmarks.contestants import ALL, EAGER, Contestant
 from benchmarks.measuring import RESULTS, Json, Trainer, facts, parser_of, say, sharing, slug, write
 
@@ -48,7 +49,7 @@ class Scale:
     )
     depths: tuple[int, ...] = (6, 12, 24, 48, 96)
     batch: int = 32
-    largest_batch: int = 4096
+    largest_batch: int = 2048
     rounds: int = 8
     patience: float = 1.5  # seconds: a larger batch than that of such a step is not tried
 
@@ -56,6 +57,24 @@ class Scale:
     def in_time(self) -> bool:
         """Whether there is time for another case."""
         return time.monotonic() < self.deadline
+
+    def tidy(self) -> None:
+        """Give back what is not in use; compiled and wrapped blocks are cycles."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def fit(self) -> None:
+        """Take the largest model and batch of which a stored step fits this card."""
+        for size in ("large", "base", "small") if self.large == "large" else ():
+            model = self.model(f"rev_vit_{size}")
+            set_memory(model, "store")
+            for batch in (32, 16, 8):
+                if self.peak(model, batch) is not None:
+                    self.large, self.batch = size, batch
+                    return
+            del model
+            self.tidy()
 
     def model(self, name: str, depth: int | None = None) -> nn.Module:
         """A trunk without head in training mode, on the device."""
@@ -74,8 +93,10 @@ class Scale:
         model.zero_grad(set_to_none=True)
         try:
             return self.trainer(batch).peak(model)
-        except torch.cuda.OutOfMemoryError:  # of the images
+        except torch.OutOfMemoryError:  # of the images
             return None
+        finally:
+            model.zero_grad(set_to_none=True)
 
 
 def rehearsal() -> Scale:
@@ -105,10 +126,17 @@ def _contestants(model: nn.Module, which: Mapping[str, Contestant]) -> dict[str,
 def speed(scale: Scale, depth: int | None = None) -> Json:
     """Every contestant, eager and compiled, on the large size at equal batch; with peaks."""
     model = scale.model(f"rev_vit_{scale.large}", depth)
-    result = compare(model, scale.trainer(scale.batch), ALL, scale.rounds)
+    trainer = scale.trainer(scale.batch)
+    compiling = compile_seconds(model, trainer)
+    result = compare(model, trainer, ALL, scale.rounds)
     for name, own in _contestants(model, ALL).items():
         result[name]["peak"] = scale.peak(own, scale.batch)
-    return {"model": f"rev_vit_{scale.large}", "batch": scale.batch, "contestants": result}
+    return {
+        "model": f"rev_vit_{scale.large}",
+        "batch": scale.batch,
+        "compile_seconds": compiling,
+        "contestants": result,
+    }
 
 
 def slope(scale: Scale) -> Json:
@@ -134,9 +162,15 @@ def depth(scale: Scale) -> Json:
     """The peak against the number of blocks."""
     peaks: dict[str, list[int | None]] = {name: [] for name in EAGER}
     for blocks in scale.depths:
-        models = _contestants(scale.model(f"rev_vit_{scale.sizes[1][0]}", blocks), EAGER)
-        for name, model in models.items():
-            peaks[name].append(scale.peak(model, scale.batch // 2))
+        try:
+            models = _contestants(scale.model(f"rev_vit_{scale.sizes[1][0]}", blocks), EAGER)
+        except torch.OutOfMemoryError:
+            models = {}
+        for name in EAGER:
+            own = models.get(name)
+            peaks[name].append(None if own is None else scale.peak(own, scale.batch // 2))
+        own = models = None
+        scale.tidy()
     return {
         "model": f"rev_vit_{scale.sizes[1][0]}",
         "batch": scale.batch // 2,
@@ -172,9 +206,10 @@ def _images_per_second(scale: Scale, model: nn.Module, batch: int) -> float | No
         trainer = scale.trainer(batch)
         trainer.seconds(model)
         return round(batch / min(trainer.seconds(model) for _ in range(2)), 2)
-    except torch.cuda.OutOfMemoryError:
-        model.zero_grad(set_to_none=True)
+    except torch.OutOfMemoryError:
         return None
+    finally:
+        model.zero_grad(set_to_none=True)
 
 
 def batches(scale: Scale) -> Json:
@@ -201,56 +236,73 @@ def batches(scale: Scale) -> Json:
                 batch *= 2
             curves[name] = {"images_per_second": curve, "ended": ended}
         found[f"rev_vit_{size}, {blocks} blocks"] = curves
-        del model
+        own = model = None
+        scale.tidy()
     return found
 
 
-def budgets(scale: Scale) -> Json:
-    """The largest batch within 8 to 80 GB, parameters and AdamW's state included, and its speed.
+def _largest_batch(scale: Scale, model: nn.Module, room: int) -> int:
+    """The largest batch, to within a twentieth, that trains with the allocator as it is held.
 
-    Found from the peaks of two small batches, and then run with the allocator held to the budget.
+    Doubled until it does not fit, or until it is the largest that is tried; then by bisection.
     """
+    fits, too_many = 0, scale.largest_batch + 1
+    while fits < scale.largest_batch and too_many - fits > max(1, fits // 20) and scale.in_time:
+        batch = (fits + too_many) // 2 if too_many <= scale.largest_batch else max(1, 2 * fits)
+        batch = min(batch, scale.largest_batch)
+        # A rehearsal has no allocator: 1 MB for each image.
+        fitting = batch * 10**6 <= room
+        if scale.device.type == "cuda":
+            model.zero_grad(set_to_none=True)
+            try:
+                scale.trainer(batch).seconds(model)
+                fitting = True
+            except torch.OutOfMemoryError:
+                fitting = False
+            scale.tidy()
+        fits, too_many = (batch, too_many) if fitting else (fits, batch)
+    model.zero_grad(set_to_none=True)
+    return fits
+
+
+def budgets(scale: Scale) -> Json:
+    """The largest batch within 8 to 80 GB, parameters and AdamW's state included, and its speed."""
     size, blocks = scale.sizes[-1]
-    model = scale.model(f"rev_vit_{size}", blocks)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     on_gpu = scale.device.type == "cuda"
     total = torch.cuda.mem_get_info(scale.device)[1] if on_gpu else 20 * 10**9
+    model = scale.model(f"rev_vit_{size}", blocks)
     # As AdamW keeps them: two numbers for each parameter.
     state = [torch.zeros_like(p) for p in model.parameters() for _ in range(2)]
     found: Json = {}
-    for name, own in _contestants(model, {name: EAGER[name] for name in SAVING}).items():
-        low, high = (scale.peak(own, batch) for batch in (scale.batch // 4, scale.batch // 2))
-        if low is None or high is None:
-            found[name] = None
-            continue
-        step = scale.batch // 2 - scale.batch // 4
-        image = 4 * 3 * scale.size**2
-        each = (high - low) / step + image
-        fixed = high - (high - low) / step * (scale.batch // 2) + 4 * weights
-        rows: Json = {}
-        for budget in BUDGETS_GB:
-            if budget * 10**9 > total or not scale.in_time:
-                continue
-            batch = int((0.97 * budget * 10**9 - fixed) / each)
-            throughput = None
-            if on_gpu:
-                torch.cuda.empty_cache()
-                torch.cuda.set_per_process_memory_fraction(budget * 10**9 / total, scale.device)
-            while batch > 0 and throughput is None:
-                timed = min(batch, scale.largest_batch)
-                throughput = _images_per_second(scale, own, timed)
-                if throughput is None:
-                    batch = int(0.95 * batch)
-            rows[f"{budget} GB"] = {
-                "largest_batch": max(batch, 0),
-                "timed_batch": min(batch, scale.largest_batch) if throughput else None,
-                "images_per_second": throughput,
-            }
-        found[name] = rows
+    try:
+        for name, own in _contestants(model, {name: EAGER[name] for name in SAVING}).items():
+            rows: Json = {}
+            for budget in BUDGETS_GB:
+                if budget * 10**9 > total:
+                    break
+                if not scale.in_time:
+                    rows[f"{budget} GB"] = "out of time"
+                    continue
+                scale.tidy()
+                if on_gpu:
+                    share = budget * 10**9 / total
+                    torch.cuda.set_per_process_memory_fraction(share, scale.device)
+                batch = _largest_batch(scale, own, budget * 10**9)
+                speed = _images_per_second(scale, own, batch) if batch else None
+                rows[f"{budget} GB"] = {"largest_batch": batch, "images_per_second": speed}
+                if batch == scale.largest_batch:
+                    break  # with more memory it is the same
+            found[name] = rows
+    finally:
         if on_gpu:
             torch.cuda.set_per_process_memory_fraction(1.0, scale.device)
     del state
-    return {"model": f"rev_vit_{size}", "depth": blocks, "contestants": found}
+    return {
+        "model": f"rev_vit_{size}",
+        "depth": blocks,
+        "largest_batch_tried": scale.largest_batch,
+        "contestants": found,
+    }
 
 
 def drift(scale: Scale) -> Json:
@@ -278,19 +330,24 @@ def run(scale: Scale, parts: Sequence[str], seconds: float, save: Callable[[Json
     """Run the parts until the time is up; ``save`` is called after each."""
     start = time.monotonic()
     scale.deadline = start + seconds
-    results: Json = {"seconds": {}, "left_out": []}
+    scale.fit()
+    results: Json = {"seconds": {}, "out_of_time": [], "out_of_memory": []}
     for name in parts:
-        spent = time.monotonic() - start
-        # A part takes a minute or so, and what it has so far would be lost with the call.
-        if spent > 0.8 * seconds:
-            say(f"{name}: left out, {spent:.0f} of {seconds:.0f} s are spent")
-            results["left_out"].append(name)
+        begun = time.monotonic()
+        # Each part but the last two takes up to a minute; those two look at the clock themselves.
+        if begun + (60 if seconds > 60 else 0) > scale.deadline:
+            say(f"{name}: left out, {begun - start:.0f} of {seconds:.0f} s are spent")
+            results["out_of_time"].append(name)
             continue
         say(f"{name} …")
-        results[name] = PARTS[name](scale)
-        if scale.device.type == "cuda":
-            torch.cuda.empty_cache()
-        results["seconds"][name] = round(time.monotonic() - start - spent, 1)
+        try:
+            results[name] = PARTS[name](scale)
+        except torch.OutOfMemoryError as error:
+            say(f"{name}: {error}")
+            results["out_of_memory"].append(name)
+        torch._dynamo.reset()
+        scale.tidy()
+        results["seconds"][name] = round(time.monotonic() - begun, 1)
         save(results)
     return results
 
@@ -299,32 +356,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure all, or say that there is no GPU."""
     parser = parser_of("gpu", __doc__)
     add = parser.add_argument
-    add("--only", choices=PARTS, nargs="+", default=list(PARTS), help="parts to run")
-    add("--seconds", type=float, default=500, help="no part begins after 0.8 of these (500)")
+    add("--only", choices=PARTS, nargs="+", help="parts to run; needs --output")
+    add("--seconds", type=float, default=480, help="end after about so many (480)")
     add("--rehearse", action="store_true", help="tiny sizes on the CPU, nothing kept")
     add("--output", type=Path, help="JSON file (named after the GPU)")
     args = parser.parse_args(argv)
     if not args.rehearse and not torch.cuda.is_available():
         print("error: torch finds no GPU here; --rehearse runs on the CPU", file=sys.stderr)
         return 2
-    scale = rehearsal() if args.rehearse else Scale(torch.device("cuda"))
+    if args.only and not args.output and not args.rehearse:
+        print("error: --only needs --output, not to replace all by some parts", file=sys.stderr)
+        return 2
+    if args.rehearse:
+        scale = rehearsal()
+    else:
+        scale = Scale(torch.device("cuda", torch.cuda.current_device()))
     torch.manual_seed(0)
-    known = facts("gpu", argv, scale.device)
-    known["precision"] = "bfloat16 autocast"
+    known = {**facts("gpu", argv, scale.device), "precision": "bfloat16 autocast"}
     path = args.output
     if path is None and not args.rehearse:
         path = RESULTS / f"gpu_{slug(scale.device)}.json"
-    save = partial(_save, known, path)
-    results = run(scale, args.only, args.seconds, save)
+
+    def save(results: Json) -> None:
+        if path is not None:
+            write({**known, **results}, path)
+
+    results = run(scale, args.only or list(PARTS), args.seconds, save)
     print(f"{', '.join(results['seconds'])}: {sum(results['seconds'].values()):.0f} s")
     if path is not None:
         print(f"wrote {path}")
     return 0
-
-
-def _save(known: Json, path: Path | None, results: Json) -> None:
-    if path is not None:
-        write({**known, **results}, path)
 
 
 if __name__ == "__main__":

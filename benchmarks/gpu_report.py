@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from benchmarks import plots
 from benchmarks.measuring import Json
-from benchmarks.tables import contestants, drift, megabytes, origin, profile, table
+from benchmarks.tables import compiling, contestants, drift, megabytes, origin, profile, table
 
 
 def _slope(part: Json, where: str) -> Iterator[str]:
@@ -14,7 +14,7 @@ def _slope(part: Json, where: str) -> Iterator[str]:
     yield f"What one image more adds to the peak, from batch {low} to {high}, in MB:"
     rows = [[name, megabytes(found["bytes_per_image"])] for name, found in part["models"].items()]
     yield table(["model", "MB"], rows)
-    yield f"Ratio: {part['ratio']}."
+    yield f"Ratio: {part['ratio'] or 'not measured, one of the two does not fit'}."
 
 
 def _depth(part: Json, where: str) -> Iterator[str]:
@@ -41,27 +41,32 @@ def _mixture(part: Json, where: str) -> Iterator[str]:
         for name, found in values.items()
         if found["peak"] is not None
     }
-    plots.mixture(fitting, f"{part['model']}, batch {part['batch']}, {where}", "gpu_mixture")
-    yield "![Throughput of the mixtures](images/gpu_mixture.png)"
+    if fitting:
+        subtitle = f"{part['model']}, batch {part['batch']}, {where}"
+        plots.mixture(fitting, subtitle, "gpu_mixture")
+        yield "![Throughput of the mixtures](images/gpu_mixture.png)"
     named = {f"{name} of {part['blocks']} stored": found for name, found in values.items()}
     yield contestants({"contestants": named})
 
 
 def _budgets(part: Json, where: str) -> Iterator[str]:
+    tried = part["largest_batch_tried"]
     yield (
         f"The largest batch of `{part['model']}` with {part['depth']} blocks, AdamW's state "
-        "included, and images per second at that batch:"
+        f"included, and images per second at that batch. Batches over {tried} are not tried."
     )
-    found = {name: rows or {} for name, rows in part["contestants"].items()}
-    budgets = list(next(iter(found.values())))
 
-    def cell(row: Json | None) -> str:
-        if not row or not row["images_per_second"]:
+    def cell(row: Json | str | None) -> str:
+        if row is None:
+            return ""
+        if isinstance(row, str):
+            return row
+        if not row["largest_batch"]:
             return "does not fit"
-        timed = row["timed_batch"]
-        at = "" if timed == row["largest_batch"] else f" at {timed}"
-        return f"{row['largest_batch']}, {row['images_per_second']:.0f}/s{at}"
+        return f"{row['largest_batch']}, {row['images_per_second']:.0f}/s"
 
+    found = part["contestants"]
+    budgets = list(dict.fromkeys(budget for rows in found.values() for budget in rows))
     rows = [[name, *(cell(rows.get(budget)) for budget in budgets)] for name, rows in found.items()]
     yield table(["", *budgets], rows)
 
@@ -69,6 +74,7 @@ def _budgets(part: Json, where: str) -> Iterator[str]:
 def _speed(part: Json, where: str) -> Iterator[str]:
     yield f"`{part['model']}` at batch {part['batch']}:"
     yield contestants(part)
+    yield compiling(part)
 
 
 def _batches(part: Json, where: str) -> Iterator[str]:
@@ -116,5 +122,7 @@ def section(results: Json) -> Iterator[str]:
         yield f"### {title}"
         if name in results:
             yield from part(results[name], results["device_name"])
+        elif name in results["out_of_memory"]:
+            yield "This card has not enough memory for it."
         else:
             yield "Not yet measured."

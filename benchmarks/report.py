@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks import gpu_report, plots
 from benchmarks.measuring import ROOT, Json, parser_of
-from benchmarks.tables import contestants, drift, load, origin, profile, table
+from benchmarks.tables import compiling, contestants, drift, load, origin, profile, table
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 
@@ -22,10 +22,10 @@ HEAD = """\
 <!-- Written by `python -m benchmarks.report` from benchmarks/results: change those, not this. -->
 
 What each way of saving memory costs, and what it saves. Contestants run the same blocks with the
-same attention kernel and the same parameters, in turn, A B C A B C; a speed is the median over the
-rounds of the throughput relative to stored activations in the same round, with its quartiles. `make
-bench` measures all of this page that needs no GPU again, in under 15 minutes on two CPU cores, and
-`python -m benchmarks.gpu` the rest, in one call of under nine minutes on one GPU.
+same attention kernel and the same parameters. Where a table has quartiles, they ran in turn, A B C
+A B C; the throughput is the median over the rounds of that relative to stored activations in the
+same round. `make bench` measures all of this page that needs no GPU again, and
+`python -m benchmarks.gpu` the rest, in one call on one GPU.
 """
 
 
@@ -34,7 +34,11 @@ def _memory(results: Json) -> Iterator[str]:
     plots.memory_batch(results)
     part = results["depths"]
     yield "![Memory against depth](images/memory_depth.png)"
-    yield f"Bytes held for a batch of {part['batch']}, in MB:"
+    yield (
+        "What is alive between the forward and the backward pass for a batch of "
+        f"{part['batch']}, in MB, counted on shape-only tensors. A checkpointed block keeps two "
+        "streams here; of a plain transformer it would keep one."
+    )
     rows = [
         [name, *(f"{value / 1e6:.1f}" for value in held)] for name, held in part["held"].items()
     ]
@@ -58,6 +62,8 @@ def _speed(results: Json) -> Iterator[str]:
             f"{results['precision']}, batch {found['batch']}."
         )
         yield contestants(found)
+        if "compile_seconds" in found:
+            yield compiling(found)
     yield (
         "By operation count, reversing costs a second forward pass, a third of the arithmetic of a "
         "step with stored activations: the bound is 0.75 where a backward pass takes twice as long "

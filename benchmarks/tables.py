@@ -36,14 +36,14 @@ def megabytes(size: float | None) -> str:
 
 
 def contestants(part: Json) -> str:
-    """Throughput, spread and times; of a GPU the peak too."""
-    header = ["contestant", "throughput", "quartiles", "seconds a step", "first step, s"]
+    """Throughput, spread and time of a step; of a GPU the peak too."""
+    header = ["contestant", "throughput", "quartiles", "seconds a step"]
     rows = []
     peaks = any("peak" in values for values in part["contestants"].values())
     for name, values in part["contestants"].items():
         low, high = values["quartiles"]
         row = [name, f"{values['throughput']:.3f}", f"{low:.3f} … {high:.3f}"]
-        row += [f"{values['seconds']:.3g}", f"{values['first_step']:.3g}"]
+        row.append(f"{values['seconds']:.3g}")
         rows.append([*row, megabytes(values["peak"])] if peaks else row)
     return table([*header, "peak, MB"] if peaks else header, rows)
 
@@ -67,3 +67,12 @@ def drift(part: Json) -> str:
         for what, values in errors.items()
     ]
     return table(["blocks", *part["depths"]], rows)
+
+
+def compiling(part: Json) -> str:
+    """What compiling takes."""
+    return (
+        "Compiling attention and MLP, each for the forward pass and for the second run within the "
+        f"backward pass, takes {part['compile_seconds']} s where nothing is cached, whatever the "
+        "depth."
+    )

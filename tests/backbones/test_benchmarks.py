@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,22 +27,20 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_turns_are_alternated_and_ratios_are_of_one_round() -> None:
     """A machine that becomes slower and slower weighs on both alike."""
     turns: list[str] = []
-    slower = iter(range(1, 100))
 
-    def stepper(name: str, seconds: float) -> Iterator[float]:
-        while True:
+    def stepper(name: str, seconds: float) -> Callable[[], float]:
+        def step() -> float:
             turns.append(name)
-            if name == "a":
-                stepper.load = next(slower)  # type: ignore[attr-defined]
-            yield seconds * stepper.load  # type: ignore[attr-defined]
+            second_of_turn = turns.count(name) % 2 == 0
+            return seconds * ((len(turns) + 3) // 4) if second_of_turn else 1e9
 
-    steps = {"a": stepper("a", 1.0).__next__, "b": stepper("b", 1.25).__next__}
-    found = alternate(steps, "a", rounds=5, warmup=2)
-    assert turns == ["a", "b"] * 7
+        return step
+
+    found = alternate({"a": stepper("a", 100.0), "b": stepper("b", 125.0)}, "a", rounds=5)
+    assert turns == ["a", "a", "b", "b"] * 5
     assert found["b"]["throughput"] == pytest.approx(0.8)
     assert found["b"]["quartiles"] == pytest.approx([0.8, 0.8])
-    # The median of rounds 3 to 7, and the very first.
-    assert found["a"]["seconds"] == 5 and found["b"]["first_step"] == 1.25
+    assert found["a"]["seconds"] == 300  # the median of rounds 1 to 5
 
 
 @pytest.mark.parametrize("name", EAGER)
@@ -67,16 +65,41 @@ def test_gpu_benchmark_rehearsed_and_reported(images: Path) -> None:
     parts = [part for part in gpu.PARTS if part != "speed"]  # compiles for a minute
     saved: list[str] = []
     results = gpu.run(scale, parts, 500, lambda found: saved.append(json.dumps(found)))
-    assert results["left_out"] == [] and len(saved) == len(parts)
+    assert results["out_of_time"] == results["out_of_memory"] == []
+    assert len(saved) == len(parts)
+    # The rehearsal says that an image takes 1 MB.
+    rows = results["budgets"]["contestants"]["reversible"]
+    assert rows["8 GB"]["largest_batch"] == 4 and rows["8 GB"]["images_per_second"] > 0
     facts = {"command": "c", "device_name": "d", "torch": "t", "date": "2000-01-01"}
     page = "\n".join(gpu_report.section({**json.loads(saved[-1]), **facts}))
     assert page.count("Not yet measured") == 1
     assert {path.stem for path in images.iterdir()} >= {"gpu_depth", "gpu_mixture", "gpu_drift"}
 
 
+def test_the_largest_batch_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(1, 1)
+    scale = replace(gpu.rehearsal(), largest_batch=10_000)
+    for room in (1, 3, 77, 1000, 9_500):
+        found = gpu._largest_batch(scale, model, room * 10**6)
+        assert 0.95 * room <= found <= room
+    assert gpu._largest_batch(scale, model, 20_000 * 10**6) == 10_000
+    assert gpu._largest_batch(scale, model, 0) == 0
+
+
+def test_a_part_that_does_not_fit_the_card(monkeypatch: pytest.MonkeyPatch, images: Path) -> None:
+    def too_large(_: gpu.Scale) -> dict[str, object]:
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setitem(gpu.PARTS, "slope", too_large)
+    results = gpu.run(gpu.rehearsal(), ["slope", "drift"], 500, lambda _: None)
+    assert results["out_of_memory"] == ["slope"] and "drift" in results
+    facts = {"command": "c", "device_name": "d", "torch": "t", "date": "2000-01-01"}
+    assert "not enough memory" in "\n".join(gpu_report.section({**results, **facts}))
+
+
 def test_gpu_benchmark_leaves_out_what_there_is_no_time_for() -> None:
     results = gpu.run(gpu.rehearsal(), ["slope", "depth"], 0.0, lambda _: None)
-    assert results["left_out"] == ["slope", "depth"]
+    assert results["out_of_time"] == ["slope", "depth"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

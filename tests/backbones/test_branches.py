@@ -61,6 +61,21 @@ def test_a_branch_that_detaches_its_output(policy: MemoryPolicy, k: int) -> None
     assert_same_step(train_step(sequence, policy, k), stored, 1e-9)
 
 
+def test_a_hook_that_puts_other_parameters_in_place() -> None:
+    """As fully_shard on a branch does: its gradients would be lost."""
+    sequence = make_sequence(2)
+    linear = sequence.blocks[1].g.mlp.fc1
+    weight = linear.weight
+
+    def put_back(module: nn.Module, _args: object) -> None:
+        module._parameters["weight"] = weight
+
+    linear.register_forward_pre_hook(put_back)
+    with pytest.raises(RuntimeError, match="a hook on MLPBranch put other parameters in place"):
+        train_step(sequence, "reversible")
+    assert linear.weight is weight
+
+
 @pytest.mark.parametrize("dtype", (None, torch.bfloat16, torch.float16))
 def test_a_branch_starts_in_the_dtype_of_autocast(dtype: torch.dtype | None) -> None:
     """Its norm is computed in float32 all the same."""

@@ -51,5 +51,5 @@ def test_depth_costs_nothing() -> None:
         for depth in (2, 24, 96)
     }
     assert held[2] == held[24] == held[96] <= 9.7e6
-    # Of stored blocks, 24 take 1109 MB.
-    assert held_bytes("rev_vit_base", "store", depth=2, **options) > 9 * held[2]
+    stored = [held_bytes("rev_vit_base", "store", depth=depth, **options) for depth in (1, 2)]
+    assert stored[1] - stored[0] > 35e6  # for each block
