@@ -152,8 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Encode the videos, measure, write the JSON file, and print the ratio."""
     parser = parser_of("bench_decode", __doc__)
     add = parser.add_argument
-    add("--videos", type=int, default=24, help="files (24)")
-    add("--rounds", type=int, default=7, help="pairs of runs through all files (7)")
+    add("--videos", type=int, default=16, help="files (16)")
+    add("--rounds", type=int, default=5, help="pairs of runs through all files (5)")
     device = torch.device("cpu")
     path = RESULTS / f"decode_{slug(device)}.json"
     add("--output", type=Path, default=path, help="JSON file (named after the CPU)")

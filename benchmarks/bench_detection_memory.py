@@ -195,7 +195,8 @@ def count_bytes(
         fake: the mode that parameters and images were made in; None if they have data.
 
     Returns:
-        bytes ``held`` and at the ``peak``, and the names of the ``attention`` kernels.
+        the number of ``parameters``, bytes ``held`` and at the ``peak``, and the names of the
+        ``attention`` kernels.
     """
     params = list(trunk.parameters())
     live = LiveBytes([*params, *trunk.buffers(), images], fake)
@@ -211,7 +212,12 @@ def count_bytes(
         held = live.history()[-1]
         loss.backward()
         del loss
-    return {"held": held, "peak": max(live.history()), "attention": sorted(live.attention)}
+    return {
+        "parameters": sum(param.numel() for param in params),
+        "held": held,
+        "peak": max(live.history()),
+        "attention": sorted(live.attention),
+    }
 
 
 def count_shapes(
@@ -262,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{row['trunk']:12} {row['policy']:12} {held:10.3f} {peak:10.3f}")
     results = {
         **facts("bench_detection_memory", argv, torch.device("cpu")),
-        "device_name": "none: shape-only tensors",
+        "device_name": "shape-only tensors",
         "img_size": args.size,
         "batch": 1,
         "precision": "bfloat16 autocast",

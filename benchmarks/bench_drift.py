@@ -1,6 +1,6 @@
 """How far rebuilt activations and their gradients are off, against depth and precision.
 
-    python -m benchmarks.bench_drift                 # a minute on two CPU cores
+    python -m benchmarks.bench_drift                 # half a minute on two CPU cores
 
 `backbones.probe_drift` on fresh models: the largest relative error of a block's rebuilt inputs, and
 of its gradient against stored activations.
@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a table and write the JSON file."""
     parser = parser_of("bench_drift", __doc__)
     add = parser.add_argument
-    add("--model", default="rev_vit_small", help="a reversible vision transformer")
-    add("--img-size", type=int, default=112, help="side of the image in pixels (112)")
+    add("--model", default="rev_vit_tiny", help="a reversible vision transformer")
+    add("--img-size", type=int, default=224, help="side of the image in pixels (224)")
     add("--depths", type=int, nargs="+", default=[6, 12, 24, 48, 96], help="blocks")
     add("--batch", type=int, default=1, help="images (1)")
     device = torch.device("cpu")

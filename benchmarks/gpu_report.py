@@ -115,14 +115,14 @@ PARTS = {
 }
 
 
-def section(results: Json) -> Iterator[str]:
-    """All paragraphs of one file of results."""
-    yield origin(results)
+def section(results: Json | None) -> Iterator[str]:
+    """All paragraphs of one file of results; None if there is none yet."""
+    if results is not None:
+        yield origin(results)
     for name, (title, part) in PARTS.items():
         yield f"### {title}"
-        if name in results:
-            yield from part(results[name], results["device_name"])
-        elif name in results["out_of_memory"]:
-            yield "This card has not enough memory for it."
+        if results is None or name not in results:
+            lacks_memory = results is not None and name in results["out_of_memory"]
+            yield "This card has not enough memory." if lacks_memory else "Not yet measured."
         else:
-            yield "Not yet measured."
+            yield from part(results[name], results["device_name"])

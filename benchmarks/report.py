@@ -82,6 +82,7 @@ def _speed(results: Json) -> Iterator[str]:
 
 def _profile(results: Json) -> Iterator[str]:
     yield profile(results)
+    yield "By kind under the profiler, which itself takes most of what is between the operators."
     yield origin(results)
 
 
@@ -97,7 +98,7 @@ def _recipes(results: Json) -> Iterator[str]:
     plots.recipes(results)
     yield "![Training memory of each recipe](images/recipes.png)"
     yield "GB that one image or clip more takes; in brackets the peak of a batch of one in all:"
-    policies = ("store", "checkpoint", "reversible")
+    policies = ("store", "reversible")
     rows = []
     for name, recipe in results["recipes"].items():
         cells = []
@@ -115,11 +116,19 @@ def _recipes(results: Json) -> Iterator[str]:
 
 def _detection_trunks(results: Json) -> Iterator[str]:
     rows = [
-        [row["trunk"], row["policy"], *(f"{row[key] / 2**30:.3f}" for key in ("held", "peak"))]
+        [
+            row["trunk"],
+            row["policy"],
+            f"{row['parameters'] / 1e6:.1f} M",
+            *(f"{row[key] / 2**30:.3f}" for key in ("held", "peak")),
+        ]
         for row in results["trunks"]
     ]
-    yield f"One image of {results['img_size']} pixels, {results['precision']}, in GiB:"
-    yield table(["trunk", "", "held", "peak"], rows)
+    yield (
+        f"One image of {results['img_size']} pixels, {results['precision']}, in GiB; position "
+        "embeddings of that size:"
+    )
+    yield table(["trunk", "", "parameters", "held", "peak"], rows)
     yield origin(results)
 
 
@@ -156,7 +165,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for title, pattern, section in SECTIONS:
         results = load(pattern)
         paragraphs.append(f"## {title}")
-        paragraphs += ["Not yet measured."] if results is None else section(results)
+        if results is None and section is not gpu_report.section:
+            paragraphs.append("Not yet measured.")
+        else:
+            paragraphs += section(results)
     args.output.write_text("\n\n".join(paragraphs) + "\n")
     print(f"wrote {args.output}")
 

@@ -25,7 +25,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def origin(results: Json) -> str:
     """Where the numbers come from."""
     where = results["device_name"]
-    if "threads" in results and not where.startswith("none"):
+    if "threads" in results and where != "shape-only tensors":
         where += f", {results['threads']} threads"
     return f"`{results['command']}`: {where}, torch {results['torch']}, {results['date']}."
 
