@@ -14,8 +14,8 @@ setup: ## make the environment in .venv: torch, Detectron2, this package, the to
 	@VENV="$(VENV)" PYTHON="$(PYTHON)" bash scripts/setup.sh
 
 demo: setup ## make small datasets of photographs; train a Mask R-CNN and a video classifier on them
-	$(PY) -m revdet.demo_dataset --output datasets/demo
-	$(PY) -m revvideo.demo_dataset --output datasets/motion
+	$(PY) -m demo.detection --output datasets/demo
+	$(PY) -m demo.motion --output datasets/motion
 	DETECTRON2_DATASETS=datasets $(PY) revdet/train_net.py --config configs/detection/demo/mask_rcnn_rev_vit_demo.py --resume $(ARGS)
 	$(PY) revvideo/run.py --config configs/video/demo/motion.yaml --resume
 

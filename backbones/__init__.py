@@ -7,18 +7,19 @@ torch.Size([2, 10])
 >>> backbones.set_memory(model, "reversible", stored_blocks=2)
 """
 
-from backbones.compiled import compile_blocks
-from backbones.drift import DriftReport, probe_drift
-from backbones.files import WeightsError
-from backbones.fit import MemoryPlan, fit_memory
-from backbones.formats import convert_state_dict
-from backbones.memory import MemoryPolicy, set_memory
-from backbones.models import create_model, list_models, register_model
-from backbones.mvit import MViT, RevMViT
-from backbones.restore import from_pyslowfast, load_model
-from backbones.reversible import ReversibleBlock, ReversibleSequence
-from backbones.vit import RevViT, ViT
-from backbones.weights import LoadReport, load_weights, save_weights
+from backbones.engine.compiled import compile_blocks
+from backbones.engine.policies import MemoryPolicy, set_memory
+from backbones.engine.reversible import ReversibleBlock, ReversibleSequence
+from backbones.factory import create_model
+from backbones.memory.budget import MemoryPlan, fit_memory
+from backbones.memory.drift import DriftReport, probe_drift
+from backbones.models.mvit import MViT, RevMViT
+from backbones.models.vit import RevViT, ViT
+from backbones.registry import list_models, register_model
+from backbones.weights.checkpoint import WeightsError
+from backbones.weights.formats import convert_state_dict
+from backbones.weights.loading import LoadReport, load_weights, save_weights
+from backbones.weights.saved_models import from_pyslowfast, load_model
 
 __all__ = [
     "DriftReport",

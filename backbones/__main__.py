@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from backbones.cli import make_parser, run_command, show_progress
-from backbones.models import list_models
-from backbones.zoo import describe, zoo_table
+from backbones.commands.zoo import describe, zoo_table
+from backbones.common.console import make_parser, run_command, show_progress
+from backbones.registry import list_models
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

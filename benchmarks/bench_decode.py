@@ -39,9 +39,9 @@ from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 
 from benchmarks.measuring import RESULTS, facts, parser_of, slug, write
-from revvideo.datasets import ClipDataset, RandomClip
-from revvideo.layouts import find_videos
-from revvideo.manifest import VideoRecord
+from revvideo.data.clips import ClipDataset, RandomClip
+from revvideo.data.layouts import find_videos
+from revvideo.data.manifest import VideoRecord
 
 WIDTH, HEIGHT, RATE, SECONDS = 340, 256, 30, 10
 FRAMES, STRIDE = 16, 4

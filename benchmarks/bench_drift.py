@@ -15,7 +15,7 @@ from typing import get_args
 import torch
 
 from backbones import create_model, probe_drift
-from backbones.drift import Precision
+from backbones.memory.drift import Precision
 from benchmarks.measuring import RESULTS, Json, facts, parser_of, say, slug, write
 
 

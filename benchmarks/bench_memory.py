@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from backbones import MemoryPolicy, create_model, set_memory
-from backbones.measure import saved_bytes
-from backbones.simulate import Simulation
+from backbones.memory.saved_bytes import saved_bytes
+from backbones.memory.simulation import Simulation
 from benchmarks.measuring import RESULTS, Json, facts, parser_of, say, write
 
 # A label, the policy, and which share of the blocks stores.

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from backbones import MemoryPolicy
-from backbones.simulate import Simulation
+from backbones.memory.simulation import Simulation
 from benchmarks.measuring import RESULTS, ROOT, Json, facts, parser_of, say, write
 
 # The largest size of recipes that resize to many, padded; the others pad to a square of their own.
@@ -33,7 +33,7 @@ def detector(path: Path) -> tuple[nn.Module, tuple[int, ...]]:
     """The model of a detection recipe and the shape of an image."""
     from detectron2.config import LazyConfig, instantiate
 
-    from revdet.memory import ShapeOnlyDetector
+    from revdet.training.budget import ShapeOnlyDetector
 
     model = LazyConfig.load(str(path)).model
     square = model.backbone.get("square_pad", 0)

@@ -22,8 +22,8 @@ from torch import nn
 from torch._inductor.utils import fresh_cache
 
 from backbones import create_model, fit_memory, set_memory
-from backbones.simulate import Simulation
-from backbones.trial import free_bytes
+from backbones.memory.real_steps import free_bytes
+from backbones.memory.simulation import Simulation
 from benchmarks.contestants import COMPILED, EAGER, Contestant
 from benchmarks.measuring import (
     RESULTS,

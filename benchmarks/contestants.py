@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 )
 
 from backbones import compile_blocks, set_memory
-from backbones.memory import MemoryManaged
+from backbones.engine.policies import MemoryManaged
 
 Contestant = Callable[[nn.Module], None]
 

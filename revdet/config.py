@@ -15,8 +15,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from revdet.errors import UserError
-from revdet.own_data import DATASET_DEFAULTS
+from backbones.common.errors import UserError
+from revdet.data.own_data import DATASET_DEFAULTS
 
 # What train_net.py needs from a recipe.
 SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")

@@ -39,11 +39,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from backbones.common.errors import UserError, error_line
 from revdet.config import config_parser, load_config
-from revdet.datasets import register_datasets
-from revdet.detector import Detector, Frame, PictureFiles, Preparation, batches
-from revdet.errors import UserError, error_line
-from revdet.media import (
+from revdet.data.catalog import register_datasets
+from revdet.data.own_data import categories_of
+from revdet.prediction.media import (
     UnreadableError,
     VideoReader,
     VideoWriter,
@@ -52,8 +52,8 @@ from revdet.media import (
     import_av,
     is_video,
 )
-from revdet.own_data import categories_of
-from revdet.predictions import Predictions
+from revdet.prediction.predictor import Detector, Frame, PictureFiles, Preparation, batches
+from revdet.prediction.results import Predictions
 
 NAMED = 20  # unreadable inputs that are printed; results.json has all
 

@@ -54,15 +54,15 @@ from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from revdet.build import build_model, device_of
-from revdet.checkpoint import Checkpointer
+from backbones.common.errors import UserError
 from revdet.config import config_parser, load_config
-from revdet.datasets import register_datasets
-from revdet.engine import evaluate, finish, train
-from revdet.errors import UserError
-from revdet.launch import is_first_on_machine, launch
-from revdet.own_data import use_own_data, use_prepared_data
-from revdet.preflight import log_to, preflight
+from revdet.data.catalog import register_datasets
+from revdet.data.own_data import use_own_data, use_prepared_data
+from revdet.training.build import build_model, device_of
+from revdet.training.checkpoint import Checkpointer
+from revdet.training.hardware import is_first_on_machine, launch
+from revdet.training.preflight import log_to, preflight
+from revdet.training.run import evaluate, finish, train
 
 logger = logging.getLogger("revdet")
 
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         return _fail(error)
     except ProcessRaisedException as error:
-        if "revdet.errors.UserError: " not in str(error).strip().splitlines()[-1]:
+        if "backbones.common.errors.UserError: " not in str(error).strip().splitlines()[-1]:
             raise
         return _fail(error)
     return 0
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
 def _fail(error: Exception) -> int:
     """Print what the user can fix. Another process sends its traceback, which ends with that."""
     last = str(error).strip().splitlines()[-1]
-    print(f"error: {last.removeprefix('revdet.errors.UserError: ')}", file=sys.stderr)
+    print(f"error: {last.removeprefix('backbones.common.errors.UserError: ')}", file=sys.stderr)
     return 2
 
 

@@ -21,7 +21,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from revvideo.errors import UserError
+from backbones.common.errors import UserError
 
 BASE = "base"
 # m, n: strength and operations; mstd, p: spread of the strength, probability of each operation;

@@ -1,11 +1,4 @@
-"""The errors that a person can do something about."""
-
-
-class UserError(ValueError):
-    """Something the user gave is wrong. The message is one line: the thing, then the remedy.
-
-    The commands print it without a traceback and exit with status 2.
-    """
+"""What can be wrong with a video file."""
 
 
 class VideoError(Exception):

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import backbones
+from backbones.common.errors import UserError
 from revvideo.config import Config
-from revvideo.errors import UserError
 
 # The dtype of torch.autocast, by the names of train.precision; None for none.
 AUTOCAST: dict[str, torch.dtype | None] = {

@@ -35,12 +35,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from backbones.common.errors import UserError
 from revvideo.config import load_config
-from revvideo.errors import UserError, VideoError
-from revvideo.layouts import has_video_extension
+from revvideo.data.layouts import has_video_extension
+from revvideo.errors import VideoError
 
 if TYPE_CHECKING:
-    from revvideo.predictor import Predictor
+    from revvideo.prediction.predictor import Predictor
 
 NAMED = 20  # unreadable inputs that are printed; results.json has all
 STRIP_FRAMES = 8
@@ -126,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
     _check_options(args)
     paths = find_inputs(args.input, output)
     # Late, because torch takes seconds to import: a mistake above shows at once.
-    from revvideo.predictor import Predictor, choose_device
+    from revvideo.prediction.predictor import Predictor, choose_device
 
     device = choose_device(args.device or config.train.device)
     predictor = Predictor(config, args.weights, device=device, batch_size=args.batch_size)
@@ -190,9 +191,9 @@ def _look_closer(
     Raises:
         VideoError: a frame does not decode. What was done before that is in ``prediction``.
     """
-    from revvideo.decode import Video
-    from revvideo.labelled import write_labelled
-    from revvideo.pictures import draw_curve, draw_strip, some_frames
+    from revvideo.data.decode import Video
+    from revvideo.prediction.media import write_labelled
+    from revvideo.prediction.pictures import draw_curve, draw_strip, some_frames
 
     with Video(path) as video:
         prediction |= asdict(video.info)
@@ -321,7 +322,7 @@ def _in_words(best: Sequence[dict[str, Any]]) -> str:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    from backbones.files import replacing  # brings torch
+    from backbones.weights.checkpoint import replacing  # brings torch
 
     with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n")

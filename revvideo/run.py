@@ -25,8 +25,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from backbones.common.errors import UserError
 from revvideo.config import describe_schema, load_config
-from revvideo.errors import UserError
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.overrides)
         # Late, because torch and Lightning take seconds to import: a misspelt key shows at once.
-        from revvideo.training import run
+        from revvideo.training.run import run
 
         weights = [o for o in args.overrides if o.startswith("model.weights=")]
         run(

@@ -23,10 +23,11 @@ from typing import get_args
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from revvideo.decode import probe
-from revvideo.errors import UserError, VideoError
-from revvideo.layouts import Entries, Layout, find_videos, has_video_extension, splits_of
-from revvideo.manifest import Manifest, VideoRecord, load_manifest
+from backbones.common.errors import UserError
+from revvideo.data.decode import probe
+from revvideo.data.layouts import Entries, Layout, find_videos, has_video_extension, splits_of
+from revvideo.data.manifest import Manifest, VideoRecord, load_manifest
+from revvideo.errors import VideoError
 
 _FILES_PER_WORKER = 32  # with fewer, starting a process takes longer than opening the files
 

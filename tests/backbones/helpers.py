@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones import MemoryPolicy, ReversibleBlock, ReversibleSequence, set_memory
-from backbones.layers import AttentionBranch, MLPBranch
+from backbones.models.layers import AttentionBranch, MLPBranch
 
 DIM = 8
 SHAPE = (3, 5, DIM)

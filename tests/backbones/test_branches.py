@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones import MemoryPolicy, ReversibleBlock, ReversibleSequence
-from backbones.layers import MLPBranch
+from backbones.models.layers import MLPBranch
 from tests.backbones.helpers import DIM, SAVERS, assert_same_step, make_sequence, train_step
 
 every_saver = pytest.mark.parametrize("policy, k", SAVERS)

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 
-from backbones.cli import make_parser, parse_device, run_command
+from backbones.common.console import make_parser, parse_device, run_command
 
 COMMANDS = ("", ".memory", ".probe", ".evaluate", ".predict")
 

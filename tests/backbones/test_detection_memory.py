@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from backbones import MemoryPolicy, create_model, set_memory
-from backbones.measure import saved_bytes
+from backbones.memory.saved_bytes import saved_bytes
 from benchmarks.bench_detection_memory import OURS, count_bytes, count_shapes
 
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from backbones import WeightsError, create_model, list_models, load_weights
-from backbones.download import RELEASED_WEIGHTS, cached_path, download
+from backbones.weights.download import RELEASED_WEIGHTS, cached_path, download
 from tests.backbones.test_weights import TINY, VIT, tiny
 
 

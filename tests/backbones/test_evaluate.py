@@ -1,4 +1,4 @@
-"""python -m backbones.evaluate: exact accuracies of a model whose every answer is known."""
+"""python -m backbones evaluate: exact accuracies of a model whose every answer is known."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import backbones
-from backbones.evaluate import find_classes, main
-from backbones.images import ImageFiles, eval_transform, read_image
-from backbones.zoo import PUBLISHED_TOP1, PUBLISHED_TOP5
+from backbones.commands.evaluate import find_classes, main
+from backbones.commands.zoo import PUBLISHED_TOP1, PUBLISHED_TOP5
+from backbones.common.images import ImageFiles, eval_transform, read_image
 from tests.backbones.image_data import (
     MEAN,
     RANKING,
@@ -337,7 +337,7 @@ def test_the_published_score_stands_beside(
 def test_as_a_user_types_it(data: Path, weights: str) -> None:
     save_truncated(data / "a" / "broken.png")
     done = command(
-        "backbones.evaluate",
+        "backbones.commands.evaluate",
         ["--weights", weights, "--data", str(data), "--workers", "0", "--batch-size", "4"],
     )
     assert done.returncode == 0, done.stderr

@@ -14,12 +14,12 @@ from torch.autograd.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import MemoryPolicy, create_model, fit_memory, set_memory
-from backbones.fit import largest_that_fits, parse_budget, predict_memory
-from backbones.layers import ResidualBlock
-from backbones.measure import saved_bytes
-from backbones.memory import MemoryManaged
-from backbones.simulate import Simulation
-from backbones.trial import Trial
+from backbones.engine.policies import MemoryManaged
+from backbones.memory.budget import largest_that_fits, parse_budget, predict_memory
+from backbones.memory.real_steps import Trial
+from backbones.memory.saved_bytes import saved_bytes
+from backbones.memory.simulation import Simulation
+from backbones.models.layers import ResidualBlock
 
 # Small, but with activations and a working set that are no trifle beside the parameters.
 MODELS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {

@@ -1,4 +1,4 @@
-"""``python -m backbones.memory``: its table, its picture, what it measures, its errors."""
+"""``python -m backbones memory``: its table, its picture, what it measures, its errors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from backbones import RevViT, fit_command
-from backbones.fit import parse_budget
-from backbones.fit_command import main
-from backbones.models import _REGISTRY
+from backbones.commands.memory import main
+from backbones.memory.budget import parse_budget
+from backbones.registry import _REGISTRY
 
 # Each step of the small model is counted once for all tests.
 simulate = cache(fit_command._simulate)

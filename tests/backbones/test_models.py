@@ -187,8 +187,8 @@ def test_errors_of_set_memory() -> None:
 
 
 def test_import_needs_torch_and_nothing_above_it() -> None:
-    commands = "backbones.__main__, backbones.fit_command, backbones.probe"
-    commands += ", backbones.evaluate, backbones.predict"
+    commands = "backbones.__main__, backbones.commands.memory, backbones.commands.drift"
+    commands += ", backbones.commands.evaluate, backbones.commands.predict"
     code = f"import sys, {commands}; print(*{{name.partition('.')[0] for name in sys.modules}})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(run.stdout.split())

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import MViT, ReversibleBlock, RevMViT, create_model
-from backbones.layers import MLPBranch, SpaceTimePositionEmbedding
-from backbones.memory import MemoryManaged
-from backbones.pooling import PooledAttentionBranch, StageTransition
+from backbones.engine.policies import MemoryManaged
+from backbones.models.layers import MLPBranch, SpaceTimePositionEmbedding
+from backbones.models.pooled_attention import PooledAttentionBranch, StageTransition
 
 SMALL = {"img_size": 32, "embed_dim": 6, "depth": 6, "transitions": (1, 3), "num_classes": 3}
 SMALL_CLIP = {**SMALL, "num_frames": 4, "kv_stride": 8, "qkv_bias": False}

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from backbones import MemoryPolicy, MViT, RevMViT, create_model, set_memory
-from backbones.measure import saved_bytes
-from backbones.memory import MemoryManaged
-from backbones.pooling import Fusion, StageTransition
+from backbones.engine.policies import MemoryManaged
+from backbones.memory.saved_bytes import saved_bytes
+from backbones.models.pooled_attention import Fusion, StageTransition
 from tests.backbones.helpers import assert_grads_near
 from tests.backbones.test_mvit import SMALL, SMALL_CLIP, random_model, small_input
 

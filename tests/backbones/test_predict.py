@@ -1,4 +1,4 @@
-"""python -m backbones.predict: the five likeliest classes in their order, features, pictures."""
+"""python -m backbones predict: the five likeliest classes in their order, features, pictures."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 import backbones
-from backbones.download import RELEASED_WEIGHTS
-from backbones.images import eval_transform, read_image
-from backbones.predict import class_names, find_images, main
+from backbones.commands.predict import class_names, find_images, main
+from backbones.common.images import eval_transform, read_image
+from backbones.weights.download import RELEASED_WEIGHTS
 from tests.backbones.image_data import (
     RANKING,
     colour_model,

@@ -20,10 +20,10 @@ from backbones import (
     probe_drift,
     set_memory,
 )
-from backbones.drift import WARNING_THRESHOLD, BlockDrift, DriftReport
-from backbones.layers import MLPBranch
-from backbones.memory import MemoryManaged
-from backbones.probe import main
+from backbones.commands.drift import main
+from backbones.engine.policies import MemoryManaged
+from backbones.memory.drift import WARNING_THRESHOLD, BlockDrift, DriftReport
+from backbones.models.layers import MLPBranch
 from tests.backbones.helpers import assert_grads_near, make_sequence
 
 DEPTH = 4

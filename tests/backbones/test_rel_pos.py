@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from backbones import MViT, RevMViT, rel_pos, set_memory
-from backbones.layers import Attention
-from backbones.pooling import PooledAttention
-from backbones.rel_pos import rel_pos_attention, relative_rows
+from backbones.models.attention import rel_pos_attention, relative_rows
+from backbones.models.layers import Attention
+from backbones.models.pooled_attention import PooledAttention
 from tests.backbones.helpers import SAVERS, assert_grads_near
 
 Grid = tuple[int, int, int]

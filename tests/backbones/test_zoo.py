@@ -7,8 +7,8 @@ import torch
 
 from backbones import create_model
 from backbones.__main__ import main
-from backbones.models import list_models
-from backbones.zoo import PUBLISHED_TOP1, PUBLISHED_TOP5, describe, name_of, zoo_table
+from backbones.commands.zoo import PUBLISHED_TOP1, PUBLISHED_TOP5, describe, name_of, zoo_table
+from backbones.registry import list_models
 
 # Parameters; fvcore's total for the original, which counts layer norms; and without them.
 RELEASED = {

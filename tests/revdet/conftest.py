@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from revdet.demo_dataset import build
+from demo.detection import build
 
 DEMO = "configs/detection/demo/mask_rcnn_rev_vit_demo.py"
 
@@ -41,7 +41,7 @@ def train_net(datasets_root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
     """
     from revdet.train_net import main
 
-    monkeypatch.setattr("revdet.engine.draw_curves", lambda *_: None)
+    monkeypatch.setattr("revdet.training.run.draw_curves", lambda *_: None)
 
     def call(output: Path, *arguments: str, config: str = DEMO) -> int:
         torch.manual_seed(0)

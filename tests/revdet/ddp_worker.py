@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from revdet.config import load_config
-from revdet.trainer import Trainer
+from revdet.training.trainer import Trainer
 from tests.revdet.conftest import DEMO
 
 WORLD = 2

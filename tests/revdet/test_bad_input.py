@@ -12,8 +12,8 @@ from detectron2.config import LazyConfig
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
+from backbones.common.errors import UserError
 from revdet.config import load_config
-from revdet.errors import UserError
 from tests.revdet.conftest import DEMO
 
 
@@ -114,7 +114,7 @@ def test_what_an_override_sets():
 def test_a_config_that_names_what_cannot_be_imported(tmp_path):
     path = tmp_path / "config.yaml"
     LazyConfig.save(load_config(DEMO), str(path))
-    path.write_text(path.read_text().replace("revdet.backbone.TrunkBackbone", "gone.Backbone"))
+    path.write_text(path.read_text().replace("revdet.models.TrunkBackbone", "gone.Backbone"))
     with pytest.raises(UserError, match=r"'gone\.Backbone', which cannot be imported"):
         load_config(str(path))
 

@@ -13,10 +13,10 @@ from detectron2.config import instantiate
 from torch import nn
 
 import backbones
-from revdet.backbone import find_trunk
-from revdet.checkpoint import Checkpointer, load_initial_weights
+from backbones.common.errors import UserError
 from revdet.config import load_config
-from revdet.errors import UserError
+from revdet.models import find_trunk
+from revdet.training.checkpoint import Checkpointer, load_initial_weights
 from tests.revdet.conftest import DEMO
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -7,8 +7,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from revdet.dataloader import ResumableBatchSampler, SeededDataset, build_train_loader
-from revdet.errors import UserError
+from backbones.common.errors import UserError
+from revdet.data.loader import ResumableBatchSampler, SeededDataset, build_train_loader
 
 GROUPS = [0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0]
 

@@ -11,7 +11,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 
-from revdet.dataloader import seed_of
+from backbones.common.seeds import seed_of
 from tests.revdet import ddp_worker
 from tests.revdet.ddp_worker import MODES, SEED, STEPS, WORLD
 

@@ -9,11 +9,11 @@ from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
 
 import backbones
-from backbones.fit import predict_memory
-from backbones.measure import saved_bytes
-from backbones.memory import MemoryManaged
+from backbones.engine.policies import MemoryManaged
+from backbones.memory.budget import predict_memory
+from backbones.memory.saved_bytes import saved_bytes
 from revdet.config import load_config
-from revdet.memory import ShapeOnlyDetector, fit_detector_memory, largest_image
+from revdet.training.budget import ShapeOnlyDetector, fit_detector_memory, largest_image
 from tests.revdet.conftest import DEMO
 from tests.revdet.test_recipes import SIDE, images, shrink
 

@@ -15,9 +15,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import backbones
-from revdet.backbone import TrunkBackbone
-from revdet.datasets import register_datasets
-from revdet.evaluation import FasterCOCOEvaluator
+from revdet.data.catalog import register_datasets
+from revdet.models import TrunkBackbone
+from revdet.training.evaluation import FasterCOCOEvaluator
 
 
 def test_backbone_describes_what_it_returns():

@@ -19,10 +19,10 @@ from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 from pycocotools import mask as rle
 
-from revdet.annotations import BROKEN, Findings, sound_annotations, sound_images
 from revdet.config import load_config
-from revdet.dataset_checks import check_datasets
-from revdet.own_data import class_counts, cleaned_file, use_own_data
+from revdet.data.annotations import BROKEN, Findings, sound_annotations, sound_images
+from revdet.data.checks import check_datasets
+from revdet.data.own_data import class_counts, cleaned_file, use_own_data
 from tests.revdet.conftest import DEMO
 from tests.revdet.test_bad_input import error_of
 

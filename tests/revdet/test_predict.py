@@ -22,10 +22,10 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from revdet.config import load_config
-from revdet.detector import Detector, Frame, Preparation, batches
-from revdet.media import VideoReader, VideoWriter
-from revdet.own_data import categories_of
+from revdet.data.own_data import categories_of
 from revdet.predict import main
+from revdet.prediction.media import VideoReader, VideoWriter
+from revdet.prediction.predictor import Detector, Frame, Preparation, batches
 from tests.revdet.conftest import DEMO, SMALL
 from tests.revdet.test_bad_input import error_of
 

@@ -11,12 +11,12 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from omegaconf import DictConfig
 
 import backbones
-from backbones.download import RELEASED_WEIGHTS
-from revdet.backbone import find_trunk
-from revdet.build import amp_dtype, build_model, build_optimizer
-from revdet.checkpoint import Checkpointer
+from backbones.weights.download import RELEASED_WEIGHTS
 from revdet.config import load_config
-from revdet.trainer import Trainer
+from revdet.models import find_trunk
+from revdet.training.build import amp_dtype, build_model, build_optimizer
+from revdet.training.checkpoint import Checkpointer
+from revdet.training.trainer import Trainer
 
 RECIPES = sorted(
     str(path) for path in Path("configs/detection").glob("*/*.py") if path.parent.name != "common"

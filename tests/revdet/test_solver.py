@@ -10,9 +10,9 @@ from detectron2.config import instantiate
 from torch import nn
 
 import backbones
-from revdet.backbone import TrunkBackbone, find_trunk
 from revdet.config import load_config
-from revdet.solver import get_optimizer_params, layer_factors, scale_learning_rate
+from revdet.models import TrunkBackbone, find_trunk
+from revdet.training.optim import get_optimizer_params, layer_factors, scale_learning_rate
 from tests.revdet.conftest import DEMO
 
 

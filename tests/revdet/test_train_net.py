@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import backbones
-from revdet.pictures import draw_curves
-from revdet.trainer import read_metrics
+from revdet.training.pictures import draw_curves
+from revdet.training.trainer import read_metrics
 from tests.revdet.conftest import DEMO, SMALL
 from tests.revdet.test_bad_input import error_of
 
@@ -45,7 +45,7 @@ def test_every_memory_policy_gives_the_same_loss_curve(train_net, tmp_path):
 def test_a_run_leaves_results_pictures_and_a_checkpoint_that_evaluates_the_same(
     train_net, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("revdet.engine.draw_curves", draw_curves)
+    monkeypatch.setattr("revdet.training.run.draw_curves", draw_curves)
     output = tmp_path / "run"
     # An untrained model calls everything background; what it finds all the same has a score.
     predictor = "model.roi_heads.box_predictor"
@@ -198,7 +198,7 @@ def test_an_error_in_a_spawned_process_is_one_line_too(train_net, tmp_path, cpu_
 
 def test_machines_resume_together_or_not_at_all(train_net, tmp_path, monkeypatch, capsys):
     arguments = ["train.check_data=false", "train.max_iter=1"]
-    monkeypatch.setattr("revdet.engine.comm.all_gather", lambda start_iter: [start_iter, 5])
+    monkeypatch.setattr("revdet.training.run.comm.all_gather", lambda start_iter: [start_iter, 5])
     assert train_net(tmp_path, *arguments) == 2
     assert f"different checkpoints in {tmp_path}" in error_of(capsys)
 
@@ -231,7 +231,7 @@ def test_averaged_weights_are_what_is_evaluated(train_net, tmp_path, monkeypatch
         evaluated.append({name: value.clone() for name, value in model.state_dict().items()})
         return {}
 
-    monkeypatch.setattr("revdet.engine.evaluate", evaluate)
+    monkeypatch.setattr("revdet.training.run.evaluate", evaluate)
     monkeypatch.setattr("revdet.train_net.evaluate", evaluate)
     arguments = ["train.max_iter=3", "train.ema_decay=0.9", "optimizer.lr=0.01"]
     arguments.append("train.check_data=false")
@@ -248,8 +248,8 @@ def test_averaged_weights_are_what_is_evaluated(train_net, tmp_path, monkeypatch
 def test_the_best_weights_are_kept_also_when_a_run_resumes(train_net, tmp_path, monkeypatch):
     scores = [{"bbox": {"AP": score}} for score in (20.0, 30.0, float("nan"), 25.0, 30.0, 31.0)]
     scores += [RuntimeError("killed in its evaluation"), {"bbox": {"AP": 32.0}}]
-    monkeypatch.setattr("revdet.engine.evaluate", Mock(side_effect=scores))
-    monkeypatch.setattr("revdet.engine.draw_predictions", lambda *_: [])
+    monkeypatch.setattr("revdet.training.run.evaluate", Mock(side_effect=scores))
+    monkeypatch.setattr("revdet.training.run.draw_predictions", lambda *_: [])
     arguments = ["train.eval_period=1", "train.checkpointer.period=1", "train.check_data=false"]
 
     def best() -> tuple[int, float]:
@@ -316,7 +316,7 @@ def test_a_deterministic_run(train_net, tmp_path, monkeypatch, capsys):
         assert torch.are_deterministic_algorithms_enabled()
         # No operation of a CPU is refused; this is how torch refuses one of a GPU.
         refusal = RuntimeError("some_backward_cuda does not have a deterministic implementation, …")
-        monkeypatch.setattr("revdet.trainer.Trainer._run_step", Mock(side_effect=refusal))
+        monkeypatch.setattr("revdet.training.trainer.Trainer._run_step", Mock(side_effect=refusal))
         assert train_net(tmp_path / "impossible", *arguments) == 2
     finally:
         torch.use_deterministic_algorithms(False)

@@ -42,7 +42,9 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(videos: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """``run(output, *arguments)``: the command, in this process; returns its status."""
-    monkeypatch.setattr("revvideo.results.draw_curves", lambda *_: None)  # a second each time
+    monkeypatch.setattr(
+        "revvideo.training.results.draw_curves", lambda *_: None
+    )  # a second each time
 
     def call(output: Path, *more: str, root: Path = videos, config: str | None = None) -> int:
         return main(arguments(root, output, *more, config=config))

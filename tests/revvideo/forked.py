@@ -22,7 +22,7 @@ _context = multiprocessing.get_context("forkserver")
 
 def prepare() -> None:
     """Start the server that processes are forked from; it imports while the caller goes on."""
-    _context.set_forkserver_preload(["revvideo.training", __name__])
+    _context.set_forkserver_preload(["revvideo.training.run", __name__])
     before = dict(os.environ)
     os.environ.update(CPU_ONLY)
     try:

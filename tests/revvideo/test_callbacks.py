@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from revvideo.callbacks import MetricsLogger, read_metrics
+from revvideo.training.callbacks import MetricsLogger, read_metrics
 
 
 def test_a_new_column_is_added_to_the_lines_before(tmp_path: Path) -> None:

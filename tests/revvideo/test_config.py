@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from backbones.common.errors import UserError
 from revvideo.config import Config, describe_schema, load_config, save_config
-from revvideo.errors import UserError
 
 RECIPES = sorted(Path("configs/video").glob("*/*.yaml"))
 MOTION = "configs/video/demo/motion.yaml"

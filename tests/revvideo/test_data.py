@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from backbones.common.errors import UserError
 from revvideo.config import load_config
-from revvideo.data import PaddedBatches, ResumableLoader, VideoData
-from revvideo.errors import UserError
-from revvideo.metrics import VideoScores, accuracy
-from revvideo.mixing import Mixing
-from revvideo.module import Batch, VideoModule
+from revvideo.data.mixing import Mixing
+from revvideo.data.sampler import ResumableSampler, ShardSampler
+from revvideo.data.videos import PaddedBatches, ResumableLoader, VideoData
 from revvideo.run import main
-from revvideo.sampler import ResumableSampler, ShardSampler
+from revvideo.training.metrics import VideoScores, accuracy
+from revvideo.training.module import Batch, VideoModule
 from tests.revvideo.tiny_set import arguments, build_set
 
 
@@ -90,7 +90,7 @@ def test_clips_of_one_video_are_no_neighbours(tmp_path, monkeypatch):
         return mix(self, video, label)
 
     monkeypatch.setattr(Mixing, "__call__", record)
-    monkeypatch.setattr("revvideo.results.draw_curves", lambda *_: None)
+    monkeypatch.setattr("revvideo.training.results.draw_curves", lambda *_: None)
     root = build_set(tmp_path / "set", train=4, val=1)
     more = ["augment.repeats=3", "optim.epochs=1", "test.clips=1"]
     assert main(arguments(root, tmp_path / "out", *more)) == 0

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from revvideo.datasets import ClipDataset, RandomClip, UniformClips, collate
-from revvideo.decode import Video, probe
-from revvideo.manifest import Manifest, VideoRecord, load_manifest
-from revvideo.sampler import ShardSampler
+from revvideo.data.clips import ClipDataset, RandomClip, UniformClips, collate
+from revvideo.data.decode import Video, probe
+from revvideo.data.manifest import Manifest, VideoRecord, load_manifest
+from revvideo.data.sampler import ShardSampler
 from revvideo.scan import scan
 from tests.revvideo.make_videos import cut, damage, encode
 from tests.revvideo.test_decode import full_decode

@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from revvideo import packets
-from revvideo.datasets import RandomClip, UniformClips
-from revvideo.decode import Video, probe
+from revvideo.data.clips import RandomClip, UniformClips
+from revvideo.data.decode import Video, probe
 from revvideo.errors import VideoError
 from tests.revvideo.make_videos import (
     IRREGULAR_TIMES,

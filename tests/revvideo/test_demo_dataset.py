@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from backbones.common.errors import UserError
 from revvideo import demo_dataset, demo_motion
-from revvideo.errors import UserError
 
 CLIPS = {"train": 2, "val": 1}
 MOTIONS = list(demo_motion.MOTIONS)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from revvideo.errors import UserError
-from revvideo.layouts import find_videos, splits_of
+from backbones.common.errors import UserError
+from revvideo.data.layouts import find_videos, splits_of
 from tests.revvideo.make_videos import encode, encode_sound
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from revvideo.config import AugmentConfig
-from revvideo.mixing import Mixing
+from revvideo.data.mixing import Mixing
 
 CLASSES = 6
 

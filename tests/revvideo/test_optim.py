@@ -8,7 +8,7 @@ import pytest
 
 import backbones
 from revvideo.config import OptimConfig
-from revvideo.optim import build_optimizer, lr_factor, param_groups
+from revvideo.training.optim import build_optimizer, lr_factor, param_groups
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from revvideo import labelled, pictures
-from revvideo.decode import Video
+from revvideo.data.decode import Video
 from revvideo.errors import VideoError
-from revvideo.labelled import write_labelled
-from revvideo.pictures import draw_curve, draw_sheet, draw_strip, some_frames
+from revvideo.prediction.media import write_labelled
+from revvideo.prediction.pictures import draw_curve, draw_sheet, draw_strip, some_frames
 
 RED, GREEN, BLUE = (220, 20, 20), (20, 200, 20), (20, 20, 220)
 ENCODING = {"qp": "10", "preset": "ultrafast"}

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 
+from backbones.common.errors import UserError
 from revvideo.config import load_config
-from revvideo.decode import Video
-from revvideo.errors import UserError
+from revvideo.data.decode import Video
 from revvideo.predict import drawing_names, find_inputs, frame_labels, main
-from revvideo.predictor import MOST_WINDOWS, Predictor
+from revvideo.prediction.predictor import MOST_WINDOWS, Predictor
 from revvideo.run import main as train
 from tests.revvideo.tiny_set import arguments, build_set, write_video
 

@@ -9,8 +9,8 @@ import torch
 
 import backbones
 from revvideo.config import load_config
+from revvideo.data.transforms import TestTransform, TrainTransform
 from revvideo.models import build_model
-from revvideo.transforms import TestTransform, TrainTransform
 
 ROOT = Path("configs/video")
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("*/*.yaml"))

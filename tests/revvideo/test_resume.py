@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
-from revvideo.callbacks import read_metrics
-from revvideo.datasets import ClipDataset
-from revvideo.module import VideoModule
+from revvideo.data.clips import ClipDataset
+from revvideo.training.callbacks import read_metrics
+from revvideo.training.module import VideoModule
 from tests.revvideo import forked
 from tests.revvideo.tiny_set import RANDOM, arguments, losses, predictions
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import backbones
-from revvideo.datasets import ClipDataset
-from revvideo.module import VideoModule
+from revvideo.data.clips import ClipDataset
 from revvideo.run import main
 from revvideo.scan import main as scan
+from revvideo.training.module import VideoModule
 from tests.revvideo.tiny_set import (
     RANDOM,
     arguments,

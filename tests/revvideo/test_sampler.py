@@ -7,8 +7,9 @@ from itertools import chain
 import pytest
 from torch.utils.data import DataLoader
 
-from revvideo.errors import UserError
-from revvideo.sampler import ResumableSampler, ShardSampler, seed_of
+from backbones.common.errors import UserError
+from backbones.common.seeds import seed_of
+from revvideo.data.sampler import ResumableSampler, ShardSampler
 
 Keys = list[tuple[int, int]]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from backbones.common.errors import UserError
 from revvideo import scan as scan_module
-from revvideo.errors import UserError
-from revvideo.manifest import Manifest, VideoRecord, load_manifest
+from revvideo.data.manifest import Manifest, VideoRecord, load_manifest
 from revvideo.scan import describe, main, scan
 from tests.revvideo.make_videos import cut, encode, encode_sound
 

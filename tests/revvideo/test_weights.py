@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import backbones
+from backbones.common.errors import UserError
 from revvideo.config import load_config
-from revvideo.errors import UserError
 from revvideo.models import build_model
-from revvideo.weights import load_pretrained, load_run, require_complete
+from revvideo.training.checkpoint import load_pretrained, load_run, require_complete
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CLIPS = GOLDEN / "rev_mvit_video_tiny.pyth"
@@ -58,14 +58,16 @@ def test_image_weights_for_another_architecture_name_the_right_one():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images = backbones.create_model("rev_mvit_base", img_size=64, embed_dim=8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("revvideo.weights.read_checkpoint", lambda path: _checkpoint(images))
+        patch.setattr(
+            "revvideo.training.checkpoint.read_checkpoint", lambda path: _checkpoint(images)
+        )
         with pytest.raises(UserError, match=r"model\.name=rev_mvit_base"):
             load_pretrained(model, "REV_MVIT_B.pyth")
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def _checkpoint(model: torch.nn.Module) -> object:
-    from backbones.files import Checkpoint
+    from backbones.weights.checkpoint import Checkpoint
 
     return Checkpoint(dict(model.state_dict()))
 

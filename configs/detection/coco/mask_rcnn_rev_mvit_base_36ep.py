@@ -8,7 +8,7 @@ from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-from backbones.download import RELEASED_WEIGHTS
+from backbones.weights.download import RELEASED_WEIGHTS
 
 from ..common.coco_loader_multiscale import dataloader
 from ..common.mask_rcnn_fpn import model

@@ -8,8 +8,8 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 
-from revdet.dataloader import TrainMapper, build_train_loader
-from revdet.evaluation import FasterCOCOEvaluator
+from revdet.data.loader import TrainMapper, build_train_loader
+from revdet.training.evaluation import FasterCOCOEvaluator
 
 image_size = 1024
 

@@ -5,7 +5,7 @@ from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler
 
-from revdet.solver import get_optimizer_params
+from revdet.training.optim import get_optimizer_params
 
 optimizer = L(torch.optim.AdamW)(
     # train_net.py sets params.model once the model is built.

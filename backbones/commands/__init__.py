@@ -1,0 +1,1 @@
+"""``python -m backbones zoo | memory | drift | evaluate | predict``."""

@@ -1,0 +1,211 @@
+"""``python -m backbones memory``: where the bytes go, as a table and as a picture."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from backbones.common.console import make_parser, run_command, show_progress
+from backbones.common.errors import optional_import
+from backbones.engine.policies import MemoryPolicy
+from backbones.memory.budget import largest_that_fits, parse_budget, readable
+from backbones.memory.real_steps import Trial, free_bytes
+from backbones.memory.simulation import Simulation
+
+__all__ = ["main"]
+
+_NOTES = """\
+examples:
+  python -m backbones memory --model rev_vit_base --input 64x3x224x224 --budget 8GB
+  python -m backbones memory --model rev_mvit_base_16x4 --input 4x3x16x224x224 --amp bfloat16 \\
+      --budget 16GB --plot memory.png
+
+'store' keeps all activations, 'checkpoint' the input of each block, 'reversible' rebuilds them.
+A budget adds the mixture that backbones.fit_memory chooses: as many of the last blocks stored
+as fit.
+
+The rows, at the moment of the peak: stem, stages and head are what these made in the forward
+pass and is still alive; 'working set' is what the backward pass and the optimizer need for the
+moment. Below the total: 'held', all that waits between forward and backward pass. 'speed' is
+the throughput over that of 'store': counted, from the operations of a step, which is a bound;
+measured, from a few real steps in turn, at a smaller batch where 'store' does not fit. On a GPU
+'allocated' is the peak of real steps, by torch's allocator, and 'total is off by' compares."""
+
+# Of the memory that is free, what steps are planned with: other programs want some of it too.
+_MEASURED_SHARE = 0.9
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; return the exit status."""
+    parser = make_parser(
+        "backbones.engine.policies",
+        """\
+Show where the memory of a training step (forward, backward, AdamW) goes under each memory policy.
+Needs no GPU and no weights: a step on shape-only tensors is counted. Where there is a GPU, real
+steps check the count and measure the speed.""",
+        _NOTES,
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="NAME", help="as python -m backbones lists"
+    )
+    parser.add_argument(
+        "--input",
+        required=True,
+        metavar="SHAPE",
+        help="BxCxHxW, for clips BxCxTxHxW, such as 8x3x224x224",
+    )
+    parser.add_argument(
+        "--budget", metavar="SIZE", help="such as 8GB, 800MB or 8GiB; auto: what the GPU has free"
+    )
+    parser.add_argument(
+        "--amp", choices=("bfloat16", "float16"), help="count under autocast (default: float32)"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="where the training would run (default: %(default)s, which need not be there)",
+    )
+    parser.add_argument(
+        "--measure",
+        action=argparse.BooleanOptionalAction,
+        help="run real steps: on a GPU for the peak and the speed, on a CPU for the speed, which "
+        "may take minutes (default: if the device is a GPU that is there)",
+    )
+    parser.add_argument("--plot", metavar="FILE.png", help="write a picture of the table")
+    return run_command(parser, _report, arguments)
+
+
+def _report(options: argparse.Namespace) -> None:
+    device = torch.device(options.device)
+    budget = None if options.budget is None else parse_budget(options.budget, device)
+    shape = _parse_shape(options.input)
+    autocast = getattr(torch, options.amp) if options.amp else None
+    here = device.type == "cpu" or torch.cuda.is_available()
+    if options.measure and not here:
+        raise ValueError("--measure finds no GPU: add --device cpu to measure on the CPU")
+    if options.plot:
+        _check_plot(Path(options.plot))
+
+    simulation = _simulate(options.model, shape, device, autocast)
+    saving = simulation.saving_policy
+    settings: dict[str, tuple[MemoryPolicy, int]] = {"store": ("store", 0)}
+    settings |= {"checkpoint": ("checkpoint", 0), saving: (saving, 0)}
+    for name, setting in settings.items():
+        show_progress(f"counting a step under {name}")
+        simulation.step(*setting)
+    if budget is not None:
+        show_progress("looking for the mixture that fits the budget")
+        plan = largest_that_fits(simulation, budget)
+        settings[f"{saving}+{plan.stored_blocks}"] = saving, plan.stored_blocks
+    show_progress("")
+    steps = {name: simulation.step(*setting) for name, setting in settings.items()}
+
+    precision = f"{options.amp} autocast" if options.amp else "float32"
+    title = f"{options.model}, input {options.input}, {precision}"
+    print(f"{title}: peak of a training step with AdamW\n")
+    _print_row("", settings)
+    for part in simulation.step("store").peak:
+        _print_row(part, (readable(step.peak[part]) for step in steps.values()))
+    _print_row("total", (readable(step.peak_bytes) for step in steps.values()))
+    _print_row("held", (readable(step.held_bytes) for step in steps.values()))
+    operations = simulation.step("store").operations
+    _print_row("speed, counted", (f"{operations / x.operations:.2f}" for x in steps.values()))
+    if options.measure or (options.measure is None and device.type == "cuda" and here):
+        _measure(options.model, shape, device, settings, simulation)
+    elif here:
+        print("\nnot measured; --measure runs real steps")
+    else:
+        print("\nnot measured, because no GPU is here; --device cpu --measure takes the CPU")
+    if budget is not None:
+        print(
+            f"\nwithin {readable(budget)}: {saving}, the last {plan.stored_blocks} of "
+            f"{plan.blocks} blocks stored\n"
+            f"  backbones.set_memory(model, {saving!r}, stored_blocks={plan.stored_blocks})"
+        )
+    if options.plot:
+        from backbones.commands.memory_plot import plot
+
+        plot(steps, title, budget, options.plot)
+
+
+def _check_plot(path: Path) -> None:
+    """Find out before the work whether a picture can be written there."""
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--plot {path}: there is no such folder")
+    backend = optional_import("matplotlib.backend_bases", "matplotlib", "--plot")
+    formats = backend.FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in formats:
+        raise ValueError(f"--plot {path} should end in .png, or in one of .{', .'.join(formats)}")
+
+
+def _create(name: str) -> nn.Module:
+    from backbones.factory import create_model
+
+    return create_model(name)
+
+
+def _simulate(
+    name: str, shape: tuple[int, ...], device: torch.device, autocast: torch.dtype | None
+) -> Simulation:
+    with torch.device("meta"):
+        model, example = _create(name), torch.empty(shape)
+    return Simulation(model, example, device.type, autocast)
+
+
+def _print_row(label: str, cells: Iterable[str]) -> None:
+    print(f"{label:<16}" + "".join(f"{cell:>15}" for cell in cells))
+
+
+def _measure(
+    name: str,
+    shape: tuple[int, ...],
+    device: torch.device,
+    settings: dict[str, tuple[MemoryPolicy, int]],
+    simulation: Simulation,
+) -> None:
+    """Print rows of what real steps say: the peak on a GPU, and the speed."""
+    free = free_bytes(device)
+    with device:
+        trial = Trial(_create(name), simulation.autocast)
+    if device.type == "cuda":
+        peaks: list[int | None] = []
+        for setting in settings.values():
+            fits = simulation.step(*setting).peak_bytes <= free
+            peaks.append(trial.allocated_peak(shape, *setting) if fits else None)
+        predicted = [simulation.step(*setting).peak_bytes for setting in settings.values()]
+        _print_row("allocated", ("-" if peak is None else readable(peak) for peak in peaks))
+        errors = (
+            "-" if peak is None else f"{count / peak - 1:+.1%}"
+            for count, peak in zip(predicted, peaks, strict=True)
+        )
+        _print_row("total is off by", errors)
+    batch, *sample = shape
+    while simulation.step("store").peak_bytes > _MEASURED_SHARE * free and batch > 1:
+        batch //= 2
+        simulation = _simulate(name, (batch, *sample), device, simulation.autocast)
+    if simulation.step("store").peak_bytes > _MEASURED_SHARE * free:
+        print(f"\nspeed not measured: of {readable(free)}, 'store' has no room for one sample")
+        return
+    others = {name: setting for name, setting in settings.items() if name != "store"}
+    speeds = {"store": 1.0, **trial.relative_speeds((batch, *sample), others)}
+    _print_row("speed, measured", (f"{speed:.2f}" for speed in speeds.values()))
+    print(f"\nspeed measured on {_device_name(device)}, batch {batch}, median of 5 rounds")
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+
+
+def _parse_shape(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3,4}", text):
+        raise ValueError(
+            f"cannot read the input {text!r}: give BxCxHxW such as 8x3x224x224, "
+            "or for clips BxCxTxHxW such as 4x3x16x224x224"
+        )
+    return tuple(int(side) for side in text.split("x"))

@@ -1,0 +1,93 @@
+"""The picture of ``python -m backbones memory``: where the bytes go, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from backbones.memory.budget import readable
+from backbones.memory.simulation import StepMemory
+
+__all__ = ["plot"]
+
+
+def plot(steps: Mapping[str, StepMemory], title: str, budget: int | None, path: str) -> None:
+    """Write a picture of training steps: the parts of each peak, and the bytes over each step.
+
+    Args:
+        steps: by the name of the policy; one of them is ``"store"``.
+        title: of the picture.
+        budget: in bytes, drawn as a line.
+        path: of the file; its suffix decides the format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: the file cannot be written.
+        ValueError: no such format.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.0, 4.8), layout="constrained")
+    of_parts, of_time = figure.subplots(1, 2, sharey=True)
+    for axes in (of_parts, of_time):
+        axes.spines[["top", "right"]].set_visible(False)
+        if budget is not None:
+            axes.axhline(budget / 1e9, color="black", linestyle="--", linewidth=1, label="budget")
+    _draw_parts(of_parts, steps)
+    _draw_time(of_time, steps)
+    figure.suptitle(f"Memory of a training step: {title}")
+    figure.savefig(path, dpi=150)
+
+
+def _draw_parts(axes: Any, steps: Mapping[str, StepMemory]) -> None:
+    """A bar for each policy: grey what is there under all, one hue from the stem to the head."""
+    from matplotlib import colormaps
+
+    first = steps["store"]
+    greys = iter(colormaps["Greys"]([0.65, 0.5, 0.35, 0.2]))
+    hues = iter(colormaps["viridis"]([i / (len(first.held) - 1) for i in range(len(first.held))]))
+    styles: dict[str, dict[str, Any]] = {
+        part: {"color": next(hues if part in first.held else greys)}
+        for part in first.peak
+        if part != "working set"
+    }
+    styles["working set"] = {"color": "white", "hatch": "////"}
+    bottoms = [0.0] * len(steps)
+    for part, style in styles.items():
+        heights = [step.peak[part] / 1e9 for step in steps.values()]
+        axes.bar(
+            list(steps),
+            heights,
+            0.7,
+            bottoms,
+            label=part,
+            edgecolor="black",
+            linewidth=0.4,
+            **style,
+        )
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    for name, step in steps.items():
+        text = axes.annotate(
+            readable(step.peak_bytes),
+            (name, step.peak_bytes / 1e9),
+            (0, 3),
+            textcoords="offset points",
+            ha="center",
+        )
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+    axes.set_ylabel("GB")
+    axes.set_title("at the peak", loc="left")
+    handles, labels = axes.get_legend_handles_labels()
+    # From the top down, as the bars are, and beside them.
+    axes.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+
+
+def _draw_time(axes: Any, steps: Mapping[str, StepMemory]) -> None:
+    """The bytes alive against the work done, so that a longer line is a slower step."""
+    whole = steps["store"].operations
+    for name, step in steps.items():
+        work = [operations / whole for operations, _ in step.timeline]
+        axes.plot(work, [size / 1e9 for _, size in step.timeline], label=name, linewidth=1.3)
+    axes.set_xlabel("operations so far, 1 being a whole step under 'store'")
+    axes.set_title("over the step", loc="left")
+    axes.legend(frameon=False)

@@ -1,0 +1,131 @@
+"""What each named model costs and has reached: the facts behind ``python -m backbones``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from backbones.engine.policies import blocks_of, set_memory
+from backbones.memory.saved_bytes import saved_bytes
+from backbones.registry import MODELS, build, input_shape
+
+__all__ = [
+    "ZooEntry",
+    "describe",
+    "zoo_table",
+]
+
+_HEADER = (
+    "name",
+    "params (M)",
+    "GFLOPs",
+    "input",
+    "top-1",
+    "weights",
+    "stored (MB)",
+    "reversed (MB)",
+)
+_LEFT = {0, 3, 5}  # columns of words
+
+_NOTES = """\
+GFLOPs: multiply-accumulates of convolutions, linear layers and attention, as the papers count.
+top-1: published, ImageNet-1k (rev_mvit_base_16x4: Kinetics-400); of vit_*, the paper's own ViTs.
+stored, reversed: activations held for the backward pass, per image or clip in float32, under the
+"store" and the "reversible" memory policy, without parameters (1 MB = 1e6 bytes)."""
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """One model of the zoo.
+
+    Attributes:
+        name: as :func:`backbones.create_model` takes it.
+        parameters: their number, with the published head.
+        macs: multiply-accumulates of one forward pass of one sample: convolutions, matrix
+            products and attention. Norms and what is element by element count as nothing.
+        input_shape: of the sample that was measured, (3, H, W) or (3, T, H, W).
+        top1: the published accuracy in percent, or None.
+        released: whether ``pretrained=True`` finds weights.
+        stored_bytes: what autograd holds for one sample between forward and backward under
+            ``"store"``, in float32, without the parameters.
+        reversible_bytes: the same under ``"reversible"``; None for a model that cannot be reversed.
+    """
+
+    name: str
+    parameters: int
+    macs: int
+    input_shape: tuple[int, ...]
+    top1: float | None
+    released: bool
+    stored_bytes: int
+    reversible_bytes: int | None
+
+
+def describe(name: str) -> ZooEntry:
+    """Measure one model on the meta device, where it takes neither memory nor arithmetic.
+
+    The attention of that device saves a little more for the backward pass than fused kernels do.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    with torch.device("meta"):
+        model = build(name)
+        x = torch.empty(1, *input_shape(model))
+    set_memory(model, "store")
+    with saved_bytes(ignore=model) as held, FlopCounterMode(display=False) as operations:
+        y = model(x)
+    stored = held.bytes
+    reversible = None
+    if any(block.invertible for block in blocks_of(model).values()):
+        set_memory(model, "reversible")
+        with saved_bytes(ignore=model) as held:
+            y = model(x)  # the name keeps the graph alive, and with it what is held
+        reversible = held.bytes
+    del y
+    return ZooEntry(
+        name=name,
+        parameters=sum(param.numel() for param in model.parameters()),
+        macs=operations.get_total_flops() // 2,
+        input_shape=tuple(x.shape[1:]),
+        top1=MODELS[name].top1,
+        released=MODELS[name].weights is not None,
+        stored_bytes=stored,
+        reversible_bytes=reversible,
+    )
+
+
+def zoo_table(entries: Iterable[ZooEntry], markdown: bool = False) -> str:
+    """A table of models with its notes: aligned plain text, or Markdown."""
+    rows = [_HEADER, *(_cells(entry) for entry in entries)]
+    if markdown:
+        rule = tuple("---" if i in _LEFT else "---:" for i in range(len(_HEADER)))
+        lines = [f"| {' | '.join(row)} |" for row in (_HEADER, rule, *rows[1:])]
+    else:
+        widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(_align(row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, "", _NOTES])
+
+
+def _cells(entry: ZooEntry) -> tuple[str, ...]:
+    reversible = entry.reversible_bytes
+    return (
+        entry.name,
+        f"{entry.parameters / 1e6:.2f}",
+        f"{entry.macs / 1e9:.2f}",
+        "x".join(str(side) for side in entry.input_shape),
+        "-" if entry.top1 is None else f"{entry.top1:.1f}",
+        "released" if entry.released else "-",
+        f"{entry.stored_bytes / 1e6:.1f}",
+        "-" if reversible is None else f"{reversible / 1e6:.1f}",
+    )
+
+
+def _align(row: tuple[str, ...], widths: list[int]) -> list[str]:
+    return [
+        cell.ljust(width) if i in _LEFT else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]

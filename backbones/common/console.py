@@ -1,0 +1,166 @@
+"""What the commands have in common: parsers, options, progress, and one line per error."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from backbones.common.errors import UserError, first_line
+from backbones.common.files import printable
+
+__all__ = [
+    "add_device",
+    "config_parser",
+    "make_parser",
+    "name_unreadable",
+    "not_negative",
+    "parse_device",
+    "positive",
+    "run_command",
+    "show_progress",
+    "try_device",
+]
+
+_NAMED = 20  # files that are printed where a JSON file has all
+
+# What a command ends with one line about: something that the user gave, or that is not installed.
+_ERRORS = (ValueError, OSError, ImportError, torch.OutOfMemoryError)
+
+
+def make_parser(
+    module: str, description: str, epilog: str | None = None
+) -> argparse.ArgumentParser:
+    """A parser for ``python -m MODULE``. Lines of its texts stay as they are."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def config_parser(prog: str, doc: str, recipes: str) -> argparse.ArgumentParser:
+    """A parser of command lines that name a recipe and override it: ``config``, ``overrides``.
+
+    Parse with ``parse_intermixed_args``, so that overrides may stand between options.
+
+    Args:
+        prog: the command.
+        doc: its help: a summary and, after an empty line, what follows the options.
+        recipes: the folder of the recipes.
+    """
+    summary, _, examples = doc.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=summary,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config",
+        "--config-file",
+        dest="config",
+        required=True,
+        metavar="FILE",
+        help=f"the recipe: a file under {recipes}, or the config.yaml of a run",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the recipe")
+    return parser
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    work: Callable[[argparse.Namespace], int | None],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Do the work of a command; return its exit status, 0 if it has none.
+
+    Args:
+        arguments: of the command line; None for those that the process was given.
+
+    Raises:
+        SystemExit: with status 2, after a usage error or one line on stderr about what is wrong.
+    """
+    options = parser.parse_args(arguments)
+    try:
+        return work(options) or 0
+    except _ERRORS as error:
+        show_progress("")
+        parser.exit(2, f"error: {first_line(error)}\n")
+
+
+def positive(text: str) -> int:
+    """The type of an option that is a number from 1 on.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none, which argparse makes a usage error.
+    """
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    """Like :func:`positive`, from 0 on."""
+    return 0 if text == "0" else positive(text)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option ``--device``, for :func:`parse_device`."""
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="such as cuda:1 (default: %(default)s)",
+    )
+
+
+def parse_device(text: str) -> torch.device:
+    """Try the device of the option ``--device``; see :func:`try_device`."""
+    return try_device(text, f"--device {text}", "--device cpu")
+
+
+def try_device(name: str, setting: str, remedy: str) -> torch.device:
+    """The device of a name, on which something has been computed; ``"auto"``: a GPU if there is.
+
+    Args:
+        name: such as ``"cuda:1"``.
+        setting: what the user has written, for the error message.
+        remedy: what the user can write instead.
+
+    Raises:
+        UserError: it does not exist, or cannot be used here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise UserError(f"{setting} cannot be used here ({first_line(error)}): {remedy}") from error
+    return device
+
+
+def show_progress(text: str) -> None:
+    """One line that replaces the one before, on a stderr that is a terminal."""
+    if sys.stderr.isatty():
+        # \033[K clears what a longer text left of the line.
+        print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
+
+
+def name_unreadable(unreadable: Mapping[str, str], whole_list: str | Path | None) -> None:
+    """Count and name on stderr, with its reason, what could not be read; nothing if all could.
+
+    Of many the first ones, if the file ``whole_list`` has them all.
+    """
+    if not unreadable:
+        return
+    print(f"{len(unreadable):,} unreadable:", file=sys.stderr)
+    named = list(unreadable.items())[: _NAMED if whole_list else None]
+    for path, reason in named:
+        print(f"  {printable(path)}: {reason}", file=sys.stderr)
+    if len(unreadable) > len(named):
+        print(f"  and {len(unreadable) - len(named):,} more, see {whole_list}", file=sys.stderr)

@@ -1,0 +1,51 @@
+"""The one kind of error that is the user's to fix, and errors in one line."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+__all__ = ["UserError", "error_line", "first_line", "near_names", "optional_import", "some_of"]
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong. The message is one line: the thing, then the remedy.
+
+    The commands print it without a traceback and exit with status 2.
+    """
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; the name of its class if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def error_line(error: BaseException) -> str:
+    """Like :func:`first_line`, without the path, which every message about a file names already."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first three of many names, and how many more there are."""
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def near_names(name: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """Up to three known names that a misspelt one may mean, or else the first twelve of all."""
+    known = list(known)
+    return difflib.get_close_matches(name, known, cutoff=cutoff) or known[:12]
+
+
+def optional_import(module: str, package: str, purpose: str) -> Any:
+    """Import a module that torch does not bring along.
+
+    Raises:
+        ImportError: it is not installed; the message says what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{purpose} needs {package}: pip install {package}") from error

@@ -1,0 +1,107 @@
+"""Files: written whole or not at all, found by what a user names."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from backbones.common.errors import UserError
+
+__all__ = ["cut_lines", "find_files", "printable", "replacing", "write_json"]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside ``path``; the file written there takes its place if no error ends the context.
+
+    So ``path`` is never half a file, not even after a power cut, and of two processes that write it
+    at once the later wins.
+    """
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """Write a JSON file, all of it or nothing; makes its folder.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+
+
+def cut_lines(path: Path, keep: Callable[[str], bool]) -> None:
+    """Rewrite a text file with the lines that are to be kept; does nothing if there is no file.
+
+    For the metrics of a run that resumes: what an interrupted session logged later is logged again.
+    A last line that a kill has cut off goes.
+    """
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        with replacing(path) as partial:
+            kept = (line for line in lines if line.endswith("\n") and keep(line))
+            partial.write_text("".join(kept), encoding="utf-8")
+
+
+def find_files(
+    arguments: Sequence[str],
+    accepts: Callable[[Path], bool],
+    what: str,
+    *,
+    option: str = "--input",
+    passed_over: Path | None = None,
+) -> list[Path]:
+    """The files that are meant, in the order of the arguments and each once.
+
+    Args:
+        arguments: files, which may have any name; folders, which are searched in depth for files
+            that are accepted; and patterns (``*``, ``?``, ``[…]``, ``**``) of such.
+        accepts: whether a file in a folder is one of those looked for.
+        what: they are, with their suffixes, for the error message.
+        option: of the command line that takes the arguments, likewise.
+        passed_over: a folder whose files are not meant: the results of an earlier run.
+
+    Raises:
+        UserError: an argument that names nothing.
+    """
+    found: dict[Path, None] = {}
+    for argument in arguments:
+        exists = Path(argument).exists()
+        matches = [argument] if exists else sorted(glob.glob(argument, recursive=True))
+        name = f"{option} {printable(argument)}"
+        if not matches:
+            raise UserError(f"{name}: no such file or folder, and nothing matches it")
+        files = [file for match in matches for file in _files_at(Path(match), accepts)]
+        if passed_over is not None:
+            own = passed_over.resolve()
+            files = [file for file in files if own not in file.resolve().parents]
+        if not files:
+            besides = "" if passed_over is None else f", or only those in {passed_over}"
+            raise UserError(f"{name}: holds no {what}{besides}")
+        found.update(dict.fromkeys(files))
+    return list(found)
+
+
+def _files_at(path: Path, accepts: Callable[[Path], bool]) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    return [file for file in sorted(path.rglob("*")) if accepts(file) and file.is_file()]
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """A path as it can be printed, even if its name is no valid Unicode."""
+    return os.fsencode(path).decode(errors="backslashreplace")

@@ -1,0 +1,173 @@
+"""Image files as batches of tensors, prepared as the released models expect them.
+
+Needs Pillow, torchvision and tqdm, the extra ``images``; all are imported late.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from backbones.common.errors import error_line, first_line, optional_import
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = [
+    "IMAGENET_CLASSES",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Batch",
+    "ImageFiles",
+    "eval_transform",
+    "image_loader",
+    "image_suffixes",
+    "import_images",
+    "read_image",
+]
+
+IMAGENET_CLASSES = 1000
+
+# Of the three released image models (DATA.MEAN and DATA.STD of their configurations), in RGB order.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def import_images(module: str) -> Any:
+    """Import a module of the extra ``images``.
+
+    Raises:
+        ImportError: it is not installed, or does not fit the installed torch.
+    """
+    package = {"PIL": "Pillow"}.get(module.partition(".")[0], module.partition(".")[0])
+    try:
+        return optional_import(module, package, "working on images (the extra 'images')")
+    except RuntimeError as error:  # torchvision, where its compiled operators were not made for it
+        raise ImportError(
+            f"{package} does not fit torch {torch.__version__}: {first_line(error)}"
+        ) from error
+
+
+def image_suffixes() -> tuple[str, ...]:
+    """Suffixes of the files in a folder that are taken for images, in lower case."""
+    suffixes: tuple[str, ...] = import_images("torchvision.datasets.folder").IMG_EXTENSIONS
+    return suffixes
+
+
+def eval_transform(height: int, width: int) -> Any:
+    """What the original evaluates with: the short side to 256/224 of the crop, then its centre.
+
+    Bicubic on the 8-bit image, then to [0, 1], then ImageNet's mean and deviation
+    (``_prepare_im_tf`` in ``slowfast/datasets/imagenet.py``; mmpretrain does the same).
+
+    Args:
+        height, width: of the crop, in pixels. The longer one decides the size before the crop.
+
+    Returns:
+        a callable from an RGB ``PIL.Image`` to a float32 tensor (3, height, width).
+    """
+    v2 = import_images("torchvision.transforms.v2")
+    short_side = max(height, width) * 256 // 224
+    return v2.Compose(
+        [
+            v2.Resize(short_side, v2.InterpolationMode.BICUBIC),
+            v2.CenterCrop((height, width)),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+
+
+def read_image(path: str | os.PathLike[str], upright: bool = False) -> Image.Image:
+    """Decode an image file completely, to 8-bit RGB.
+
+    Args:
+        path: the file.
+        upright: turn the image as its EXIF data say. ImageNet's published scores do not.
+
+    Raises:
+        Exception: of any kind, by the kind of damage.
+    """
+    from PIL import Image, ImageOps
+
+    with warnings.catch_warnings(), Image.open(path) as image:
+        # Damaged EXIF data and odd palettes, of which ImageNet has some; the pixels are fine.
+        warnings.simplefilter("ignore", UserWarning)
+        if image.mode[0] in "IF":
+            # Pillow would clip these to white.
+            raise ValueError(f"more than 8 bits a channel (Pillow's mode {image.mode})")
+        return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
+
+
+class Batch(NamedTuple):
+    """Some of the images of an :class:`ImageFiles`.
+
+    Attributes:
+        indices: (B,) int64, which files.
+        images: (B, 3, H, W) float32; (0,) if none could be read.
+        unreadable: the reason by the index of a file, for those that are not in the batch.
+    """
+
+    indices: Tensor
+    images: Tensor
+    unreadable: dict[int, str]
+
+
+class ImageFiles(Dataset[tuple[int, Tensor | str]]):
+    """Pairs of an index and a prepared image, or the reason why that file cannot be read.
+
+    Args:
+        paths: the files.
+        height, width: see :func:`eval_transform`.
+        upright: see :func:`read_image`.
+    """
+
+    def __init__(
+        self, paths: Sequence[str], height: int, width: int, upright: bool = False
+    ) -> None:
+        self.paths = paths
+        self.upright = upright
+        self.transform = eval_transform(height, width)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        try:
+            image = read_image(self.paths[index], self.upright)
+        except Exception as error:  # a damaged file fails in any way
+            reason = error_line(error)
+            # Pillow repeats the path, which every message about the file has already.
+            return index, reason.replace(f" {self.paths[index]!r}", "")
+        return index, self.transform(image)
+
+
+def image_loader(
+    files: ImageFiles, batch_size: int, workers: int, pin_memory: bool = False
+) -> DataLoader[tuple[int, Tensor | str]]:
+    """Batches of type :class:`Batch`, in the order of the files, whatever ``workers`` is."""
+    batches = -(-len(files) // batch_size)
+    return DataLoader(
+        files,
+        batch_size,
+        # To start processes for a single batch takes longer than to read it.
+        num_workers=min(workers, batches) if batches > 1 else 0,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+    )
+
+
+def _collate(items: list[tuple[int, Tensor | str]]) -> Batch:
+    read = [(index, image) for index, image in items if isinstance(image, Tensor)]
+    return Batch(
+        torch.tensor([index for index, _ in read], dtype=torch.long),
+        torch.stack([image for _, image in read]) if read else torch.empty(0),
+        {index: reason for index, reason in items if isinstance(reason, str)},
+    )

@@ -1,0 +1,138 @@
+"""Typed settings: dataclasses whose fields are keys, each with default, meaning and bounds.
+
+The fields of a section are made by :func:`key`; a section may hold sections. What is written there
+is the key's help, its type and its check, for recipes and for ``key=value`` on the command line.
+OmegaConf holds the values (``OmegaConf.structured``) and refuses other types; it is imported late,
+by those who have settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from backbones.common.errors import UserError, near_names
+
+__all__ = ["Key", "check_values", "describe", "key", "keys_of", "split_override", "unknown_key"]
+
+
+def key(
+    default: Any,
+    text: str,
+    *,
+    choices: Sequence[str] = (),
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A field: its default (copied, if it is a list), its line of help, its bounds, inclusive."""
+    rules = {"text": text, "choices": tuple(choices), "low": low, "high": high}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=rules)
+    return field(default=default, metadata=rules)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a section.
+
+    Attributes:
+        path: its name from the root on, such as ``"train.amp.enabled"``.
+        kind: its type, such as ``list[float]``.
+        default: what it is if nobody sets it.
+        rules: what :func:`key` was told.
+    """
+
+    path: str
+    kind: Any
+    default: Any
+    rules: typing.Mapping[str, Any]
+
+    @property
+    def type_name(self) -> str:
+        """The type in one word."""
+        return str((typing.get_origin(self.kind) or self.kind).__name__)
+
+
+def keys_of(section: type, prefix: str = "") -> Iterator[Key]:
+    """Every key below a section, a dataclass, whose own name is ``prefix``."""
+    hints = typing.get_type_hints(section)
+    for entry in dataclasses.fields(section):
+        path, kind = f"{prefix}.{entry.name}".lstrip("."), hints[entry.name]
+        if dataclasses.is_dataclass(kind):
+            yield from keys_of(typing.cast(type, kind), path)
+        else:
+            made = entry.default_factory
+            default = entry.default if made is dataclasses.MISSING else made()
+            yield Key(path, kind, default, entry.metadata)
+
+
+def describe(section: type, prefix: str = "") -> str:
+    """Every key of a section with its type, default and meaning, a line or two each."""
+    lines = []
+    for entry in keys_of(section, prefix):
+        shown = "''" if entry.default == "" else entry.default
+        head = f"  {entry.path} ({entry.type_name}, {shown})"
+        text = entry.rules["text"]
+        if entry.rules["choices"]:
+            text = f"{' | '.join(entry.rules['choices'])}: {text}"
+        lines += textwrap.wrap(f"{head:<43} {text}", 98, subsequent_indent=" " * 44)
+    return "\n".join(lines)
+
+
+def check_values(settings: Any, section: type, prefix: str = "") -> None:
+    """Compare the values of a section with the choices and bounds of its keys.
+
+    Args:
+        settings: holds the values: the dataclass itself, or a config node of its shape.
+        section: the dataclass.
+        prefix: the name of the section.
+
+    Raises:
+        UserError: with the key, its value and what it may be.
+    """
+    for entry in keys_of(section):
+        value = settings
+        for part in entry.path.split("."):
+            value = getattr(value, part)
+        rules, where = entry.rules, f"{prefix}.{entry.path}={value}".lstrip(".")
+        if rules["choices"] and value not in rules["choices"]:
+            raise UserError(f"{where}: choose one of {', '.join(rules['choices'])}")
+        # Written so that NaN is refused too.
+        if rules["low"] is not None and not value >= rules["low"]:
+            raise UserError(f"{where}: use a value of at least {rules['low']:g}")
+        if rules["high"] is not None and not value <= rules["high"]:
+            raise UserError(f"{where}: use a value of at most {rules['high']:g}")
+
+
+def split_override(text: str) -> tuple[str, str]:
+    """``"section.key=value"`` -> key and value as it was typed, which may hold more ``=``.
+
+    Raises:
+        UserError: not of this form.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip() or name != name.strip():
+        raise UserError(f"override {text!r} is not of the form key=value")
+    return name, value
+
+
+def unknown_key(name: str, known: Iterable[str], where: str = "") -> UserError:
+    """The error for a key that does not exist, with those that may be meant.
+
+    Args:
+        name: the key, whole.
+        known: all keys that there are.
+        where: it stands: the file or the override.
+    """
+    known, last = list(known), name.rpartition(".")[2]
+    # The right name in the wrong section is as near as a misspelt one.
+    near = [other for other in known if other.rpartition(".")[2] == last]
+    section = [other for other in known if other.startswith(name.partition(".")[0] + ".")]
+    near += [other for other in near_names(name, section or known) if other not in near]
+    place = f"{where}: " if where else ""
+    choices = ", ".join(near[:12])
+    return UserError(f"{place}there is no key {name!r}; did you mean {choices}?")

@@ -1,0 +1,1 @@
+"""Memory policies and the reversible engine. Read ``reversible.py`` first."""

@@ -1,0 +1,109 @@
+"""Real training steps on this machine: the allocator's peak, and the speed of each policy."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from backbones.common.console import show_progress
+from backbones.engine.policies import MemoryPolicy, set_memory
+
+__all__ = ["Trial", "free_bytes"]
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had on a device; ``sys.maxsize`` where the system does not tell.
+
+    It tells of GPUs, and of the main memory under Linux.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What the caching allocator keeps for later is free too.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return sys.maxsize
+    kilobytes = dict(line.split()[:2] for line in lines)["MemAvailable:"]
+    return 1024 * int(kilobytes)
+
+
+class Trial:
+    """Training steps (forward, backward, AdamW) of a model on random input, for measuring.
+
+    Args:
+        model: on the device where the steps run. Its weights change.
+        autocast: the dtype of autocast in the forward pass, or None.
+    """
+
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
+        self.model = model.train()
+        self.device = next(model.parameters()).device
+        self.autocast = autocast
+        self.optimizer = torch.optim.AdamW(model.parameters())
+
+    def _step(self, x: Tensor) -> None:
+        enabled = self.autocast is not None
+        with torch.autocast(self.device.type, self.autocast, enabled=enabled):
+            output = self.model(x)
+        torch.autograd.backward(output.float().square().sum())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def allocated_peak(
+        self, shape: tuple[int, ...], policy: MemoryPolicy, stored_blocks: int
+    ) -> int | None:
+        """The peak of a training step in bytes, by the allocator of a GPU; None: out of memory."""
+        set_memory(self.model, policy, stored_blocks)
+        try:
+            x = torch.randn(shape, device=self.device)
+            self._step(x)  # makes the state of the optimizer, which is there from now on
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._step(x)
+        except torch.cuda.OutOfMemoryError:
+            self.optimizer.zero_grad()
+            return None
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def relative_speeds(
+        self,
+        shape: tuple[int, ...],
+        settings: Mapping[str, tuple[MemoryPolicy, int]],
+        rounds: int = 5,
+    ) -> dict[str, float]:
+        """The throughput of each policy over that of ``"store"``, measured.
+
+        Each round times one step of ``"store"`` and one of each setting, so that what else the
+        machine does weighs on all alike; the result is the median over the rounds. Shows its
+        progress where stderr is a terminal.
+
+        Args:
+            shape: of the input.
+            settings: for each name the policy and the number of stored blocks.
+            rounds: how many, after one that does not count.
+        """
+        x = torch.randn(shape, device=self.device)
+        ratios: dict[str, list[float]] = {name: [] for name in settings}
+        for done in range(rounds + 1):
+            show_progress(f"measuring the speed, round {done + 1} of {rounds + 1}")
+            stored = self._seconds(x, "store", 0)
+            for name, setting in settings.items():
+                ratio = stored / self._seconds(x, *setting)
+                if done > 0:
+                    ratios[name].append(ratio)
+        show_progress("")
+        return {name: statistics.median(values) for name, values in ratios.items()}
+
+    def _seconds(self, x: Tensor, policy: MemoryPolicy, stored_blocks: int) -> float:
+        set_memory(self.model, policy, stored_blocks)
+        start = time.perf_counter()
+        self._step(x)
+        return time.perf_counter() - start

@@ -1,0 +1,330 @@
+"""One training step on a shape-only copy of a model, in which live bytes and work are counted."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from backbones.engine.policies import MemoryManaged, MemoryPolicy, set_memory
+
+__all__ = ["Simulation", "StepMemory", "nbytes"]
+
+
+def nbytes(tensor: Tensor) -> int:
+    """The bytes of the whole storage that ``tensor`` is a view of."""
+    return tensor.untyped_storage().nbytes()
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """The memory of one training step, in bytes, and its work.
+
+    Attributes:
+        peak: the bytes of each part at the moment when their sum is highest: ``parameters``
+            (with the buffers), ``gradients``, ``optimizer state``, ``input``; ``stem``,
+            ``stage 1`` …, ``head``: what these made in the forward pass and is still alive;
+            ``working set``: what the backward pass and the optimizer need for the moment.
+        held: of the parts of the forward pass, the bytes that wait for the backward pass.
+        operations: of matrix products, convolutions and attention, forward and backward.
+        timeline: after each operator, the operations so far and the bytes that are alive.
+    """
+
+    peak: dict[str, int]
+    held: dict[str, int]
+    operations: int
+    timeline: list[tuple[int, int]]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The highest sum of all parts."""
+        return sum(self.peak.values())
+
+    @property
+    def held_bytes(self) -> int:
+        """What the forward pass leaves for the backward pass, of all parts together."""
+        return sum(self.held.values())
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
+    """Counts the bytes of the storages alive, by part, and the operations.
+
+    Attributes:
+        part: what storages that are made now belong to.
+        live: bytes of each part now.
+        peak: bytes of each part at the moment when their sum was highest.
+    """
+
+    def __init__(self, parts: Sequence[str], fake: FakeTensorMode) -> None:
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        self.part = parts[0]
+        self.live = dict.fromkeys(parts, 0)
+        self.peak = dict(self.live)
+        self.operations = 0
+        self.timeline: list[tuple[int, int]] = []
+        self._fake = fake
+        self._total = self._highest = 0
+        self._part_of: dict[int, str] = {}
+        self._references: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return cast(FakeTensor, args[0]).fake_device  # asked for so often that it takes time
+        kwargs = kwargs or {}
+        if any(isinstance(arg, Tensor) for arg in tree_leaves((args, kwargs))):
+            out = func(*args, **kwargs)
+        else:
+            with self._fake:  # torch.zeros(…) and the like: no memory is taken
+                out = func(*args, **kwargs)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.add(tensor)
+        if count := flop_registry.get(getattr(func, "_overloadpacket", None)):
+            self.operations += count(*args, **kwargs, out_val=out)
+        self.timeline.append((self.operations, self._total))
+        return out
+
+    def add(self, tensor: Tensor) -> None:
+        """Count the storage of ``tensor``, unless it is counted already."""
+        storage = tensor.untyped_storage()
+        address, size = storage._cdata, storage.nbytes()
+        if address in self._part_of:
+            return
+
+        def end(_: object) -> None:
+            del self._references[address]
+            self.live[self._part_of.pop(address)] -= size
+            self._total -= size
+
+        self._references[address] = weakref.ref(storage, end)
+        self._part_of[address] = self.part
+        self.live[self.part] += size
+        self._total += size
+        if self._total > self._highest:
+            self._highest, self.peak = self._total, dict(self.live)
+
+    def move(self, tensor: Tensor, part: str) -> None:
+        """Let the storage of ``tensor`` belong to another part from now on."""
+        self.add(tensor)
+        address, size = tensor.untyped_storage()._cdata, nbytes(tensor)
+        self.live[self._part_of[address]] -= size
+        self.live[part] += size
+        self._part_of[address] = part
+
+
+# What CUDA's autocast runs in float32, and the CPU's, under which the shape-only tensors run, not.
+_FLOAT32_ON_CUDA = ("layer_norm", "group_norm")
+
+
+@contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    """Let shape-only tensors, which are on the CPU, be treated as the kernels of a GPU would.
+
+    The functions are replaced for the moment, because a TorchFunctionMode is out of force inside
+    of ``backward``, where blocks are run again. Tensors with data, of other threads, go their way.
+    """
+    attend = F.scaled_dot_product_attention
+
+    def fused(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        if isinstance(q, FakeTensor):
+            # With either, the CPU has no fused kernel and keeps the N x N weights. Any fused
+            # kernel stands for all of them: each keeps its output and one number per query.
+            dropout_p = 0.0
+            attn_mask = None if attn_mask is None else attn_mask.detach()
+        return attend(q, k, v, attn_mask, dropout_p, *args, **kwargs)
+
+    def in_float32(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            if isinstance(args[0], FakeTensor) and torch.is_autocast_enabled("cpu"):
+                args, kwargs = tree_map_only(FakeTensor, Tensor.float, (args, kwargs))
+            return original(*args, **kwargs)
+
+        return run
+
+    norms = {name: getattr(F, name) for name in _FLOAT32_ON_CUDA}
+    replaced = {name: in_float32(norm) for name, norm in norms.items()}
+    for name, function in {**replaced, "scaled_dot_product_attention": fused}.items():
+        setattr(F, name, function)
+    try:
+        yield
+    finally:
+        for name, function in {**norms, "scaled_dot_product_attention": attend}.items():
+            setattr(F, name, function)
+
+
+def _stages(model: nn.Module) -> dict[nn.Module, str]:
+    """The stage that each block belongs to.
+
+    Stages are the children of the innermost module that holds all blocks, or that module itself
+    where its children are the blocks.
+    """
+    blocks = {
+        name: block for name, block in model.named_modules() if isinstance(block, MemoryManaged)
+    }
+    paths = [name.split(".") for name in blocks]
+    levels = zip(*paths, strict=False)
+    depth = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+    holders = [tuple(path[depth : depth + 1]) if path[depth + 1 :] else () for path in paths]
+    numbers = {holder: index for index, holder in enumerate(dict.fromkeys(holders), start=1)}
+    return {
+        block: f"stage {numbers[holder]}"
+        for block, holder in zip(blocks.values(), holders, strict=True)
+    }
+
+
+class Simulation:
+    """Training steps of a shape-only copy of a model: forward, backward and AdamW.
+
+    Arguments as for :func:`backbones.fit_memory`; ``device_type`` is where training would run.
+
+    Raises:
+        ValueError: no block in the model whose memory can be managed.
+
+    Attributes:
+        blocks: how many blocks have a memory policy.
+        saving_policy: ``"reversible"`` where the model has reversible blocks.
+        autocast: the dtype of autocast in the forward pass, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: Tensor | Sequence[Tensor],
+        device_type: str,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        # On the CPU, whose autocast and whose kernels they then take, and with no data there.
+        # Tensors on the meta device know no autocast.
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+        def shape_of(tensor: Tensor) -> Tensor:
+            how: dict[str, Any] = {"dtype": tensor.dtype, "device": "cpu"}
+            with self._fake:
+                return torch.empty_strided(tensor.size(), tensor.stride(), **how)
+
+        # A copy that finds a shape-only twin of every tensor in its memory never copies data.
+        twins: dict[int, Any] = {}
+        for param in model.parameters():
+            twins[id(param)] = nn.Parameter(shape_of(param), requires_grad=param.requires_grad)
+        for buffer in model.buffers():
+            twins[id(buffer)] = shape_of(buffer)
+        self.model = copy.deepcopy(model, twins).train()
+        inputs = [example_input] if isinstance(example_input, Tensor) else example_input
+        self.inputs = [shape_of(x) for x in inputs]
+        self._on_cpu = device_type == "cpu"
+        self.autocast = autocast
+        self._stage_of = _stages(self.model)
+        self.blocks = len(self._stage_of)
+        invertible = any(isinstance(b, MemoryManaged) and b.invertible for b in self._stage_of)
+        self.saving_policy: MemoryPolicy = "reversible" if invertible else "checkpoint"
+        set_memory(self.model, self.saving_policy)  # says what is wrong, if there are no blocks
+        self._forward_parts = ["stem", *dict.fromkeys(self._stage_of.values()), "head"]
+        self._known: dict[tuple[MemoryPolicy, int], StepMemory] = {}
+        trained = [param for param in self.model.parameters() if param.requires_grad]
+        # The multi-tensor kernels, which AdamW takes on a GPU, need another copy of the parameters.
+        self.optimizer = torch.optim.AdamW(trained, foreach=not self._on_cpu)
+        with self._fake:
+            for param in trained:
+                param.grad = torch.empty_like(param)
+        self.optimizer.step()  # makes its state
+        # The same after every backward pass.
+        self._update = self._counter = self._new_counter()
+        for param in trained:
+            self._count_gradient(param)
+            # Any, because the method has no types.
+            cast(Any, param).register_post_accumulate_grad_hook(self._count_gradient)
+        self._update.part = "working set"
+        with self._update:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _new_counter(self) -> _Counter:
+        """A counter of what is there before the forward pass."""
+        there: dict[str, list[Any]] = {
+            "parameters": [*self.model.parameters(), *self.model.buffers()],
+            "gradients": [],
+            "optimizer state": tree_leaves(list(self.optimizer.state.values())),
+            "input": self.inputs,
+        }
+        counter = _Counter([*there, *self._forward_parts, "working set"], self._fake)
+        for counter.part, tensors in there.items():
+            for tensor in tensors:
+                counter.add(tensor)
+        return counter
+
+    def _count_gradient(self, param: Tensor) -> None:
+        if param.grad is not None:
+            self._counter.move(param.grad, "gradients")
+
+    def step(self, policy: MemoryPolicy, stored_blocks: int = 0) -> StepMemory:
+        """One training step under a policy; see :func:`backbones.set_memory`."""
+        if stored_blocks == self.blocks:
+            policy, stored_blocks = "store", 0
+        key = policy, stored_blocks
+        if key not in self._known:
+            set_memory(self.model, policy, stored_blocks)
+            self._known[key] = self._step()
+        return self._known[key]
+
+    def _step(self) -> StepMemory:
+        counter = self._counter = self._new_counter()
+        with self._ambient(), counter, torch.enable_grad():
+            loss = self._forward(counter)
+            held = {part: counter.live[part] for part in self._forward_parts}
+            counter.part = "working set"
+            torch.autograd.backward(loss)
+        self.optimizer.zero_grad()
+        update = [(counter.operations, size) for _, size in self._update.timeline]
+        peak = max(counter.peak, self._update.peak, key=lambda parts: sum(parts.values()))
+        return StepMemory(peak, held, counter.operations, counter.timeline + update)
+
+    def _ambient(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._on_cpu else _as_on_a_gpu()
+
+    def _forward(self, counter: _Counter) -> Tensor:
+        """The loss. What is made before the first block is the stem, after the last the head."""
+        counter.part = "stem"
+        *_, last = self._stage_of
+
+        def enter(module: nn.Module, _args: Any) -> None:
+            counter.part = self._stage_of.get(module, counter.part)
+
+        def leave(module: nn.Module, _args: Any, _output: Any) -> None:
+            if module is last:
+                counter.part = "head"
+
+        # Global ones, because a block that has hooks of its own keeps its outputs for them.
+        hooks = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave))
+        try:
+            with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
+                outputs = tree_leaves(self.model(*self.inputs))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        # Squares, so that the gradients of the outputs are dense, as a real loss makes them.
+        squares = [x.float().square().sum() for x in outputs if isinstance(x, Tensor)]
+        return torch.stack(squares).sum()

@@ -1,0 +1,339 @@
+"""Layers that every model of the package is built from.
+
+Tokens travel as a grid, (B, T, H, W, C), row-major in time, height and width. Images have T = 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from backbones.engine.policies import MemoryManaged
+from backbones.engine.reversible import add_branch, drop_path_mask
+from backbones.models.attention import GridAttention
+from backbones.models.windows import from_windows, to_windows
+
+__all__ = [
+    "MLP",
+    "NORM_EPS",
+    "Attention",
+    "AttentionBranch",
+    "ConvEmbed",
+    "MLPBranch",
+    "PatchEmbed",
+    "PositionEmbedding",
+    "ResidualBlock",
+    "SpaceTimePositionEmbedding",
+    "drop_path_rates",
+    "init_weights",
+]
+
+# The released models use 1e-6 where torch defaults to 1e-5.
+NORM_EPS = 1e-6
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into patches and project each to one token.
+
+    Args:
+        patch_size: side of a square patch in pixels.
+        in_chans: channels of the image.
+        embed_dim: channels of a token.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.in_chans = in_chans
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, 1, ceil(H / patch), ceil(W / patch), embed_dim).
+
+        An image whose sides are no multiple of the patch is padded with zeros on the right and at
+        the bottom.
+
+        Raises:
+            ValueError: ``x`` is no batch of images with ``in_chans`` channels.
+        """
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(
+                f"expected images of shape (B, {self.in_chans}, H, W), got {tuple(x.shape)}"
+            )
+        height, width = x.shape[-2:]
+        pad_h, pad_w = -height % self.patch_size, -width % self.patch_size
+        if pad_h or pad_w:
+            x = F.pad(x, (0, pad_w, 0, pad_h))
+        tokens: Tensor = self.proj(x)
+        return tokens.permute(0, 2, 3, 1).unsqueeze(1)
+
+
+class ConvEmbed(nn.Module):
+    """Project overlapping patches of an image, or of a clip, to one token each.
+
+    The stem of MViT (arXiv 2104.11227, section 3.2): patches of 7 pixels every 4, and in clips of 3
+    frames every 2.
+
+    Args:
+        in_chans: channels of the input.
+        embed_dim: channels of a token.
+        clips: whether the input has a time axis.
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int, clips: bool = False) -> None:
+        super().__init__()
+        self.in_chans = in_chans
+        self.clips = clips
+        self.proj: nn.Conv2d | nn.Conv3d
+        if clips:
+            self.proj = nn.Conv3d(in_chans, embed_dim, (3, 7, 7), (2, 4, 4), (1, 3, 3))
+        else:
+            self.proj = nn.Conv2d(in_chans, embed_dim, 7, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """To tokens on a grid whose sides are rounded up, (B, T', H', W', embed_dim).
+
+        Images (B, in_chans, H, W) give (1, ceil(H / 4), ceil(W / 4)), clips (B, in_chans, T, H, W)
+        give (ceil(T / 2), ceil(H / 4), ceil(W / 4)).
+
+        Raises:
+            ValueError: ``x`` is no batch of images, or of clips, with ``in_chans`` channels.
+        """
+        if x.ndim != (5 if self.clips else 4) or x.shape[1] != self.in_chans:
+            what, axes = ("clips", "T, H, W") if self.clips else ("images", "H, W")
+            raise ValueError(
+                f"expected {what} of shape (B, {self.in_chans}, {axes}), got {tuple(x.shape)}"
+            )
+        tokens: Tensor = self.proj(x)
+        return (tokens if self.clips else tokens.unsqueeze(2)).permute(0, 2, 3, 4, 1)
+
+
+class PositionEmbedding(nn.Module):
+    """One learned vector for each cell of the token grid.
+
+    Args:
+        grid: (H, W) of the grid that the embedding is made for, in tokens.
+        embed_dim: channels of a token.
+    """
+
+    def __init__(self, grid: tuple[int, int], embed_dim: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.weight = nn.Parameter(torch.zeros(1, grid[0] * grid[1], embed_dim))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the embedding to (B, T, H, W, C), resized bicubically where the grid differs."""
+        height, width = x.shape[2:4]
+        weight = self.weight.view(1, *self.grid, -1)
+        if (height, width) != self.grid:
+            weight = F.interpolate(
+                weight.permute(0, 3, 1, 2), size=(height, width), mode="bicubic"
+            ).permute(0, 2, 3, 1)
+        return x + weight.unsqueeze(1)
+
+
+class SpaceTimePositionEmbedding(nn.Module):
+    """The sum of one learned vector for each place of the grid and one for each point in time.
+
+    Separable, as in MViT (arXiv 2104.11227): H W + T vectors instead of T H W.
+
+    Args:
+        grid: (T, H, W) of the grid that the embedding is made for, in tokens.
+        embed_dim: channels of a token.
+    """
+
+    def __init__(self, grid: tuple[int, int, int], embed_dim: int) -> None:
+        super().__init__()
+        self.spatial = PositionEmbedding(grid[1:], embed_dim)
+        self.temporal = nn.Parameter(torch.zeros(1, grid[0], embed_dim))
+        nn.init.trunc_normal_(self.temporal, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the embedding to (B, T, H, W, C), resized where the grid differs.
+
+        Bicubically in space, linearly in time.
+        """
+        temporal: Tensor = self.temporal
+        if x.shape[1] != temporal.shape[1]:
+            temporal = F.interpolate(
+                temporal.transpose(1, 2), size=x.shape[1], mode="linear"
+            ).transpose(1, 2)
+        return cast(Tensor, self.spatial(x)) + temporal[:, :, None, None]
+
+
+class Attention(GridAttention):
+    """Multi-head self-attention over the grid, or within windows of it.
+
+    Args:
+        dim: channels of a token.
+        num_heads: heads; divides ``dim``.
+        qkv_bias: whether the projections to q, k and v have a bias.
+        attn_drop: dropout on the attention weights.
+        proj_drop: dropout on the output.
+        window_size: side of the windows in tokens; 0 for attention over the whole grid.
+        rel_pos_sides: (T, H, W) that tables of relative positions are made for, of a window where
+            there are windows, T = 0 for images; None for no relative positions.
+
+    Raises:
+        ValueError: ``dim`` is no multiple of ``num_heads``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        window_size: int = 0,
+        rel_pos_sides: tuple[int, int, int] | None = None,
+    ) -> None:
+        if dim % num_heads:
+            raise ValueError(f"embed_dim {dim} is not divisible by num_heads {num_heads}")
+        super().__init__(dim // num_heads, attn_drop, rel_pos_sides)
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, …, C) -> (B, …, C); every dimension between is one of the token grid.
+
+        Windows and relative positions need all of it, (B, T, H, W, C).
+        """
+        if not self.window_size:
+            return self._attend_to_all(x)
+        windows = self._attend_to_all(to_windows(x, self.window_size))
+        return from_windows(windows, *x.shape[2:4])
+
+    def _attend_to_all(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).view(*x.shape[:-1], 3, self.num_heads, self.head_dim)
+        # Each (B, heads, …, head_dim).
+        q, k, v = (part.movedim(-2, 1) for part in qkv.unbind(-3))
+        out = self.attend(q, k, v).transpose(1, 2).reshape(x.shape)
+        return cast(Tensor, self.proj_drop(self.proj(out)))
+
+
+class LayerNorm(nn.LayerNorm):
+    """The layer norm that a branch starts with, in the dtype that autocast wants behind it.
+
+    Autocast computes it in float32, and the linear layer behind makes a copy in half precision.
+    Made here, the copy is all that outlives this call; there, both would be alive as long as the
+    branch runs.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, dim) -> (…, dim)."""
+        x = super().forward(x)
+        device = x.device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return x
+        # Autocast leaves double precision alone.
+        return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU (the exact one, with erf) between them."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, dim) -> (…, dim)."""
+        x = self.drop1(self.act(self.fc1(x)))
+        return cast(Tensor, self.drop2(self.fc2(x)))
+
+
+class AttentionBranch(nn.Module):
+    """F of the paper: layer norm, then attention. Holds no residual connection.
+
+    Arguments as for :class:`Attention`, of which ``dim`` is the first.
+    """
+
+    attention: ClassVar[type[GridAttention]] = Attention
+
+    def __init__(self, dim: int, *args: Any, **options: Any) -> None:
+        super().__init__()
+        self.norm = LayerNorm(dim)
+        self.attn = self.attention(dim, *args, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, …, C) -> (B, …, C)."""
+        return cast(Tensor, self.attn(self.norm(x)))
+
+
+class MLPBranch(nn.Module):
+    """G of the paper: layer norm, then MLP. Holds no residual connection."""
+
+    def __init__(self, dim: int, mlp_ratio: float = 4.0, drop: float = 0.0) -> None:
+        super().__init__()
+        self.norm = LayerNorm(dim)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, …, C) -> (B, …, C)."""
+        return cast(Tensor, self.mlp(self.norm(x)))
+
+
+class ResidualBlock(MemoryManaged):
+    """The ordinary transformer block of one stream, ``x += m f(x); x += m g(x)``.
+
+    The non-reversible twin of :class:`ReversibleBlock`: same branches, and one drop-path mask
+    ``m`` for both, so that a comparison of the two isolates the coupling.
+    """
+
+    def __init__(self, f: nn.Module, g: nn.Module, drop_path: float = 0.0) -> None:
+        super().__init__()
+        if not 0.0 <= drop_path < 1.0:
+            raise ValueError(f"drop_path must be in [0, 1), got {drop_path}")
+        self.f = f
+        self.g = g
+        self.drop_path = float(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, …) -> (B, …)."""
+        mask = drop_path_mask(x, self.drop_path, self.training)
+        if self.memory_policy == "checkpoint" and torch.is_grad_enabled():
+            return checkpoint(self._add_branches, x, mask, use_reentrant=False)
+        return self._add_branches(x, mask)
+
+    def _add_branches(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = add_branch(x, self.f(x), mask)
+        return add_branch(x, self.g(x), mask)
+
+    def extra_repr(self) -> str:
+        return f"drop_path={self.drop_path}, memory_policy={self.memory_policy!r}"
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise one layer as the original implementation does. For ``Module.apply``.
+
+    Truncated normal of deviation 0.02 for weights; 0.02, not 0, for the biases of linear layers
+    and norms; a convolution's bias stays at torch's default (SlowFast, ``MViT._init_weights``).
+    """
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.constant_(module.bias, 0.02)
+    if isinstance(module, nn.LayerNorm):
+        nn.init.constant_(module.bias, 0.02)
+        nn.init.constant_(module.weight, 1.0)
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """One rate for each of ``depth`` blocks, rising linearly from 0 to ``rate``."""
+    return [rate * index / max(depth - 1, 1) for index in range(depth)]

@@ -1,0 +1,244 @@
+"""Rev-MViT (arXiv 2302.04869, section 3.3) and its non-reversible twin, for images and clips.
+
+A multiscale vision transformer (MViT, Fan et al., ICCV 2021, arXiv 2104.11227) starts with many
+narrow tokens; each stage transition halves the sides of the grid and doubles the channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from typing import cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from backbones.engine.reversible import ReversibleBlock, ReversibleSequence
+from backbones.models.layers import (
+    ConvEmbed,
+    MLPBranch,
+    PositionEmbedding,
+    ResidualBlock,
+    SpaceTimePositionEmbedding,
+    drop_path_rates,
+)
+from backbones.models.pooled_attention import Fusion, PooledAttentionBranch, StageTransition, Triple
+from backbones.models.trunk import Trunk
+
+__all__ = ["MViT", "RevMViT"]
+
+# Strides of the stem in time and in space.
+_STEM_STRIDE = (2, 4)
+
+# The two branches of a block and its drop-path rate.
+_Block = tuple[PooledAttentionBranch, MLPBranch, float]
+
+
+class Stage(nn.Module):
+    """A transition, except in the first stage, and the blocks behind it on one grid.
+
+    Args:
+        transition: what brings the tokens of the stage before to this one.
+        blocks: a :class:`ReversibleSequence` for two streams, any other module for one.
+    """
+
+    def __init__(self, transition: StageTransition | None, blocks: nn.Module) -> None:
+        super().__init__()
+        self.transition = transition
+        self.blocks = blocks
+
+    def forward(self, *streams: Tensor) -> tuple[Tensor, ...]:
+        """One stream or two, (B, T, H, W, C) each, to as many as the blocks have.
+
+        Two streams start as two copies of one.
+        """
+        if self.transition is None:
+            (x,) = streams
+        else:
+            x = self.transition(*streams)
+        if isinstance(self.blocks, ReversibleSequence):
+            return cast(tuple[Tensor, Tensor], self.blocks(x, x))
+        return (cast(Tensor, self.blocks(x)),)
+
+
+class MViT(Trunk):
+    """Multiscale vision transformer without a class token: stem, stages, norm, mean, head.
+
+    The twin of :class:`RevMViT`: one stream where that has two, as wide as one of the two
+    (``embed_dim``, doubled by each transition), so that every block inside a stage has the same
+    branches in both. Its transitions map ``C`` channels to ``2 C`` inside their attention, with a
+    linear layer on the residual path, as the reversible ones with ``fusion="avg"`` do; so the two
+    differ in the coupling, and in the final norm and the head, which see ``C`` instead of ``2 C``.
+
+    At the default size this is MViT-B (96 channels and one head, both doubled at blocks 1, 3 and
+    14 of 16), with the details of Rev-MViT: no class token, channels grow in the attention instead
+    of in the MLP before, convolution instead of max pooling on the residual path. Hence released
+    weights of MViT-B do not fit.
+
+    Args:
+        img_size: (H, W) or a side, in pixels, that the position embedding is made for. Any other
+            size works at run time; the embedding is resized.
+        num_frames: None for images; for clips, the length that the position embedding is made
+            for. Any other length works at run time.
+        in_chans: channels of the input.
+        num_classes: outputs of the head; 0 for pooled features.
+        embed_dim: channels of a token, of one stream, in the first stage.
+        depth: number of blocks, transitions included.
+        num_heads: attention heads in the first stage; divides ``embed_dim``.
+        transitions: the indices of the blocks that open a new stage, from 1 on, rising.
+        kv_stride: spatial stride of keys and values in the first stage. Each transition halves
+            it along with the grid, so the number of keys stays the same until it is down to 1.
+        mlp_ratio: hidden width of the MLP over that of the tokens.
+        qkv_bias: whether q, k and v have a bias.
+        use_rel_pos: decomposed relative positions in every block, in space and for clips in time
+            (MViTv2, arXiv 2112.01526; see :mod:`backbones.models.attention`), all zeros at first.
+        residual_pooling: whether the queries are added to the output of the attention (MViTv2).
+        fusion: how a transition of :class:`RevMViT` makes one stream out of two: ``"avg"``,
+            ``"concat"``, or ``"concat_linear_2"``, which is what None stands for.
+        drop_rate: dropout before the head.
+        pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout after the position embedding, in
+            the branches, and on the attention weights.
+        drop_path_rate: stochastic depth of the last block; rises linearly from 0 at the first.
+
+    Attributes:
+        num_features: channels of the tokens after the final norm.
+        feature_info: for each map of :meth:`feature_maps` its channels (``num_chs``) and its
+            stride in pixels (``reduction``), as in timm. The stride in time is 2 throughout.
+
+    Raises:
+        ValueError: ``transitions`` that do not rise within 1 … ``depth - 1``; ``embed_dim`` no
+            multiple of ``num_heads``; ``fusion`` for a model of one stream, or an unknown one.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        num_frames: int | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 96,
+        depth: int = 16,
+        num_heads: int = 1,
+        transitions: Sequence[int] = (1, 3, 14),
+        kv_stride: int = 4,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        use_rel_pos: bool = False,
+        residual_pooling: bool = False,
+        fusion: Fusion | None = None,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__(num_classes, clips=num_frames is not None)
+        bounds = [0, *transitions, depth]
+        if any(first >= following for first, following in pairwise(bounds)):
+            raise ValueError(
+                f"transitions must rise within 1 … depth - 1, got {tuple(transitions)} "
+                f"for depth {depth}"
+            )
+        fusion = self._choose_fusion(fusion)
+        grid = _stem_grid(img_size, num_frames)
+        self.patch_embed = ConvEmbed(in_chans, embed_dim, self.clips)
+        self.pos_embed: nn.Module = (
+            SpaceTimePositionEmbedding(grid, embed_dim)
+            if self.clips
+            else PositionEmbedding(grid[1:], embed_dim)
+        )
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+
+        rates = drop_path_rates(drop_path_rate, depth)
+        stages: list[Stage] = []
+        feature_info: list[dict[str, int]] = []
+        rel_pos_grid = grid if use_rel_pos else None
+        for index, (first, following) in enumerate(pairwise(bounds)):
+            dim = embed_dim * 2**index
+            stride = max(kv_stride // 2**index, 1)
+            attention = partial(
+                PooledAttentionBranch,
+                num_heads=num_heads * 2**index,
+                kernel=(3 if self.clips else 1, 3, 3),
+                kv_stride=(1, stride, stride),
+                qkv_bias=qkv_bias,
+                residual_pooling=residual_pooling,
+                attn_drop=attn_drop_rate,
+                proj_drop=proj_drop_rate,
+            )
+            mlp = partial(MLPBranch, dim, mlp_ratio, proj_drop_rate)
+            transition = None
+            if index > 0:
+                # Side by side, two streams are as wide as one stream of this stage.
+                dim_in = dim if fusion in ("concat", "concat_linear_2") else dim // 2
+                f = attention(dim_in, dim, q_stride=(1, 2, 2), rel_pos_grid=rel_pos_grid)
+                transition = StageTransition(f, mlp(), fusion, rates[first])
+                first += 1
+                grid = (grid[0], -(-grid[1] // 2), -(-grid[2] // 2))
+                rel_pos_grid = grid if use_rel_pos else None
+            blocks = [
+                (attention(dim, dim, rel_pos_grid=rel_pos_grid), mlp(), rate)
+                for rate in rates[first:following]
+            ]
+            stages.append(Stage(transition, self._stack(blocks)))
+            feature_info.append(
+                {"num_chs": self._num_features(dim), "reduction": _STEM_STRIDE[1] * 2**index}
+            )
+        self.stages = nn.ModuleList(stages)
+        self._finish(feature_info, drop_rate)
+
+    def _choose_fusion(self, fusion: Fusion | None) -> Fusion | None:
+        if fusion is not None:
+            raise ValueError(f"MViT has one stream and nothing to fuse, got fusion {fusion!r}")
+        return None
+
+    def _stack(self, blocks: list[_Block]) -> nn.Module:
+        return nn.Sequential(*(ResidualBlock(*block) for block in blocks))
+
+    def _num_features(self, dim: int) -> int:
+        return dim
+
+    def _forward_grids(self, x: Tensor, every_stage: bool) -> list[Tensor]:
+        streams: tuple[Tensor, ...] = (self.pos_drop(self.pos_embed(self.patch_embed(x))),)
+        grids: list[Tensor] = []
+        for index, stage in enumerate(self.stages):
+            streams = stage(*streams)
+            last = index == len(self.stages) - 1
+            if last or every_stage:
+                grid = streams[0] if len(streams) == 1 else torch.cat(streams, dim=-1)
+                grids.append(self.norm(grid) if last else grid)
+        return grids
+
+
+class RevMViT(MViT):
+    """Reversible multiscale vision transformer: two streams, rebuilt backwards within each stage.
+
+    Arguments as for :class:`MViT`. Each stage starts with two copies of one stream and ends with
+    two, of ``embed_dim`` channels in the first stage and twice as many after each transition, so
+    ``num_features`` is twice the width of the last stage. Transitions cannot be inverted: they are
+    checkpointed under the ``"reversible"`` memory policy, which a new model has;
+    :func:`backbones.set_memory` changes it, and counts transitions as blocks.
+
+    The defaults are the released model for images. The one for clips of 16 frames has
+    ``num_frames=16, num_classes=400, kv_stride=8, qkv_bias=False, fusion="avg"``.
+    """
+
+    def _choose_fusion(self, fusion: Fusion | None) -> Fusion | None:
+        if fusion is not None and fusion not in get_args(Fusion):
+            known = ", ".join(repr(name) for name in get_args(Fusion))
+            raise ValueError(f"fusion {fusion!r} does not exist; choose one of {known}")
+        return fusion or "concat_linear_2"
+
+    def _stack(self, blocks: list[_Block]) -> nn.Module:
+        return ReversibleSequence(ReversibleBlock(*block) for block in blocks)
+
+    def _num_features(self, dim: int) -> int:
+        return 2 * dim
+
+
+def _stem_grid(img_size: int | tuple[int, int], num_frames: int | None) -> Triple:
+    """(T, H, W) of the tokens, rounded up as by the stem; T = 0 for images."""
+    stride_t, stride = _STEM_STRIDE
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    return -(-(num_frames or 0) // stride_t), -(-height // stride), -(-width // stride)

@@ -1,0 +1,98 @@
+"""What every model of the package ends with, and what it can be asked for."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import cast
+
+from torch import Tensor, nn
+
+from backbones.engine.policies import blocks_of
+from backbones.models.layers import NORM_EPS, init_weights
+
+__all__ = ["Trunk", "layer_decay_factors"]
+
+
+class Trunk(nn.Module):
+    """A stem and blocks, which subclasses make; then norm, mean over all tokens, and head.
+
+    Attributes:
+        num_classes: outputs of the head; 0 for pooled features.
+        clips: whether the input has a time axis.
+        feature_info: for each map of :meth:`feature_maps` its channels (``num_chs``) and its
+            stride in pixels (``reduction``), finest first, as in timm.
+        num_features: channels of the tokens after the final norm.
+    """
+
+    def __init__(self, num_classes: int, clips: bool) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.clips = clips
+
+    def _finish(self, feature_info: list[dict[str, int]], drop_rate: float) -> None:
+        """Make norm and head behind what is there, and initialise all of it."""
+        self.feature_info = feature_info
+        self.num_features = feature_info[-1]["num_chs"]
+        self.norm = nn.LayerNorm(self.num_features, eps=NORM_EPS)
+        self.head_drop = nn.Dropout(drop_rate)
+        classes = self.num_classes
+        self.head = nn.Linear(self.num_features, classes) if classes else nn.Identity()
+        self.apply(init_weights)
+
+    @abstractmethod
+    def _forward_grids(self, x: Tensor, every_stage: bool) -> list[Tensor]:
+        """Images or clips -> grids (B, T, H, W, C), those of two streams side by side.
+
+        Of every stage, or of the last only, which goes through the final norm.
+        """
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W), or clips (B, in_chans, T, H, W) -> (B, N, num_features).
+
+        The tokens of the last stage after the final norm, row-major in time, height and width.
+        """
+        return self._forward_grids(x, every_stage=False)[0].flatten(1, 3)
+
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
+        """One map for each stage, finest first; the last one alone goes through the final norm.
+
+        Images (B, in_chans, H, W) give maps (B, C_i, H_i, W_i), with H_i and W_i the input's over
+        ``feature_info``'s ``reduction``, rounded up. Clips (B, in_chans, T, H, W) give
+        (B, C_i, T', H_i, W_i) with T' half of T, rounded up. Of a reversible model a map is its
+        two streams, one behind the other.
+        """
+        maps = [grid.permute(0, 4, 1, 2, 3) for grid in self._forward_grids(x, every_stage=True)]
+        return maps if self.clips else [stage_map.squeeze(2) for stage_map in maps]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W), or clips (B, in_chans, T, H, W) -> logits (B, num_classes).
+
+        Raw in eval mode too. With ``num_classes=0``: the mean of the tokens, (B, num_features).
+
+        Raises:
+            ValueError: ``x`` has another number of axes or of channels.
+        """
+        pooled = self.forward_features(x).mean(dim=1)
+        return cast(Tensor, self.head(self.head_drop(pooled)))
+
+
+def layer_decay_factors(trunk: nn.Module, decay: float) -> dict[str, float]:
+    """The factor of the learning rate of every parameter of a trunk, by name.
+
+    As in BEiT (arXiv 2106.08254) and ViTDet (arXiv 2203.16527): with ``n`` blocks, counted through
+    all stages and with their transitions, block ``i`` from 1 on has ``decay ** (n + 1 - i)``, the
+    patch and position embeddings ``decay ** (n + 1)``, what follows the blocks 1.
+
+    Raises:
+        ValueError: ``decay`` outside (0, 1].
+    """
+    if not 0 < decay <= 1:
+        raise ValueError(f"layer_decay must be in (0, 1], got {decay}")
+    blocks = [f"{name}." for name in blocks_of(trunk)]
+    depths = {start: len(blocks) - index for index, start in enumerate(blocks)}
+    depths |= dict.fromkeys(("patch_embed.", "pos_embed."), len(blocks) + 1)
+
+    def depth(name: str) -> int:
+        return next((depths[start] for start in depths if name.startswith(start)), 0)
+
+    return {name: float(decay ** depth(name)) for name, _ in trunk.named_parameters()}

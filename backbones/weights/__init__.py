@@ -1,0 +1,1 @@
+"""Weights in and out: opening checkpoints, foreign formats, loading, downloading."""

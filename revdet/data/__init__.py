@@ -1,0 +1,1 @@
+"""Datasets in COCO format: normalised once, then only read."""

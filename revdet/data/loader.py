@@ -1,0 +1,183 @@
+"""A training loader whose order and augmentations are a function of the seed and the iteration.
+
+Detectron2's own starts its sampler over and draws other augmentations after a resume.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from detectron2.data import DatasetFromList, DatasetMapper
+from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from backbones.common.errors import UserError
+from backbones.common.seeds import seed_of
+
+
+class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Endless batches of ``(index, position)``, the same whenever they are asked for again.
+
+    Every epoch is a permutation of the dataset, of which each process takes every
+    ``world_size``-th sample. Images of one group are put into one iteration, so that little is
+    padded. Which these are does not depend on ``accumulate``.
+
+    Args:
+        groups: the group of each image, for example whether it is wider than high.
+        batch_size: images in a batch of one process.
+        seed: of the permutations.
+        rank, world_size: this process, and the number of processes.
+        accumulate: batches of one process in an iteration.
+
+    Attributes:
+        start_step: how many iterations to pass over: the one at which training resumes.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[int],
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+    ) -> None:
+        self.groups = list(groups)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.accumulate = accumulate
+        self.start_step = 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in itertools.islice(self._steps(), self.start_step, None):
+            for first in range(0, len(step), self.batch_size):
+                yield step[first : first + self.batch_size]
+
+    def _samples(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        position = 0
+        while True:
+            for index in torch.randperm(len(self.groups), generator=generator).tolist():
+                if position % self.world_size == self.rank:
+                    yield index, position
+                position += 1
+
+    def _steps(self) -> Iterator[list[tuple[int, int]]]:
+        """All samples of this process in each iteration."""
+        waiting: dict[int, list[tuple[int, int]]] = {group: [] for group in set(self.groups)}
+        for index, position in self._samples():
+            step = waiting[self.groups[index]]
+            step.append((index, position))
+            if len(step) == self.batch_size * self.accumulate:
+                yield step
+                waiting[self.groups[index]] = []
+
+
+class TrainMapper(DatasetMapper):
+    """Detectron2's ``DatasetMapper``, also for images on which no object is left.
+
+    Args as for ``DatasetMapper``. Recipes use ``instance_mask_format="bitmask"``, which takes
+    polygons and RLE alike.
+    """
+
+    def _transform_annotations(
+        self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]
+    ) -> None:
+        if any(not annotation.get("iscrowd", 0) for annotation in dataset_dict["annotations"]):
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+            return
+        dataset_dict.pop("annotations")
+        nothing = Instances(image_shape)
+        nothing.gt_boxes = Boxes(torch.zeros(0, 4))
+        nothing.gt_classes = torch.zeros(0, dtype=torch.int64)
+        nothing.gt_masks = BitMasks(torch.zeros(0, *image_shape, dtype=torch.bool))
+        dataset_dict["instances"] = nothing
+
+
+class SeededDataset(Dataset[Any]):
+    """Map dataset records, each under a seed of its own.
+
+    Args:
+        records: Detectron2's dataset dictionaries.
+        mapper: makes a model input of one record; may draw from the global generators.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[dict[str, Any]],
+        mapper: Callable[[dict[str, Any]], Any],
+        seed: int,
+    ) -> None:
+        # Serialised into one array, which worker processes share instead of copying.
+        self.records = DatasetFromList(list(records), copy=False)
+        self.mapper = mapper
+        self.seed = seed
+
+    def __getitem__(self, sample: tuple[int, int]) -> Any:
+        index, position = sample
+        seed_all_rng(seed_of(self.seed, position))
+        record = self.records[index]
+        try:
+            return self.mapper(record)
+        except (OSError, SizeMismatchError) as error:
+            raise UserError(
+                f"image {record['file_name']} cannot be used ({error}): replace it, or set "
+                "dataset.skip_broken=true train.check_data=true"
+            ) from error
+
+
+def build_train_loader(
+    dataset: Sequence[dict[str, Any]],
+    mapper: Callable[[dict[str, Any]], Any],
+    total_batch_size: int,
+    num_workers: int = 4,
+    seed: int = 0,
+    accumulate: int = 1,
+) -> DataLoader[Any]:
+    """The training loader of a recipe. Endless; one batch is a list of mapped records.
+
+    A batch has ``total_batch_size / (accumulate * processes)`` images.
+
+    Args:
+        dataset: records from ``get_detection_dataset_dicts``.
+        mapper: Detectron2's ``DatasetMapper`` or one like it.
+        total_batch_size: images per iteration, over all processes and accumulated batches.
+        num_workers: loader processes of each training process; does not change the data.
+        seed: of order and augmentation.
+        accumulate: batches per iteration of one process.
+
+    Raises:
+        UserError: ``total_batch_size`` is no multiple of the batches of all processes, or the
+            dataset is empty.
+    """
+    world_size = comm.get_world_size()
+    if total_batch_size <= 0 or total_batch_size % (world_size * accumulate):
+        raise UserError(
+            f"dataloader.train.total_batch_size={total_batch_size} is no positive multiple of "
+            f"{world_size * accumulate}: {world_size} processes × train.accumulate={accumulate}"
+        )
+    if not dataset:
+        raise UserError("the training dataset holds no image: check its annotations")
+    sampler = ResumableBatchSampler(
+        groups=[int(record["width"] > record["height"]) for record in dataset],
+        batch_size=total_batch_size // (world_size * accumulate),
+        seed=seed,
+        rank=comm.get_rank(),
+        world_size=world_size,
+        accumulate=accumulate,
+    )
+    return DataLoader(
+        SeededDataset(dataset, mapper, seed),
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=list,
+    )

@@ -1,0 +1,104 @@
+"""What a dataset holds, in numbers and as tables to print."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from revdet.data.annotations import BROKEN, NOTED, Findings
+
+CLASSES_LISTED = 100
+
+
+def summarize(
+    path: Path, content: dict[str, Any], cleaned: dict[str, Any], findings: Findings
+) -> dict[str, Any]:
+    """What ``results.json`` says about a dataset, and ``lines``, all that was found.
+
+    Args:
+        path: the annotation file.
+        content: what it holds.
+        cleaned: the same without what is broken.
+        findings: what is broken or worth a word.
+    """
+    images, annotations = cleaned["images"], cleaned["annotations"]
+    crowds = sum(1 for a in annotations if a["iscrowd"])
+    with_objects = {a["image_id"] for a in annotations if not a["iscrowd"]}
+    return {
+        "annotation_file": str(path),
+        "images": len(images),
+        "images_without_objects": len(images) - len(with_objects),
+        "objects": len(annotations) - crowds,
+        "crowd_regions": crowds,
+        "categories": len(cleaned["categories"]),
+        "median_image": [
+            round(statistics.median(image[side] for image in images)) if images else 0
+            for side in ("width", "height")
+        ],
+        "left_out_images": len(content["images"]) - len(images),
+        "left_out_annotations": len(content["annotations"]) - len(annotations),
+        "broken": findings.counts(BROKEN),
+        "noted": findings.counts(NOTED),
+        "lines": dict(findings.lines),
+    }
+
+
+def dataset_table(report: dict[str, dict[str, Any]]) -> str:
+    """One row for each dataset, from its summary."""
+    rows = [
+        {
+            "dataset": name,
+            "images": summary["images"],
+            "without objects": summary["images_without_objects"],
+            "objects": summary["objects"],
+            "crowd regions": summary["crowd_regions"],
+            "classes": summary["categories"],
+            "median image, px": "{} x {}".format(*summary["median_image"]),
+            "broken": sum(summary["broken"].values()),
+        }
+        for name, summary in report.items()
+    ]
+    return tabulate(rows, headers="keys", tablefmt="pipe") + "\n"
+
+
+def class_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Images, objects, sizes and the median box of each class, in the order of the ids."""
+    objects: dict[int, list[dict[str, Any]]] = {c["id"]: [] for c in content["categories"]}
+    for annotation in content["annotations"]:
+        if not annotation["iscrowd"]:
+            objects[annotation["category_id"]].append(annotation)
+    rows = []
+    for category in sorted(content["categories"], key=lambda category: category["id"]):
+        found = objects[category["id"]]
+        small = sum(1 for a in found if a["area"] < 32**2)
+        large = sum(1 for a in found if a["area"] > 96**2)
+        sides = [round(statistics.median(a["bbox"][i] for a in found)) for i in (2, 3) if found]
+        rows.append(
+            {
+                "id": category["id"],
+                "class": category["name"],
+                "objects": len(found),
+                "images": len({a["image_id"] for a in found}),
+                "small": small,
+                "medium": len(found) - small - large,
+                "large": large,
+                "median box, px": " x ".join(map(str, sides)) or "-",
+            }
+        )
+    return rows
+
+
+def class_table(classes: dict[str, list[dict[str, Any]]]) -> str:
+    """One row for each class: the first dataset's figures, then the objects of the others."""
+    (_, rows), *others = classes.items()
+    for name, theirs in others:
+        counts = {row["id"]: row["objects"] for row in theirs}
+        rows = [{**row, f"objects in {name}": counts.get(row["id"], 0)} for row in rows]
+    shown = sorted(rows, key=lambda row: -row["objects"])[:CLASSES_LISTED]
+    more = len(rows) - len(shown)
+    note = f"\n… and {more} rarer classes" if more else ""
+    table = tabulate(shown, headers="keys", tablefmt="pipe")
+    return f"{table}{note}\nsmall: below 32² px of area, large: above 96² px, as COCO has it"

@@ -1,0 +1,184 @@
+"""Pictures and videos in, drawn pictures and videos out."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from backbones.common.errors import UserError, error_line
+
+IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
+
+
+def find_inputs(arguments: Sequence[str]) -> list[Path]:
+    """The pictures and videos that are meant, in the order of the arguments, each once.
+
+    Args:
+        arguments: files of any name; folders, which are searched in depth for the suffixes of
+            pictures and videos; and patterns (``*``, ``?``, ``[…]``, ``**``) of such.
+
+    Raises:
+        UserError: an argument that names nothing.
+    """
+    found: dict[Path, None] = {}
+    for argument in arguments:
+        exists = Path(argument).exists()
+        matches = [argument] if exists else sorted(glob.glob(argument, recursive=True))
+        if not matches:
+            raise UserError(f"--input {argument}: no such file or folder, and nothing matches it")
+        files = [file for match in matches for file in _files_at(Path(match))]
+        if not files:
+            suffixes = " ".join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))
+            raise UserError(f"--input {argument}: holds no picture or video ({suffixes})")
+        found.update(dict.fromkeys(files))
+    return list(found)
+
+
+def _files_at(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    known = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+    return [f for f in sorted(path.rglob("*")) if f.suffix.lower() in known and f.is_file()]
+
+
+def is_video(path: Path) -> bool:
+    """Whether a file is taken for a video, by its name."""
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def header_size(path: Path) -> tuple[int, int]:
+    """Width and height that the header of a picture names, in pixels; (0, 0) if it has none."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception:  # PIL raises whatever a format's plugin raises; reading it will say so again
+        return 0, 0
+
+
+def import_av() -> Any:
+    """PyAV, which only videos need.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise UserError("videos need PyAV: pip install av (the extra 'detection')") from error
+    return av
+
+
+class UnreadableError(Exception):
+    """A file that is no video; the message does not repeat its path."""
+
+
+class VideoReader:
+    """The frames of a video, upright, for use in a ``with`` statement.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        time_base: of the frames' times, in seconds.
+        num_frames: their number according to the header; 0 if it does not say.
+        error: why decoding has stopped before the end; empty if it has not.
+
+    Raises:
+        UnreadableError: the file is no video.
+        UserError: PyAV is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._av = import_av()
+        try:
+            self._container = self._av.open(str(path))
+        except (OSError, ValueError) as error:  # PyAV's errors are both
+            raise UnreadableError(error_line(error)) from error
+        if not self._container.streams.video:
+            self._container.close()
+            raise UnreadableError("holds no video")
+        self._stream = self._container.streams.video[0]
+        self._stream.thread_type = "AUTO"
+        self.time_base: Fraction = self._stream.time_base
+        rate = self._stream.average_rate or Fraction(25)
+        self._step = max(1, round(1 / rate / self.time_base))
+        self.num_frames = self._stream.frames or self._frames_by_duration(rate)
+        self.error = ""
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
+        """Yield each frame as (H, W, 3) uint8 RGB, and its time in ``time_base``, which grows."""
+        last = -1
+        try:
+            for frame in self._container.decode(self._stream):
+                # Some files have no times, or such as go back; they shall still play in order.
+                later = frame.pts is not None and frame.pts > last
+                last = frame.pts if later else last + (self._step if last >= 0 else 1)
+                pixels = frame.to_ndarray(format="rgb24")
+                turns = round(frame.rotation / 90) % 4  # counterclockwise, as np.rot90 turns
+                yield np.ascontiguousarray(np.rot90(pixels, turns)), last
+        except (OSError, ValueError) as error:
+            self.error = error_line(error)
+
+    def _frames_by_duration(self, rate: Fraction) -> int:
+        if self._stream.duration is not None:
+            return round(self._stream.duration * self.time_base * rate)
+        return round((self._container.duration or 0) * rate / 1_000_000)
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._container.close()
+
+
+class VideoWriter:
+    """An H.264 video, for use in a ``with`` statement; the file is there whole or not at all.
+
+    Args:
+        path: the ``.mp4`` to write.
+        time_base: of the frames' times, in seconds.
+        size: width and height of the frames in pixels; an odd one loses its last row or column,
+            because H.264 halves the resolution of its colours.
+    """
+
+    def __init__(self, path: Path, time_base: Fraction, size: tuple[int, int]) -> None:
+        self._av = import_av()
+        self._path, self._partial = path, path.with_suffix(".partial.mp4")
+        self._width, self._height = (side // 2 * 2 for side in size)
+        self._container = self._av.open(str(self._partial), "w")
+        self._stream = self._container.add_stream("libx264", options={"crf": "20"})
+        self._stream.width, self._stream.height = self._width, self._height
+        self._stream.pix_fmt = "yuv420p"
+        self._stream.codec_context.time_base = time_base
+
+    def write(self, pixels: np.ndarray, time: int) -> None:
+        """Append a frame (H, W, 3), uint8 RGB, at a time that is later than the last one's."""
+        pixels = np.ascontiguousarray(pixels[: self._height, : self._width])
+        frame = self._av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        frame.pts, frame.time_base = time, self._stream.codec_context.time_base
+        self._container.mux(self._stream.encode(frame))
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._container.mux(self._stream.encode(None))
+        self._container.close()
+        if kind is None:
+            self._partial.replace(self._path)
+        else:
+            self._partial.unlink(missing_ok=True)

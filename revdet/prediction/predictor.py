@@ -1,0 +1,138 @@
+"""A trained detector as a function of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import detectron2.data.transforms as T
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from detectron2.structures import Instances
+from omegaconf import DictConfig
+from torch.utils.data import Dataset
+
+from backbones.common.errors import UserError, error_line
+from backbones.common.images import read_image
+from revdet.training.build import build_model
+from revdet.training.checkpoint import Checkpointer
+
+
+@dataclass
+class Frame:
+    """A picture, or a frame of a video.
+
+    Attributes:
+        index: its number among the inputs, or its time in the video.
+        pixels: (H, W, 3) uint8, RGB.
+        model_input: what Detectron2's models take: ``image`` (3, H', W') after the recipe's test
+            augmentations, ``height`` and ``width`` of ``pixels``.
+    """
+
+    index: int
+    pixels: np.ndarray
+    model_input: dict[str, Any]
+
+
+class Preparation:
+    """What a recipe does to a picture before its model, in evaluation.
+
+    Args:
+        mapper: the config of ``dataloader.test.mapper``.
+    """
+
+    def __init__(self, mapper: DictConfig) -> None:
+        self.augmentations = T.AugmentationList(instantiate(mapper.augmentations))
+        self.is_bgr = mapper.image_format == "BGR"
+
+    def __call__(self, index: int, pixels: np.ndarray) -> Frame:
+        """Prepare ``pixels`` (H, W, 3), uint8 RGB."""
+        given = T.AugInput(pixels[:, :, ::-1] if self.is_bgr else pixels)
+        self.augmentations(given)
+        image = torch.as_tensor(np.ascontiguousarray(given.image.transpose(2, 0, 1)))
+        height, width = pixels.shape[:2]
+        return Frame(index, pixels, {"image": image, "height": height, "width": width})
+
+
+class PictureFiles(Dataset[Frame | str]):
+    """Picture files, prepared, or the reason why one cannot be read.
+
+    Args:
+        paths: the files.
+        prepare: of the recipe.
+    """
+
+    def __init__(self, paths: Sequence[Path], prepare: Preparation) -> None:
+        self.paths = paths
+        self.prepare = prepare
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Frame | str:
+        try:
+            pixels = np.array(read_image(self.paths[index], upright=True))
+        except Exception as error:  # a damaged file fails in any way
+            return error_line(error)
+        return self.prepare(index, pixels)
+
+
+class Detector:
+    """Model, weights and threshold of a recipe.
+
+    Args:
+        cfg: the recipe.
+        weights: a checkpoint that fits it.
+        device: where the model runs.
+        threshold: scores below it are left out, in [0, 1].
+
+    Raises:
+        UserError: the model cannot be built, or the weights do not fit it.
+    """
+
+    def __init__(self, cfg: DictConfig, weights: str, *, device: str, threshold: float) -> None:
+        cfg.train.device = device
+        self.model = build_model(cfg).eval()
+        Checkpointer(self.model).load(weights)
+        for module in self.model.modules():
+            if hasattr(module, "test_score_thresh"):
+                # In place of the recipe's: what scores less cannot suppress what scores more.
+                # A bit lower, because the model leaves out what scores just as much.
+                module.test_score_thresh = threshold - 1e-6
+        self.threshold = threshold
+
+    @torch.no_grad()
+    def __call__(self, frames: Sequence[Frame]) -> list[Instances]:
+        """What is found in each frame, in pixels of the frame, on the CPU.
+
+        Raises:
+            UserError: the device has not enough memory.
+        """
+        try:
+            outputs = self.model([frame.model_input for frame in frames])
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{self.model.device} has not enough memory for {len(frames)} pictures at once: "
+                "set a smaller --batch-size"
+            ) from error
+        found = [output["instances"].to("cpu") for output in outputs]
+        return [instances[instances.scores >= self.threshold] for instances in found]
+
+
+def batches(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
+    """Up to ``size`` consecutive frames that are equally large for the model.
+
+    Others would be padded to the largest of them, and the model may answer to that.
+    """
+    batch: list[Frame] = []
+    for frame in frames:
+        shape = frame.model_input["image"].shape
+        if batch and (len(batch) == size or batch[0].model_input["image"].shape != shape):
+            yield batch
+            batch = []
+        batch.append(frame)
+    if batch:
+        yield batch

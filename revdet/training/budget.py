@@ -1,0 +1,203 @@
+"""A memory budget for the training of a whole detector, counted before it starts.
+
+:func:`backbones.fit_memory` runs a training step on shape-only tensors. A detector cannot be run
+on those as it is, because its proposals depend on what is in the image; here it is run with the
+largest number of proposals that its heads ever train on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import detectron2.data.transforms as T
+import torch
+from detectron2.config import instantiate
+from detectron2.utils import comm
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+import backbones
+from backbones.common.errors import UserError
+from backbones.memory.budget import parse_budget
+
+logger = logging.getLogger("revdet")
+
+
+def apply_memory_budget(
+    cfg: DictConfig, model: nn.Module, records: Iterable[Any], amp_dtype: torch.dtype | None
+) -> None:
+    """Choose ``train.memory`` and ``train.stored_blocks`` so that training fits its budget.
+
+    Args:
+        cfg: the recipe; what is chosen is written into it.
+        model: its detector, which gets the policy.
+        records: the training images, as Detectron2's dataset dictionaries.
+        amp_dtype: dtype of autocast, or None for none.
+
+    Raises:
+        UserError: nothing fits the budget, or it cannot be counted for this recipe.
+    """
+    settings = cfg.train
+    if comm.is_main_process():
+        plan = _plan(cfg, model, records, amp_dtype)
+        settings.memory, settings.stored_blocks = plan.policy, plan.stored_blocks
+    # Every process by the same plan, even where "auto" finds different GPUs.
+    settings.memory, settings.stored_blocks = comm.all_gather(
+        (settings.memory, settings.stored_blocks)
+    )[0]
+    backbones.set_memory(model.backbone, settings.memory, settings.stored_blocks)
+
+
+def _plan(
+    cfg: DictConfig, model: nn.Module, records: Iterable[Any], amp_dtype: torch.dtype | None
+) -> backbones.MemoryPlan:
+    settings, world_size = cfg.train, comm.get_world_size()
+    images = cfg.dataloader.train.total_batch_size // (world_size * settings.accumulate)
+    augmentations = instantiate(cfg.dataloader.train.mapper.augmentations)
+    height, width = largest_image(model.backbone, augmentations, records, images)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    # Gradients that are there before the backward pass: of the batch before, or in DDP's buckets.
+    besides = weights if settings.accumulate > 1 or world_size > 1 else 0
+    besides += weights if settings.ema_decay > 0 else 0
+    logger.info(f"counting the memory of a training step on {images} x 3 x {height} x {width}")
+    try:
+        plan = fit_detector_memory(
+            model,
+            (images, 3, height, width),
+            settings.memory_budget,
+            amp_dtype=amp_dtype,
+            held_besides=besides,
+        )
+    except ValueError as error:
+        raise UserError(f"train.memory_budget={settings.memory_budget}: {error}") from error
+    logger.info(
+        f"train.memory_budget={settings.memory_budget}, of which {besides / 1e9:.2f} GB for weights"
+        f" averaged and gradients kept: {plan}\n  not counted: what depends on the ground truth, "
+        "and what the device needs for itself"
+    )
+    return plan
+
+
+def fit_detector_memory(
+    detector: nn.Module,
+    image_shape: tuple[int, int, int, int],
+    budget: int | str,
+    *,
+    amp_dtype: torch.dtype | None = None,
+    held_besides: int = 0,
+) -> backbones.MemoryPlan:
+    """Give the trunk of ``detector`` the fastest memory policy that trains within ``budget``.
+
+    Counted are parameters, gradients and AdamW's state of the whole detector, and the activations
+    of its trunk, pyramid and heads, with as many proposals as the heads sample. Not counted is what
+    depends on the ground truth (masks, matching of anchors) and what the device needs for itself.
+
+    Args:
+        detector: a ``GeneralizedRCNN`` with an RPN and standard or cascaded heads.
+        image_shape: (B, 3, H, W) of the batch that one process trains on at a time, padded.
+        budget: see :func:`backbones.fit_memory`.
+        amp_dtype: dtype of autocast, or None for none.
+        held_besides: bytes that something else holds all the time.
+
+    Returns:
+        the plan, which is in force. Its bytes and its budget are without ``held_besides``.
+
+    Raises:
+        ValueError: a budget that cannot be read or is too small, or another kind of detector.
+    """
+    step = ShapeOnlyDetector(detector)
+    limit = parse_budget(budget, next(detector.parameters()).device) - held_besides
+    if limit <= 0:
+        raise ValueError(f"{held_besides} bytes are held besides the training step itself")
+    images = torch.empty(image_shape, device="meta")
+    return backbones.fit_memory(step, images, limit, autocast=amp_dtype)
+
+
+class ShapeOnlyDetector(nn.Module):
+    """What a detector computes in training, without what depends on the values of tensors.
+
+    Args:
+        detector: see :func:`fit_detector_memory`.
+    """
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        try:
+            heads = detector.roi_heads
+            self.box_heads = _listed(heads.box_head)
+            self.box_predictors = _listed(heads.box_predictor)
+            _ = detector.backbone, detector.proposal_generator.rpn_head, heads.box_pooler
+        except AttributeError as error:
+            raise ValueError(
+                f"a memory budget needs a detector with an RPN and box heads ({error}); set "
+                "train.memory and train.stored_blocks instead"
+            ) from error
+        self.detector = detector
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> everything that a loss is computed on."""
+        features = self.detector.backbone(images)
+        rpn, heads = self.detector.proposal_generator, self.detector.roi_heads
+        scores, deltas = rpn.rpn_head([features[name] for name in rpn.in_features])
+        boxes = len(images) * heads.batch_size_per_image
+        outputs = [*scores, *deltas]
+        for head, predictor in zip(self.box_heads, self.box_predictors, strict=True):
+            pooled = _pool(features, heads.box_in_features, heads.box_pooler, boxes)
+            outputs += predictor(head(pooled))
+        if heads.mask_on:
+            objects = int(boxes * heads.positive_fraction)
+            pooled = _pool(features, heads.mask_in_features, heads.mask_pooler, objects)
+            outputs.append(heads.mask_head.layers(pooled))
+        return outputs
+
+
+def _listed(module: nn.Module) -> list[nn.Module]:
+    """The heads of a cascade; of a plain detector, its one."""
+    return [*module] if isinstance(module, nn.ModuleList) else [module]
+
+
+def _pool(features: dict[str, Tensor], names: Sequence[str], pooler: Any, count: int) -> Tensor:
+    """(count, C, h, w): as large as regions of the maps, and with a gradient for each map."""
+    vector = torch.stack([features[name].mean(dim=(0, 2, 3)) for name in names]).sum(dim=0)
+    return vector[:, None, None].expand(count, -1, *pooler.output_size).contiguous()
+
+
+def largest_image(
+    backbone: Any, augmentations: Sequence[T.Augmentation], records: Iterable[Any], batch: int
+) -> tuple[int, int]:
+    """The largest (H, W) in pixels that a batch is padded to.
+
+    Args:
+        backbone: the pyramid, which says to what images are padded.
+        augmentations: of the training mapper. Those that flip, resize the shorter edge or crop to
+            a fixed size are understood; what others leave may be of any shape.
+        records: the training images, as Detectron2's dataset dictionaries.
+        batch: images in a batch.
+    """
+    if square := backbone.padding_constraints.get("square_size", 0):
+        return square, square
+    shapes = {(record["height"], record["width"]) for record in records}
+    known = True
+    for augmentation in augmentations:
+        if isinstance(augmentation, T.ResizeShortestEdge):
+            edge, limit = max(augmentation.short_edge_length), augmentation.max_size
+            if known:
+                shapes = {augmentation.get_output_shape(h, w, edge, limit) for h, w in shapes}
+            else:
+                shapes = {(edge, limit), (limit, edge)}
+        elif isinstance(augmentation, T.FixedSizeCrop):
+            shapes, known = {tuple(augmentation.crop_size)}, True
+        elif not isinstance(augmentation, T.RandomFlip):
+            known = False
+    if batch == 1:
+        groups = [[shape] for shape in shapes]
+    elif known:  # images that are wider than high are not batched with others
+        groups = [[s for s in shapes if (s[1] > s[0]) is wide] for wide in (True, False)]
+    else:
+        groups = [[*shapes]]
+    bounds = [(max(h for h, _ in g), max(w for _, w in g)) for g in groups if g]
+    height, width = max(bounds, key=lambda shape: shape[0] * shape[1])
+    divisor = max(backbone.size_divisibility, 1)
+    return -(-height // divisor) * divisor, -(-width // divisor) * divisor

@@ -1,0 +1,130 @@
+"""What a run looks like: predictions beside the ground truth, and the training curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.data import detection_utils as utils
+from detectron2.utils.visualizer import ColorMode, Visualizer
+from torch import nn
+
+from revdet.training.trainer import read_metrics
+
+matplotlib.use("Agg")  # no display on a training machine
+import matplotlib.pyplot as plt
+
+# Height of one panel in pixels; small images are enlarged so that labels are legible.
+PANEL_HEIGHT = 480
+
+# Logged losses are those of one batch, which may hold no object; as many are averaged in the plot.
+SMOOTHED = 7
+
+
+def draw_predictions(
+    model: nn.Module,
+    records: Sequence[dict[str, Any]],
+    mapper: Any,
+    dataset_name: str,
+    output_dir: Path,
+    *,
+    score_threshold: float = 0.5,
+) -> list[Path]:
+    """Draw one picture for each image: ground truth on the left, predictions on the right.
+
+    Args:
+        model: a detector; evaluated in eval mode and put back as it was.
+        records: the images, as Detectron2's dataset dictionaries.
+        mapper: the test mapper of the recipe.
+        dataset_name: whose class names are drawn.
+        output_dir: where ``<image name>.png`` is written.
+        score_threshold: predictions below it are not drawn, in [0, 1].
+
+    Returns:
+        The files written.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    metadata = MetadataCatalog.get(dataset_name)
+    was_training = model.training
+    model.eval()
+    files = []
+    for record in records:
+        image = utils.read_image(record["file_name"], format="RGB")
+        scale = PANEL_HEIGHT / image.shape[0]
+        truth = Visualizer(image, metadata, scale, ColorMode.SEGMENTATION)
+        left = truth.draw_dataset_dict(record).get_image()
+        with torch.no_grad():
+            instances = model([mapper(record)])[0]["instances"].to("cpu")
+        shown = instances[instances.scores >= score_threshold]
+        guess = Visualizer(image, metadata, scale, ColorMode.SEGMENTATION)
+        right = guess.draw_instance_predictions(shown).get_image()
+        file = output_dir / f"{Path(record['file_name']).stem}.png"
+        _side_by_side(
+            [left, right],
+            ["ground truth", f"predictions (score ≥ {score_threshold:g})"],
+            file,
+        )
+        files.append(file)
+    model.train(was_training)
+    return files
+
+
+def _side_by_side(panels: Sequence[np.ndarray], titles: Sequence[str], file: Path) -> None:
+    height, width = panels[0].shape[:2]
+    figure, axes = plt.subplots(1, len(panels), figsize=(len(panels) * width / 90, height / 90))
+    for axis, panel, title in zip(axes, panels, titles, strict=True):
+        axis.imshow(panel)
+        axis.set_title(title, fontsize=11)
+        axis.axis("off")
+    figure.savefig(file, dpi=100, bbox_inches="tight")
+    plt.close(figure)
+
+
+def draw_curves(metrics_file: Path, output: Path) -> None:
+    """Plot the losses, the learning rate and the evaluations.
+
+    Args:
+        metrics_file: the ``metrics.json`` of a run.
+        output: the PNG to write.
+    """
+    lines = read_metrics(metrics_file)
+    if not lines:
+        return
+    figure, (losses, rates, scores) = plt.subplots(1, 3, figsize=(15, 4.2))
+    names = sorted({key for line in lines for key in line if "loss" in key})
+    names.sort(key=lambda name: name != "total_loss")
+    for name in names:
+        iterations, values = _series(lines, name)
+        width = 2.2 if name == "total_loss" else 1.0
+        losses.plot(iterations, _smooth(values), label=name, linewidth=width)
+    losses.set(title=f"losses (mean of {SMOOTHED} logged values)", xlabel="iteration", yscale="log")
+    losses.legend(fontsize=8)
+    rates.plot(*_series(lines, "lr"))
+    rates.set(title="learning rate", xlabel="iteration")
+    for name in ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50"):
+        if any(name in line for line in lines):
+            scores.plot(*_series(lines, name), marker="o", label=name)
+            scores.legend(fontsize=8)
+    scores.set(title="validation", xlabel="iteration", ylabel="COCO points", ylim=(0, 100))
+    for axis in (losses, rates, scores):
+        axis.grid(alpha=0.3)
+        axis.set_xlim(0, 1.03 * (lines[-1]["iteration"] + 1))
+    figure.tight_layout()
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+
+
+def _series(lines: Sequence[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
+    points = [(line["iteration"], line[name]) for line in lines if name in line]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """The mean of up to ``SMOOTHED`` values around each."""
+    half = SMOOTHED // 2
+    return [float(np.mean(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]

@@ -1,0 +1,136 @@
+"""What is wrong with a run, found out before anything is started."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig, OmegaConf
+
+from backbones.common.errors import UserError
+from backbones.memory.budget import parse_budget
+from revdet.data.checks import check_datasets
+from revdet.training.build import device_of
+from revdet.training.checkpoint import fetch_weights
+from revdet.training.hardware import is_first_on_machine, rank_of_this_process, under_torchrun
+from revdet.training.trainer import AMP_DTYPES
+
+# The smallest number that each setting of the train section can be.
+_LEAST = {
+    "max_iter": 1,
+    "accumulate": 1,
+    "log_period": 1,
+    "checkpointer.period": 1,
+    "checkpointer.max_to_keep": 1,
+    "eval_period": 0,
+    "seed": 0,
+    "stored_blocks": 0,
+    "reference_batch_size": 0,
+    "clip_grad_norm": 0,
+    "pictures": 0,
+}
+
+
+def preflight(cfg: DictConfig, args: argparse.Namespace) -> None:
+    """Check the settings; then, in one process of each machine, have the weights and the data.
+
+    Raises:
+        UserError: with the thing and the remedy.
+    """
+    _check_settings(cfg)
+    _check_processes(cfg, args)
+    train = cfg.train
+    if args.eval_only:
+        args.weights = _weights_to_evaluate(cfg, args)
+    elif not args.resume and (last := _last_checkpoint(train.output_dir)):
+        raise UserError(
+            f"{train.output_dir} already holds a run ({Path(last).name}): add --resume to continue "
+            "it, or set train.output_dir to a new folder"
+        )
+    if is_first_on_machine():
+        log_to(train.output_dir, rank_of_this_process(args.machine_rank))
+        if args.eval_only:
+            fetch_weights(args.weights)
+        elif train.init_checkpoint and not _last_checkpoint(train.output_dir):
+            fetch_weights(train.init_checkpoint)
+        check_datasets(cfg, evaluation_only=args.eval_only)
+
+
+def log_to(output_dir: str, rank: int) -> None:
+    """Log to ``log.txt`` there and, from the first process, to the terminal, and nowhere else."""
+    for name in ("revdet", "detectron2", "fvcore"):
+        # An earlier run in this process has its own log. Detectron2 remembers whom it has set up.
+        logging.getLogger(name).handlers.clear()
+        setup_logger.__wrapped__(output_dir, distributed_rank=rank, name=name)
+
+
+def _check_settings(cfg: DictConfig) -> None:
+    train = cfg.train
+    try:
+        on_gpu = torch.device(device_of(cfg)).type == "cuda"
+    except RuntimeError as error:
+        raise UserError(f"train.device={train.device}: use cuda, cpu or auto") from error
+    if on_gpu and not torch.cuda.is_available():
+        raise UserError(f"train.device={train.device}, but no GPU is found: set train.device=cpu")
+    if train.amp.enabled and train.amp.dtype not in AMP_DTYPES:
+        raise UserError(f"train.amp.dtype={train.amp.dtype!r}: use {' or '.join(AMP_DTYPES)}")
+    for key, least in _LEAST.items():
+        value = OmegaConf.select(train, key)
+        if value is not None and not value >= least:  # NaN is refused too
+            raise UserError(f"train.{key}={value}: use a number >= {least}")
+    if not 0 <= train.ema_decay < 1:
+        raise UserError(
+            f"train.ema_decay={train.ema_decay}: use one below 1, such as 0.9999, or 0 for none"
+        )
+    if train.memory_budget and train.stored_blocks:
+        raise UserError(
+            f"train.memory_budget={train.memory_budget} chooses train.stored_blocks itself: set "
+            "one of the two"
+        )
+    if train.memory_budget and train.memory_budget != "auto":
+        try:
+            parse_budget(train.memory_budget)
+        except ValueError as error:
+            raise UserError(f"train.memory_budget: {error}") from error
+
+
+def _check_processes(cfg: DictConfig, args: argparse.Namespace) -> None:
+    if under_torchrun():
+        if args.num_gpus != 1 or args.num_machines != 1:
+            raise UserError("torchrun starts the processes: leave out --num-gpus, --num-machines")
+        return
+    if args.num_gpus < 1:
+        raise UserError(f"--num-gpus {args.num_gpus}: use a number >= 1")
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise UserError(
+            f"--machine-rank {args.machine_rank} of --num-machines {args.num_machines}: machines "
+            "are counted from 0"
+        )
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise UserError("--num-machines > 1 needs --dist-url tcp://HOST:PORT")
+    if args.num_gpus > 1 and not device_of(cfg).startswith("cuda") and torch.cuda.is_available():
+        raise UserError("several processes on the CPU: hide the GPUs with CUDA_VISIBLE_DEVICES=''")
+    found = torch.cuda.device_count()
+    if device_of(cfg).startswith("cuda") and args.num_gpus > found:
+        raise UserError(
+            f"--num-gpus {args.num_gpus}, but {found} are found: set --num-gpus {found}"
+        )
+
+
+def _last_checkpoint(output_dir: str) -> str:
+    tag = Path(output_dir) / "last_checkpoint"
+    return str(tag.parent / tag.read_text().strip()) if tag.is_file() else ""
+
+
+def _weights_to_evaluate(cfg: DictConfig, args: argparse.Namespace) -> str:
+    given = any(o.startswith("train.init_checkpoint=") for o in args.overrides)
+    path = cfg.train.init_checkpoint if given else _last_checkpoint(cfg.train.output_dir)
+    if not path:
+        raise UserError(
+            f"--eval-only: {cfg.train.output_dir} holds no checkpoint; train first, or set "
+            "train.init_checkpoint=FILE"
+        )
+    return path

@@ -1,0 +1,188 @@
+"""One training step, and what is written about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventWriter, get_event_storage
+from torch.nn.parallel import DistributedDataParallel
+
+from backbones.common.errors import UserError, error_line
+from backbones.common.seeds import seed_of
+
+AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Trainer(SimpleTrainer):
+    """Detectron2's trainer with autocast on any device, and randomness that resumes exactly.
+
+    An iteration takes ``accumulate`` batches and one step of the optimizer, with the mean of their
+    gradients. Under DistributedDataParallel these are reduced once, with those of the last batch.
+
+    Args:
+        model, data_loader, optimizer: as for ``SimpleTrainer``.
+        seed: what each step draws (sampling of proposals, drop path) is a function of the seed,
+            the iteration and the batch alone, so a resumed run continues as if never stopped.
+            The batches of an iteration are counted through all processes.
+        accumulate: batches per iteration.
+        amp_dtype: dtype of autocast, or None for none. With float16 the loss is scaled.
+        clip_grad_norm: largest norm of all gradients together; 0 for no clipping.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        data_loader: Any,
+        optimizer: torch.optim.Optimizer,
+        *,
+        seed: int = 0,
+        accumulate: int = 1,
+        amp_dtype: torch.dtype | None = None,
+        clip_grad_norm: float = 0.0,
+    ) -> None:
+        super().__init__(model, data_loader, optimizer)
+        self.seed = seed
+        self.accumulate = accumulate
+        self.amp_dtype = amp_dtype
+        self.clip_grad_norm = clip_grad_norm
+        self.device = next(model.parameters()).device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
+
+    def run_step(self) -> None:
+        """Run one iteration: data, forward, backward, optimizer.
+
+        Raises:
+            UserError: no memory left, a loss that is not finite, or an operation that cannot be
+                deterministic where that is asked for.
+        """
+        try:
+            self._run_step()
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of memory in iteration {self.iter} ({error_line(error)}): raise "
+                "train.accumulate, or set train.memory=reversible train.stored_blocks=0"
+            ) from error
+        except FloatingPointError as error:
+            raise UserError(
+                f"{error_line(error)} Lower optimizer.lr, or set train.clip_grad_norm"
+            ) from error
+        except RuntimeError as error:
+            if "deterministic" not in str(error):
+                raise
+            raise UserError(
+                f"train.deterministic=true is not possible here: {error_line(error)}"
+            ) from error
+
+    def _run_step(self) -> None:
+        data_time = 0.0
+        logged: dict[str, torch.Tensor] = {}
+        self.optimizer.zero_grad()
+        for index in range(self.accumulate):
+            start = time.perf_counter()
+            data = next(self._data_loader_iter)
+            data_time += time.perf_counter() - start
+            batch = comm.get_rank() * self.accumulate + index
+            seed_all_rng(seed_of(self.seed, self.iter, batch))
+            with self._reducing(last=index == self.accumulate - 1):
+                with torch.autocast(
+                    self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
+                ):
+                    losses = self.model(data)
+                    total = sum(losses.values()) / self.accumulate
+                self.scaler.scale(total).backward()
+            for name, loss in losses.items():
+                logged[name] = logged.get(name, 0.0) + loss.detach() / self.accumulate
+        self.after_backward()
+        if self.clip_grad_norm > 0:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
+        self._write_metrics(logged, data_time)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _reducing(self, *, last: bool) -> AbstractContextManager[None]:
+        """Where the processes' gradients are averaged, which is worth it for the last batch only.
+
+        The forward pass belongs inside: it is there that DistributedDataParallel decides. With
+        ``static_graph`` it learns the graph from the very first backward pass, which has to reduce.
+        """
+        if last or not isinstance(self.model, DistributedDataParallel):
+            return nullcontext()
+        if self.model.static_graph and self.iter == self.start_iter:
+            return nullcontext()
+        no_sync: AbstractContextManager[None] = self.model.no_sync()
+        return no_sync
+
+    def state_dict(self) -> dict[str, Any]:
+        """Iteration, hooks, optimizer and loss scale."""
+        return {**super().state_dict(), "grad_scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        super().load_state_dict(state_dict)
+        if state_dict["grad_scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+class MetricsWriter(EventWriter):
+    """Append to ``metrics.json`` what is new since the last write, one line for each iteration.
+
+    Values of single iterations, where Detectron2's own writer has running medians. It may write
+    twice in an iteration, and so both before a checkpoint is saved and after an evaluation: no
+    line is missing when a run resumes from that checkpoint.
+
+    Args:
+        path: the file. What an interrupted run logged from ``start_iter`` on is dropped, since it
+            will be logged again.
+        start_iter: the first iteration of this run.
+    """
+
+    def __init__(self, path: Path, start_iter: int) -> None:
+        _drop_from(path, start_iter)
+        self._file = path.open("a")
+        self._written: dict[str, int] = {}
+
+    def write(self) -> None:
+        """Write the scalars that have been put into the event storage since the last call."""
+        lines: dict[int, dict[str, float]] = {}
+        for key, (value, iteration) in get_event_storage().latest().items():
+            if self._written.get(key) != iteration:
+                self._written[key] = iteration
+                lines.setdefault(iteration, {})[key] = value
+        for iteration in sorted(lines):
+            line = {**lines[iteration], "iteration": iteration}
+            self._file.write(json.dumps(line, sort_keys=True) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a ``metrics.json``, without the last one if a kill has cut it off."""
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _drop_from(path: Path, start_iter: int) -> None:
+    if not path.exists():
+        return
+    kept = [line for line in read_metrics(path) if line["iteration"] < start_iter]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in kept))
+    os.replace(partial, path)

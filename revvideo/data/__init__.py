@@ -1,0 +1,1 @@
+"""Videos: finding, scanning, decoding, clips, loaders."""

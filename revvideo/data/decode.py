@@ -1,0 +1,291 @@
+"""Chosen frames of a video file, decoded with PyAV.
+
+PyTorchVideo's ``EncodedVideo`` is not used. It finds frames by time, seeks by a margin that is
+too small for some files, and drops frames whose timestamps repeat; it converts every frame of a
+clip to RGB floats where a clip with a stride needs one in four; it decodes a file without a
+duration in its header from end to end; it ignores rotation; and it hides the decoder's errors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from itertools import chain
+from types import TracebackType
+from typing import Literal, cast
+
+import av
+import numpy as np
+import torch
+from av.buffer import Buffer
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.codeccontext import VideoCodecContext
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from revvideo.data.packets import open_video, read_index
+from revvideo.errors import VideoError
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a player would say about a video.
+
+    Attributes:
+        frames: how many.
+        duration: in seconds.
+        fps: frames per second, the mean.
+        width, height: of a frame in pixels, rotated as the file asks for.
+    """
+
+    frames: int
+    duration: float
+    fps: float
+    width: int
+    height: int
+
+
+def probe(path: str | os.PathLike[str]) -> VideoInfo:
+    """Open a video, read through it without decoding, and decode its first frame.
+
+    Raises:
+        VideoError: the file is missing or empty, is no video, is cut off, or does not decode.
+    """
+    with Video(path) as video:
+        if video.truncated:
+            raise VideoError(video.truncated)
+        return video.info
+
+
+class Video:
+    """A video file, as a sequence of frames in the order in which a player shows them.
+
+    Opening it reads all packets of the video stream, which costs far less than decoding them.
+    Frames are found by their timestamps and decoded from the keyframe before them. A file whose
+    timestamps cannot be relied upon (they are missing or repeated, or its codec does not hand them
+    on) is decoded from its start, so that the number of a frame is always its place in a full
+    decode.
+
+    Inside of a ``DataLoader``'s worker the decoder uses one thread, elsewhere all cores. Pixels are
+    taken for square. Use it as a context manager, or call :meth:`close`.
+
+    Args:
+        path: of the file.
+        known_frames: how many frames a scan has found. Saves decoding a file whose timestamps
+            cannot be relied upon once more, to count them; not used for others.
+
+    Attributes:
+        timestamps: when each frame is shown, in seconds after the first one, ascending.
+        truncated: why the file is taken to be cut off; "" if it is whole.
+
+    Raises:
+        VideoError: the file is missing or empty, is no video, or has no frames.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, known_frames: int | None = None) -> None:
+        self._path = path
+        self._threads = 1 if get_worker_info() is not None else 0
+        self._converter = VideoReformatter()
+        self._container, self._stream, self._codec = _open(path, self._threads)
+        try:
+            self._index = read_index(self._container, self._stream)
+            self.truncated = self._index.truncated
+            rate = self._stream.average_rate or self._stream.guessed_rate
+            unit = self._stream.time_base
+            if self._index.reliable and unit is not None:
+                self.timestamps = _seconds(self._index.shown, unit)
+            elif rate:
+                count = known_frames or self._count_frames()
+                self.timestamps = [float(number / rate) for number in range(count)]
+            else:
+                raise VideoError("has neither timestamps nor a frame rate")
+            if not self.timestamps:
+                raise VideoError(self.truncated or "has no frame that decodes")
+        except BaseException:
+            self.close()
+            raise
+        last = self.timestamps[-1]
+        self._fps = (len(self) - 1) / last if last > 0 else float(rate or 1)
+
+    def __len__(self) -> int:
+        return len(self.timestamps)
+
+    def __enter__(self) -> Video:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._container.close()
+
+    @cached_property
+    def info(self) -> VideoInfo:
+        """Length, rate and size. Decodes one frame, because only frames say how they are rotated.
+
+        Raises:
+            VideoError: the first frame does not decode.
+        """
+        height, width = self.frames([0]).shape[-2:]
+        duration = round(len(self) / self._fps, 3)
+        return VideoInfo(len(self), duration, round(self._fps, 3), width, height)
+
+    def frames(self, indices: Sequence[int], short_side: int | None = None) -> Tensor:
+        """Decode frames.
+
+        Args:
+            indices: which, counted from 0 in presentation order. In any order, also repeated.
+            short_side: shrink frames to this many pixels on their shorter side, which is cheapest
+                here. Frames that are smaller stay as they are.
+
+        Returns:
+            uint8 (T, 3, H, W), RGB, upright, in ``channels_last`` memory format.
+
+        Raises:
+            IndexError: an index that the video does not have.
+            VideoError: one of the frames does not decode, because the file is damaged there or in a
+                frame that it refers to. Damage elsewhere does not matter.
+        """
+        wanted = set(indices)
+        for number in wanted:
+            if not 0 <= number < len(self):
+                raise IndexError(f"frame {number} of a video of {len(self)} frames")
+        pictures: dict[int, np.ndarray] = {}
+        if self._index.reliable:
+            # After an error, and where frames stay away, what follows finds out and says why.
+            with suppress(av.error.FFmpegError):
+                for number, frame in self._frames_near(wanted):
+                    pictures[number] = self._picture(frame, short_side)
+        if pictures.keys() != wanted:
+            pictures = self._decode_from_start(wanted, short_side)
+        if len({picture.shape for picture in pictures.values()}) > 1:
+            raise VideoError("has frames of several sizes")
+        return torch.from_numpy(np.stack([pictures[i] for i in indices])).permute(0, 3, 1, 2)
+
+    def _frames_near(self, wanted: set[int]) -> Iterator[tuple[int, VideoFrame]]:
+        """Decode from the keyframe before each frame. Yields what comes out, perhaps not all."""
+        index, codec = self._index, self._codec
+        groups: dict[int, set[int]] = {}
+        for number in wanted:
+            place = index.places[index.shown[number]]
+            groups.setdefault(index.keyframe_before(place), set()).add(place)
+        # An H.264 frame says whether others refer to it. If not, it need not be decoded.
+        unneeded: Literal["NONREF", "DEFAULT"] = "NONREF" if codec.name == "h264" else "DEFAULT"
+        for keyframe, places in sorted(groups.items()):
+            codec.flush_buffers()
+            last = max(places)
+            for place, packet in self._packets_from(keyframe):
+                codec.skip_frame = "DEFAULT" if place in places else unneeded
+                frames = codec.decode(packet)
+                if place == last:
+                    frames += codec.decode(None)  # those that it holds back for reordering
+                for frame in frames:
+                    shown = index.numbers.get(frame.pts)
+                    if shown in wanted:
+                        yield shown, frame
+                if place == last:
+                    break
+
+    def _packets_from(self, keyframe: int) -> Iterable[tuple[int, Packet[VideoStream]]]:
+        """Places and packets, from the keyframe at place ``keyframe`` on."""
+        index = self._index
+        if index.data:
+            return enumerate(index.data[keyframe:], keyframe)
+        self._container.seek(index.packets[keyframe], stream=self._stream)
+        landed = index.places.get(next(self._container.demux(self._stream)).pts, keyframe + 1)
+        # Some formats are off: then read on from the start, without decoding.
+        target = index.packets[keyframe if landed <= keyframe else 0]
+        self._container.seek(target, stream=self._stream)
+        return (
+            (index.places[packet.pts], packet)
+            for packet in self._container.demux(self._stream)
+            if index.places.get(packet.pts, -1) >= keyframe
+        )
+
+    def _decode_from_start(self, wanted: set[int], short_side: int | None) -> dict[int, np.ndarray]:
+        pictures: dict[int, np.ndarray] = {}
+        for count, frame in enumerate(self._all_frames()):
+            number = self._index.numbers.get(frame.pts) if self._index.reliable else count
+            if number in wanted:
+                pictures[number] = self._picture(frame, short_side)
+                if len(pictures) == len(wanted):
+                    return pictures
+        lost = min(wanted - pictures.keys())
+        raise VideoError(f"frame {lost} of {len(self)} does not come out of the decoder")
+
+    def _count_frames(self) -> int:
+        count = 0
+        with suppress(VideoError):
+            for _ in self._all_frames():
+                count += 1
+        return count
+
+    def _all_frames(self) -> Iterator[VideoFrame]:
+        """Decode from the start on. Raises VideoError after the last frame before damage."""
+        # Opened anew, which is a sure way to the start. One thread: with several, errors come late.
+        container, stream, codec = _open(self._path, threads=1)
+        count = 0
+        try:
+            packets = (packet for packet in container.demux(stream) if packet.size)
+            for packet in chain(packets, [None]):  # None: no more comes, give what is held back
+                for frame in codec.decode(packet):
+                    yield frame
+                    count += 1
+        except av.error.FFmpegError as error:
+            raise VideoError(f"decoding fails after {count} frames ({error.strerror})") from error
+        finally:
+            container.close()
+
+    def _picture(self, frame: VideoFrame, short_side: int | None) -> np.ndarray:
+        """uint8 (H, W, 3)."""
+        width, height = frame.width, frame.height
+        if short_side is not None and short_side < min(width, height):
+            scale = short_side / min(width, height)
+            width, height = round(width * scale), round(height * scale)
+        rgb = self._converter.reformat(frame, width, height, "rgb24", threads=self._threads)
+        matrix = cast(Buffer | None, frame.side_data.get("DISPLAYMATRIX"))
+        picture = rgb.to_ndarray()
+        return picture if matrix is None else _upright(picture, bytes(matrix))
+
+
+def _open(
+    path: str | os.PathLike[str], threads: int
+) -> tuple[InputContainer, VideoStream, VideoCodecContext]:
+    container, stream = open_video(path)
+    codec = stream.codec_context
+    codec.thread_count = threads
+    codec.thread_type = "NONE" if threads == 1 else "AUTO"
+    return container, stream, codec
+
+
+def _seconds(shown: Sequence[int], time_base: Fraction) -> list[float]:
+    first, numerator, denominator = shown[0], time_base.numerator, time_base.denominator
+    return [(pts - first) * numerator / denominator for pts in shown]
+
+
+def _upright(picture: np.ndarray, display_matrix: bytes) -> np.ndarray:
+    """Turn and mirror ``picture`` as the file asks for, by multiples of 90 degrees.
+
+    ``display_matrix`` holds nine int32 by rows, of which the upper left 2 x 2 take (x, y), a row
+    vector with y downwards, to where it is shown: ISO 14496-12, 6.2.2.
+    """
+    (a, b), (c, d) = np.frombuffer(display_matrix, np.int32).reshape(3, 3)[:2, :2].tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        picture, right, down = picture.swapaxes(0, 1), c, b
+    else:
+        right, down = a, d
+    return picture[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1]

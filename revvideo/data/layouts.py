@@ -1,0 +1,318 @@
+"""Where a labelled set of videos has its files, in the layouts that people keep Kinetics in.
+
+PyTorchVideo's ``LabeledVideoPaths`` is not used: it sees mp4 and avi files only, reads no
+annotation csv of Kinetics, and does not say which line of a list is wrong.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from backbones.common.errors import UserError
+from revvideo.data.packets import open_video
+from revvideo.errors import NotMediaError, VideoError
+
+Layout = Literal["auto", "folders", "list", "csv"]
+Entries = list[tuple[str, int]]
+
+_VIDEO_NAME = re.compile(
+    r".*\.(3gp|avi|flv|m2ts|m4v|mkv|mov|mp4|mpe?g|mts|ogv|ts|vob|webm|wmv)", re.IGNORECASE
+)
+_SPLIT_NAMES = {"validation": "val", "validate": "val", "valid": "val", "testing": "test"}
+_logger = logging.getLogger(__name__)
+
+
+def find_videos(
+    root: str | os.PathLike[str],
+    split: str,
+    annotations: str | os.PathLike[str] | None = None,
+    layout: Layout = "auto",
+    classes: Sequence[str] | None = None,
+) -> tuple[list[str], Entries]:
+    """The classes of a set, and path and label of each of its videos.
+
+    Layouts:
+
+    - ``folders``: ``root/split/class/…/file``. With ``annotations``, a text file with one path per
+      line, relative to a folder of class folders, just those files (UCF101: ``root/class/file`` and
+      ``trainlist01.txt``); what follows the path in a line is not used.
+    - ``list``: a text file of ``path label`` or ``path,label`` lines (PySlowFast), in
+      ``annotations`` or else ``root/split.csv`` or ``.txt``. Labels count from 0.
+    - ``csv``: the annotations of Kinetics, ``label,youtube_id,time_start,time_end,split``, in
+      ``annotations`` or else ``root/split.csv`` or ``root/annotations/split.csv``. Files lie
+      anywhere in ``root/split`` (or else ``root``), named ``youtube_id_000010_000020.mp4``.
+    - ``auto``: ``folders`` if ``root/split`` holds folders with no ``annotations`` given, else what
+      the first line of the annotations looks like.
+
+    Args:
+        root: the folder that holds the set.
+        split: ``train``, ``val``, ``test``, …
+        annotations: see above.
+        layout: see above.
+        classes: the names that labels stand for, where they are known: of the training set, when
+            this is the validation set. Otherwise they are found and sorted by name, with ``_``
+            taken for a space, which for Kinetics is the order of the released weights.
+
+    Returns:
+        The names of the classes, and paths relative to ``root`` (absolute if outside of it) with
+        labels; -1 where the annotations give none. A file that the annotations name is among them
+        also when it is missing.
+
+    Raises:
+        UserError: nothing is found, the annotations cannot be read, or a class is not in
+            ``classes``.
+    """
+    root = _existing_folder(root)
+    file = _annotation_file(root, split, annotations, layout)
+    if layout == "auto":
+        layout = "folders" if file is None else _guess_layout(file)
+    if layout == "folders":
+        names, entries = _folders(root, split, file, classes)
+    elif file is None:
+        raise UserError(
+            f"no annotations for split {split!r} in {root}: tried {', '.join(_candidates(split))}; "
+            "name yours"
+        )
+    elif layout == "list":
+        names, entries = _list(root, split, file, classes)
+    else:
+        names, entries = _kinetics(root, split, file, classes)
+    if not entries:
+        raise UserError(f"split {split!r} of {root} holds no video: check the folder and the split")
+    return names, entries
+
+
+def has_video_extension(path: Path) -> bool:
+    """Whether the name of a file is that of a video."""
+    return _VIDEO_NAME.fullmatch(path.name) is not None
+
+
+def splits_of(root: str | os.PathLike[str]) -> list[str]:
+    """Those of train, val and test that ``find_videos`` would find something for.
+
+    Raises:
+        UserError: none of them.
+    """
+    root = _existing_folder(root)
+    usual = ("train", "val", "test")
+    found = [
+        split for split in usual if _subfolders(root / split) or _annotation_file(root, split, None)
+    ]
+    if not found:
+        raise UserError(f"{root} holds none of the splits {', '.join(usual)}: name yours, --split")
+    return found
+
+
+def _candidates(split: str) -> list[str]:
+    return [f"{folder}{split}.{ext}" for folder in ("", "annotations/") for ext in ("csv", "txt")]
+
+
+def _annotation_file(
+    root: Path,
+    split: str,
+    annotations: str | os.PathLike[str] | None,
+    layout: Layout = "auto",
+) -> Path | None:
+    if annotations is not None:
+        for file in (Path(annotations), root / annotations):
+            if file.is_file():
+                return file
+        raise UserError(f"the annotations {annotations} do not exist: check the path")
+    if layout == "folders" or (layout == "auto" and _subfolders(root / split)):
+        return None
+    found = (root / name for name in _candidates(split) if (root / name).is_file())
+    return next(found, None)
+
+
+def _guess_layout(file: Path) -> Layout:
+    _, first = next(_lines(file), (0, ""))
+    if "youtube_id" in first.split(","):
+        return "csv"
+    return "list" if re.search(r"[\s,]-?\d+$", first) else "folders"
+
+
+def _existing_folder(root: str | os.PathLike[str]) -> Path:
+    if not Path(root).is_dir():
+        raise UserError(f"the folder {root} does not exist: give the one that holds your videos")
+    return Path(root)
+
+
+def _subfolders(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    return [path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+
+
+def _order(name: str) -> str:
+    return name.replace("_", " ").strip()
+
+
+def _labels_by_name(classes: Sequence[str], found: Iterable[str], where: object) -> dict[str, int]:
+    """The label of each of the names in ``found``."""
+    known = {_order(name): label for label, name in enumerate(classes)}
+    labels = {}
+    for name in found:
+        if _order(name) not in known:
+            near = difflib.get_close_matches(name, classes, n=3)
+            hint = f" (near: {', '.join(near)})" if near else ""
+            raise UserError(
+                f"class {name!r} in {where} is none of the {len(classes)} classes of the model"
+                f"{hint}: rename it, or take it out"
+            )
+        labels[name] = known[_order(name)]
+    return labels
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for where, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        yield from (Path(where, name) for name in sorted(files) if name[0] != ".")
+
+
+def _folders(
+    root: Path, split: str, file: Path | None, classes: Sequence[str] | None
+) -> tuple[list[str], Entries]:
+    base = root / split
+    if not _subfolders(base):
+        if file is None:
+            there = ", ".join(sorted(_subfolders(root))) or "no folders"
+            raise UserError(
+                f"{base} holds no folders of classes, and {root} no annotations "
+                f"({', '.join(_candidates(split))}); it holds {there}: check the folder"
+            )
+        base = root
+    found = sorted(_subfolders(base), key=_order)
+    names = list(found if classes is None else classes)
+    labels = _labels_by_name(names, found, base)
+    if file is None:
+        paths = [path for name in found for path in _videos(base / name)]
+        return names, [
+            (str(path.relative_to(root)), labels[path.relative_to(base).parts[0]]) for path in paths
+        ]
+    entries = []
+    for number, line in _lines(file):
+        relative = re.sub(r"[\s,]-?\d+$", "", line).rstrip()
+        name = Path(relative).parts[0]
+        if name not in labels:
+            raise UserError(f"{file}, line {number}: {base} has no folder {name!r} for {relative}")
+        entries.append((os.path.relpath(base / relative, root), labels[name]))
+    return names, entries
+
+
+def _videos(folder: Path) -> Iterator[Path]:
+    """Files with the extension of a video, and others that hold pictures or sound all the same."""
+    passed_over: Counter[str] = Counter()
+    for path in _files(folder):
+        if has_video_extension(path) or _is_media(path):
+            yield path
+        else:
+            passed_over[path.suffix] += 1
+    for suffix, count in passed_over.items():
+        _logger.info("passed over %d files in %s with extension %r", count, folder, suffix)
+
+
+def _is_media(path: Path) -> bool:
+    if not path.stat().st_size:
+        return False
+    try:
+        container, _ = open_video(path)
+    except NotMediaError:
+        return False
+    except VideoError:
+        return True
+    container.close()
+    return True
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read as text ({error})") from error
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(_text(file).splitlines(), 1):
+        if line.strip():
+            yield number, line.strip()
+
+
+def _list(
+    root: Path, split: str, file: Path, classes: Sequence[str] | None
+) -> tuple[list[str], Entries]:
+    entries = []
+    for number, line in _lines(file):
+        match = re.fullmatch(r"(.*?)(?:\s+|\s*,\s*)(-?\d+)", line)
+        if match is None or int(match[2]) < -1:
+            raise UserError(
+                f"{file}, line {number}: {line!r} is not `path label`, labels counting from 0"
+            )
+        label = int(match[2])
+        if classes is not None and label >= len(classes):
+            raise UserError(
+                f"{file}, line {number}: label {label} with the {len(classes)} classes of the model"
+            )
+        entries.append((_existing(root, split, match[1]), label))
+    return list(_names_of(entries) if classes is None else classes), entries
+
+
+def _existing(root: Path, split: str, path: str) -> str:
+    if not (root / path).exists() and (root / split / path).exists():
+        return os.path.join(split, path)
+    return path
+
+
+def _names_of(entries: Entries) -> list[str]:
+    """A name for each label: that of the folder of its videos, if each has one of its own."""
+    number = max((label for _, label in entries), default=-1) + 1
+    folders: dict[int, set[str]] = {}
+    for path, label in entries:
+        folders.setdefault(label, set()).add(Path(path).parent.name)
+    names = [next(iter(of_label)) for of_label in folders.values()]
+    if all(len(of_label) == 1 for of_label in folders.values()) and len(set(names)) == len(names):
+        return [next(iter(folders[i])) if i in folders else str(i) for i in range(number)]
+    return [str(label) for label in range(number)]
+
+
+def _kinetics(
+    root: Path, split: str, file: Path, classes: Sequence[str] | None
+) -> tuple[list[str], Entries]:
+    rows = list(csv.DictReader(io.StringIO(_text(file))))
+    missing = {"youtube_id", "time_start", "time_end"} - set(rows[0] if rows else ())
+    if missing:
+        raise UserError(f"{file} has no column {', '.join(sorted(missing))}")
+    splits = {_canonical(row["split"]) for row in rows if row.get("split")}
+    if splits:
+        if _canonical(split) not in splits:
+            raise UserError(f"{file} has no split {split!r}, only {', '.join(sorted(splits))}")
+        rows = [row for row in rows if _canonical(row["split"]) == _canonical(split)]
+    found = {row["label"] for row in rows if row.get("label")}
+    names = list(sorted(found, key=_order) if classes is None else classes)
+    labels = _labels_by_name(names, sorted(found), file)
+    base = root / split if (root / split).is_dir() else root
+    files = {path.stem: path for path in _files(base) if has_video_extension(path)}
+    entries = []
+    for row in rows:
+        try:
+            start, end = (int(float(row[name])) for name in ("time_start", "time_end"))
+        except (TypeError, ValueError) as error:  # TypeError: the line ends before it
+            raise UserError(
+                f"{file}: the time of {row['youtube_id']} is no number ({error})"
+            ) from error
+        stem = f"{row['youtube_id']}_{start:06d}_{end:06d}"
+        path = files.get(stem) or files.get(row["youtube_id"]) or base / f"{stem}.mp4"
+        entries.append((str(path.relative_to(root)), labels.get(row.get("label") or "", -1)))
+    return names, entries
+
+
+def _canonical(split: str) -> str:
+    return _SPLIT_NAMES.get(split.lower(), split.lower())

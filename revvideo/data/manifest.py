@@ -1,0 +1,124 @@
+"""What a scan found out about a set of videos, in a text file that people can read and diff."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from backbones.common.errors import UserError
+from backbones.common.files import replacing
+
+_FORMAT = "revvideo manifest 1"
+
+
+@dataclass(frozen=True)
+class VideoRecord:
+    """One video file.
+
+    Attributes:
+        path: relative to the root of its manifest, or absolute.
+        label: index into the classes; -1 if it is not known.
+        frames: how many.
+        duration: in seconds.
+        fps: frames per second, the mean.
+        width, height: in pixels, upright.
+        problem: why the file cannot be used; "" if it can.
+        size, mtime_ns: of the file when it was scanned, in bytes and nanoseconds; -1 if absent.
+    """
+
+    path: str
+    label: int
+    frames: int = 0
+    duration: float = 0.0
+    fps: float = 0.0
+    width: int = 0
+    height: int = 0
+    problem: str = ""
+    size: int = -1
+    mtime_ns: int = -1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A set of videos.
+
+    Attributes:
+        root: the folder that relative paths start from.
+        classes: their names, in the order of the labels.
+        records: one for each video that the set should have, also for those that it lacks.
+    """
+
+    root: Path
+    classes: list[str]
+    records: list[VideoRecord]
+
+    @property
+    def readable(self) -> list[VideoRecord]:
+        """The records of the videos that can be used."""
+        return [record for record in self.records if not record.problem]
+
+    @property
+    def unreadable(self) -> list[VideoRecord]:
+        """The records of the videos that cannot, each with its ``problem``."""
+        return [record for record in self.records if record.problem]
+
+    def path(self, record: VideoRecord) -> Path:
+        """Where the file of ``record`` is."""
+        return self.root / record.path
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a CSV file, under its final name only when it is complete.
+
+        Its first line starts with ``#`` and holds root and classes as JSON; then come a line of
+        column names and one line per video. ``pandas.read_csv(path, comment="#")`` reads it.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = {"format": _FORMAT, "root": str(self.root), "classes": self.classes}
+        with (
+            replacing(path) as partial,
+            partial.open("w", newline="", encoding="utf-8") as file,
+        ):
+            file.write(f"# {json.dumps(header, ensure_ascii=False)}\n")
+            writer = csv.writer(file, lineterminator="\n")
+            names = [field.name for field in fields(VideoRecord)]
+            writer.writerow(names)
+            writer.writerows([getattr(record, name) for name in names] for record in self.records)
+
+
+def load_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Read what ``Manifest.save`` wrote.
+
+    Raises:
+        UserError: there is no such file, or it is no manifest.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            header = json.loads(file.readline().removeprefix("#"))
+            if header["format"] != _FORMAT:
+                raise ValueError(f"its format is {header['format']!r}, not {_FORMAT!r}")
+            records = [_record(row) for row in csv.DictReader(file)]
+            return Manifest(Path(header["root"]), list(header["classes"]), records)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: write it with `python -m revvideo.scan`") from None
+    except OSError as error:
+        raise UserError(f"the manifest {path} cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is no manifest ({error}): delete it, and scan the videos again"
+        ) from error
+
+
+def _record(row: dict[str, str]) -> VideoRecord:
+    numbers: Sequence[str] = ("label", "frames", "width", "height", "size", "mtime_ns")
+    return VideoRecord(
+        path=row["path"],
+        problem=row["problem"],
+        duration=float(row["duration"]),
+        fps=float(row["fps"]),
+        **{name: int(row[name]) for name in numbers},
+    )

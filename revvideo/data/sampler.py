@@ -1,0 +1,104 @@
+"""Which videos each process reads, in training and in testing.
+
+torch's ``DistributedSampler`` repeats videos where they do not divide evenly among the processes,
+and starts an interrupted epoch over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+from backbones.common.errors import UserError
+from backbones.common.seeds import seed_of
+
+
+class ResumableSampler(Sampler[tuple[int, int]]):
+    """Shuffled ``(index, position)`` for training, the same whenever they are asked for again.
+
+    One endless sequence of permutations of the dataset is dealt out: position p goes to process
+    ``p % world_size``. So each global batch is the same for any number of processes, and every
+    video comes once before any comes again. An epoch of the trainer is ``steps_per_epoch`` global
+    batches; videos beyond the last full batch of an epoch open the next one.
+
+    Use it as ``DataLoader(dataset, batch_size, sampler=sampler)``, and call ``set_epoch``.
+
+    Args:
+        size: of the dataset.
+        batch_size: videos in a batch of one process.
+        seed: of the permutations.
+        rank, world_size: this process, and the number of processes.
+
+    Attributes:
+        steps_per_epoch: equal on every process.
+        start_step: how many steps of the epoch the next iteration passes over: set it to resume in
+            the middle of an epoch. It applies once; epochs after that start at their beginning.
+
+    Raises:
+        UserError: the dataset does not fill one batch of every process.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if batch_size < 1 or size < batch_size * world_size:
+            raise UserError(
+                f"{size} readable training videos do not fill one batch of {batch_size} on each "
+                f"of {world_size} processes: set a smaller optim.batch_size, or add videos"
+            )
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.steps_per_epoch = size // (batch_size * world_size)
+        self.epoch = 0
+        self.start_step = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, counted from 0, that the next iteration goes through."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Videos of this process in a whole epoch."""
+        return self.steps_per_epoch * self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        global_batch = self.batch_size * self.world_size
+        first_step = self.epoch * self.steps_per_epoch
+        start = (first_step + self.start_step) * global_batch
+        stop = (first_step + self.steps_per_epoch) * global_batch
+        self.start_step = 0
+        permutation, order = -1, []
+        for position in range(start + self.rank, stop, self.world_size):
+            if position // self.size != permutation:
+                permutation = position // self.size
+                order = self._permutation(permutation)
+            yield order[position % self.size], position
+
+    def _permutation(self, number: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, number))
+        return torch.randperm(self.size, generator=generator).tolist()
+
+
+class ShardSampler(Sampler[tuple[int, int]]):
+    """``(index, index)`` for testing: every video once over all processes, and none twice.
+
+    Shards differ by one video where they must: gather results at the end, and synchronise nothing
+    in between.
+
+    Args:
+        size: of the dataset.
+        rank, world_size: this process, and the number of processes.
+    """
+
+    def __init__(self, size: int, *, rank: int = 0, world_size: int = 1) -> None:
+        self._indices = range(rank, size, world_size)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((index, index) for index in self._indices)

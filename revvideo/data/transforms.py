@@ -1,0 +1,127 @@
+"""From decoded frames to what the model sees, with ``torchvision.transforms.v2``.
+
+A clip goes through as one ``tv_tensors.Video``, so that whatever is drawn at random is the same for
+all its frames.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from backbones.common.errors import UserError
+from revvideo.config import AugmentConfig, DataConfig, TestConfig
+
+
+class _RandAugment:
+    """timm's RandAugment (Cubuk et al., arXiv 1909.13719), the same for all frames of a clip.
+
+    It takes one image and draws from the generators of Python and NumPy, which are therefore set to
+    the same seed before each frame.
+
+    Args:
+        recipe: in timm's words.
+    """
+
+    def __init__(self, recipe: str) -> None:
+        try:
+            from timm.data.auto_augment import rand_augment_transform  # takes a second or two
+        except ImportError as error:
+            raise UserError("augment.rand_augment needs timm: pip install timm") from error
+        bicubic = {"interpolation": Image.Resampling.BICUBIC}
+        self._augment = rand_augment_transform(recipe, bicubic)
+
+    def __call__(self, clip: tv_tensors.Video) -> tv_tensors.Video:
+        seed = int(torch.randint(2**31, ()))
+        frames = []
+        for frame in clip:
+            random.seed(seed)
+            np.random.seed(seed)
+            frames.append(F.pil_to_tensor(self._augment(F.to_pil_image(frame))))
+        return tv_tensors.Video(torch.stack(frames))
+
+
+class TrainTransform:
+    """A random crop of random size, flip, RandAugment, colour jitter and random erasing.
+
+    RandAugment comes after the crop, when there are fewer pixels; SlowFast has it before.
+
+    Args:
+        augment, data: the sections of the config.
+    """
+
+    def __init__(self, augment: AugmentConfig, data: DataConfig) -> None:
+        steps: list[Any] = [
+            v2.RandomResizedCrop(data.crop_size, tuple(augment.scale), tuple(augment.ratio)),
+            v2.RandomHorizontalFlip(augment.flip),
+        ]
+        if augment.rand_augment:
+            steps.append(_RandAugment(augment.rand_augment))
+        if jitter := augment.color_jitter:
+            steps.append(v2.ColorJitter(jitter, jitter, jitter))
+        steps += _to_float(data)
+        if augment.erase:
+            steps.append(v2.RandomErasing(augment.erase, value="random"))
+        self._steps = v2.Compose(steps)
+
+    def __call__(self, clip: Tensor) -> Tensor:
+        """uint8 (T, 3, H, W) -> float32 (3, T, crop_size, crop_size).
+
+        Draws from torch's RNG; with RandAugment those of Python and NumPy are seeded anew.
+        """
+        return _channels_first(self._steps(tv_tensors.Video(clip)))
+
+
+class TestTransform:
+    """The shorter side resized, then one central crop, or three along the longer side.
+
+    Args:
+        test, data: the sections of the config.
+        crops: how many, 1 or 3; None for ``test.crops``.
+    """
+
+    __test__ = False
+
+    def __init__(self, test: TestConfig, data: DataConfig, crops: int | None = None) -> None:
+        self._size = data.crop_size
+        self._crops = crops or test.crops
+        self._resize = v2.Resize(test.short_side)
+        self._to_float = v2.Compose(_to_float(data))
+
+    def __call__(self, clip: Tensor) -> Tensor:
+        """uint8 (T, 3, H, W) -> float32 (crops, 3, T, crop_size, crop_size)."""
+        video = self._resize(tv_tensors.Video(clip))
+        height, width = video.shape[-2:]
+        crops = []
+        for part in self._parts():
+            # Half way along the shorter side, `part` of the way along the longer one.
+            down, right = (0.5, part) if width >= height else (part, 0.5)
+            top = round(down * (height - self._size))
+            left = round(right * (width - self._size))
+            crop = F.crop(video, top, left, self._size, self._size)
+            crops.append(_channels_first(self._to_float(crop)))
+        return torch.stack(crops)
+
+    def _parts(self) -> list[float]:
+        if self._crops == 1:
+            return [0.5]
+        return [index / (self._crops - 1) for index in range(self._crops)]
+
+
+def _to_float(data: DataConfig) -> list[Any]:
+    return [
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize([data.mean] * 3, [data.std] * 3),
+    ]
+
+
+def _channels_first(video: tv_tensors.Video) -> Tensor:
+    return cast(Tensor, video.as_subclass(Tensor).transpose(0, 1).contiguous())

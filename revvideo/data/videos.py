@@ -1,0 +1,285 @@
+"""The videos of a run and their loaders."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+from torch.utils.data import DataLoader, Sampler
+
+from backbones.common.errors import UserError
+from revvideo.config import Config
+from revvideo.data.clips import ClipDataset, RandomClip, UniformClips, collate
+from revvideo.data.layouts import Layout
+from revvideo.data.manifest import Manifest, VideoRecord, load_manifest
+from revvideo.data.sampler import ResumableSampler, ShardSampler
+from revvideo.data.transforms import TestTransform, TrainTransform
+from revvideo.scan import default_manifest, describe, scan
+
+logger = logging.getLogger("revvideo")
+
+NAMED = 20  # unreadable videos that are logged; the manifest has all
+
+
+class VideoData(pl.LightningDataModule):
+    """Training and validation videos as their manifests list them.
+
+    The run keeps manifests of its own, beside its results. Those of ``python -m revvideo.scan``
+    save it opening every video again.
+
+    Args:
+        config: of the run.
+        train: whether training videos are needed.
+        classes: the names that labels stand for; None: those of the training videos.
+        resume: take the manifests of the run as they are, so that the order of the videos is the
+            same as before.
+
+    Attributes:
+        classes: as given or found.
+        val_total: how many videos the validation set should have, readable or not.
+        steps_per_epoch: of the optimizer.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        train: bool = True,
+        classes: Sequence[str] | None = None,
+        resume: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.train = train
+        self.resume = resume
+        self.classes = list(classes or ())
+        # The manifests lie in a folder that all machines share.
+        self.prepare_data_per_node = False
+        self._prepared = False
+
+    def prepare_data(self) -> None:
+        """Open the videos and write the manifests; on the first process only.
+
+        Raises:
+            UserError: there are no videos, or none that can be used.
+        """
+        data = self.config.data
+        if not data.root or not Path(data.root).is_dir():
+            problem = "there is no such folder" if data.root else "it is not set"
+            raise UserError(f"data.root={data.root}: {problem}; give the one that holds the videos")
+        classes = self.classes or None
+        for split in [] if self._prepared else self._splits():
+            path = self._manifest_path(split)
+            if self.resume and path.is_file():
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scanned = default_manifest(data.manifests or data.root, split)
+            if scanned.is_file() and not path.is_file():
+                shutil.copyfile(scanned, path)
+            manifest = scan(
+                data.root,
+                split,
+                data.annotations.replace("{split}", split) or None,
+                layout=cast(Layout, data.layout),
+                classes=classes,
+                manifest_path=path,
+            )
+            classes = manifest.classes
+            logger.info("%s (%s): %s", split, path, describe(manifest, most=NAMED))
+        self._prepared = True
+
+    def setup(self, stage: str) -> None:
+        """Read the manifests, and check that batches come out even."""
+        self._manifests = {
+            split: load_manifest(self._manifest_path(split)) for split in self._splits()
+        }
+        first = next(iter(self._manifests.values()))
+        self.classes = self.classes or first.classes
+        self.val_total = sum(record.label >= 0 for record in self._val.records)
+        if not self.val_records:
+            split = self.config.data.val_split
+            raise UserError(
+                f"none of the {len(self._val.records)} videos of {split!r} can be read and has a "
+                f"label: see {self._manifest_path(split)}"
+            )
+        if self.train:
+            self.steps_per_epoch = self._train_sampler().steps_per_epoch
+
+    @property
+    def val_records(self) -> list[VideoRecord]:
+        """The validation videos that can be tested; an index of a batch is a place in this list."""
+        return _usable(self._val)
+
+    def unreadable(self) -> dict[str, str]:
+        """The videos that the scan could not open, and why."""
+        manifests = self._manifests.values()
+        return {record.path: record.problem for m in manifests for record in m.unreadable}
+
+    @property
+    def _train(self) -> Manifest:
+        return self._manifests[self.config.data.train_split]
+
+    @property
+    def _val(self) -> Manifest:
+        return self._manifests[self.config.data.val_split]
+
+    @property
+    def loader_batch_size(self) -> int:
+        """Videos in a training batch of one process, which is a part of a step if accumulating."""
+        optim = self.config.optim
+        parts = self._world_size * optim.accumulate
+        if optim.batch_size % parts:
+            raise UserError(
+                f"optim.batch_size={optim.batch_size} is no multiple of {self._world_size} "
+                f"processes x optim.accumulate={optim.accumulate}: use "
+                f"{-(-optim.batch_size // parts) * parts}"
+            )
+        videos, augment = optim.batch_size // parts, self.config.augment
+        if videos == 1 and (augment.mixup or augment.cutmix):
+            raise UserError(
+                f"optim.batch_size={optim.batch_size} over {self._world_size} processes x "
+                f"optim.accumulate={optim.accumulate} is one video at a time, which has none to "
+                "be mixed with: lower optim.accumulate, or set augment.mixup=0 augment.cutmix=0"
+            )
+        return videos
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled clips; resumable in the middle of an epoch."""
+        data, augment = self.config.data, self.config.augment
+        clips = RandomClip(data.num_frames, data.stride, views=augment.repeats)
+        return ResumableLoader(
+            self._dataset(self._train, clips, TrainTransform(augment, data)),
+            batch_size=self.loader_batch_size,
+            sampler=self._train_sampler(),
+            batches_per_step=self.config.optim.accumulate,
+            **self._workers(),
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """One view of each video: the clip in the middle, cropped at the centre."""
+        return self._test_loader(clips=1, crops=1)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """All views of each video."""
+        return self._test_loader(self.config.test.clips, self.config.test.crops)
+
+    def _test_loader(self, clips: int, crops: int) -> DataLoader[Any]:
+        data, test = self.config.data, self.config.test
+        transform = TestTransform(test, data, crops)
+        dataset = self._dataset(
+            self._val, UniformClips(data.num_frames, data.stride, clips), transform
+        )
+        shard = ShardSampler(len(dataset), rank=self._rank, world_size=self._world_size)
+        largest = -(-len(dataset) // self._world_size)
+        batches = PaddedBatches(shard, test.batch_size, count=-(-largest // test.batch_size))
+        return DataLoader(dataset, batch_sampler=batches, **self._workers())
+
+    def _dataset(self, manifest: Manifest, clips: Any, transform: Any) -> ClipDataset:
+        return ClipDataset(
+            _usable(manifest),
+            manifest.root,
+            clips,
+            transform,
+            short_side=self.config.data.decode_short_side or None,
+            seed=self.config.train.seed,
+        )
+
+    def _train_sampler(self) -> ResumableSampler:
+        return ResumableSampler(
+            len(_usable(self._train)),
+            self.loader_batch_size * self.config.optim.accumulate,
+            seed=self.config.train.seed,
+            rank=self._rank,
+            world_size=self._world_size,
+        )
+
+    def _workers(self) -> dict[str, Any]:
+        workers = self.config.data.workers
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return {
+            "num_workers": workers,
+            "collate_fn": collate,
+            "persistent_workers": workers > 0,
+            "pin_memory": on_gpu,
+        }
+
+    def _splits(self) -> list[str]:
+        """The training split first: its classes are those of the others."""
+        data = self.config.data
+        splits = [data.train_split, data.val_split] if self.train else [data.val_split]
+        return list(dict.fromkeys(splits))
+
+    def _manifest_path(self, split: str) -> Path:
+        return default_manifest(self.config.train.output_dir, split)
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader whose state is the number of steps it has given batches for.
+
+    Lightning saves that state with each checkpoint. Its own count of epochs reaches the sampler
+    only after the workers have started on the wrong one.
+
+    Args:
+        batches_per_step: of the optimizer; a checkpoint falls between two steps.
+        arguments: as for ``DataLoader``; ``sampler`` is a :class:`ResumableSampler`.
+    """
+
+    def __init__(self, *arguments: Any, batches_per_step: int, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.batches_per_step = batches_per_step
+        self.batches = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        sampler = self.sampler
+        assert isinstance(sampler, ResumableSampler)
+        epoch, given = divmod(self.batches, len(self))
+        sampler.set_epoch(epoch)
+        sampler.start_step = given // self.batches_per_step
+        for batch in super().__iter__():
+            self.batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """What Lightning puts into a checkpoint."""
+        return {"steps": self.batches // self.batches_per_step}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue where :meth:`state_dict` was taken."""
+        self.batches = state_dict["steps"] * self.batches_per_step
+
+
+class PaddedBatches(Sampler[list[tuple[int, int]]]):
+    """``count`` batches of a shard, the last ones empty if it has fewer videos.
+
+    Every process then makes the same number of steps, as a sharded model needs, and still no video
+    comes twice.
+    """
+
+    def __init__(self, shard: ShardSampler, batch_size: int, count: int) -> None:
+        self._shard = shard
+        self._batch_size = batch_size
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        keys = list(self._shard)
+        for start in range(0, self._count * self._batch_size, self._batch_size):
+            yield keys[start : start + self._batch_size]
+
+
+def _usable(manifest: Manifest) -> list[VideoRecord]:
+    return [record for record in manifest.readable if record.label >= 0]

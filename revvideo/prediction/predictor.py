@@ -1,0 +1,179 @@
+"""A trained classifier on videos: whole ones, and over time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from backbones.common.errors import UserError
+from revvideo.config import Config
+from revvideo.data.clips import KINETICS_FPS, ClipDataset, UniformClips, collate
+from revvideo.data.decode import Video
+from revvideo.data.manifest import VideoRecord
+from revvideo.data.sampler import ShardSampler
+from revvideo.data.transforms import TestTransform
+from revvideo.models import AUTOCAST
+from revvideo.training.checkpoint import load_run
+from revvideo.training.metrics import TOP_K
+
+LONG = 3.0  # clip lengths; scores over time say nothing about a video that is no longer
+MOST_WINDOWS = 240
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Scores of a video over time.
+
+    Attributes:
+        starts, ends: of each window, in seconds, ascending.
+        scores: (windows, classes), each row summing to 1.
+    """
+
+    starts: list[float]
+    ends: list[float]
+    scores: Tensor
+
+    @property
+    def middles(self) -> list[float]:
+        """When the middle of each window is."""
+        return [(a + b) / 2 for a, b in zip(self.starts, self.ends, strict=True)]
+
+
+class Predictor:
+    """Scores videos as testing does: the softmax of each view, averaged.
+
+    Args:
+        config: of the run.
+        weights: a checkpoint of the run.
+        device: to compute on.
+        batch_size: clips that go through the model at a time.
+
+    Attributes:
+        classes: the names.
+
+    Raises:
+        UserError: weights that cannot be read or do not fit.
+    """
+
+    def __init__(self, config: Config, weights: str, *, device: str, batch_size: int) -> None:
+        model, self.classes = load_run(weights, config)
+        self.config = config
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+        self._model = model.to(self.device)
+        self._short_side = config.data.decode_short_side or None
+
+    def best(self, scores: Tensor) -> list[dict[str, Any]]:
+        """The ``TOP_K`` best of scores (classes,), each as its ``class`` and ``score``."""
+        values, labels = scores.topk(min(TOP_K, len(scores)))
+        return [
+            {"class": self.classes[label], "score": round(value, 6)}
+            for value, label in zip(values.tolist(), labels.tolist(), strict=True)
+        ]
+
+    @torch.no_grad()
+    def score(self, clips: Tensor) -> Tensor:
+        """Clips, float (N, 3, T, H, W), to scores (N, classes), on the CPU."""
+        dtype = AUTOCAST[self.config.train.precision]
+        scores = []
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            for part in clips.split(self.batch_size):
+                logits = self._model(part.to(self.device, non_blocking=True))
+                scores.append(logits.float().softmax(dim=1).cpu())
+        return torch.cat(scores)
+
+    def videos(
+        self, paths: Sequence[Path], workers: int
+    ) -> Iterator[tuple[Path, Tensor | None, str]]:
+        """Score whole videos.
+
+        Args:
+            paths: of the files.
+            workers: processes that decode; 0 for none but this.
+
+        Yields:
+            path, scores (classes,) or None, and "" or the reason why the file cannot be used.
+        """
+        data, test = self.config.data, self.config.test
+        dataset = ClipDataset(
+            [VideoRecord(str(path), label=-1) for path in paths],
+            "",
+            UniformClips(data.num_frames, data.stride, test.clips),
+            TestTransform(test, data),
+            short_side=self._short_side,
+        )
+        views = test.clips * test.crops
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
+            sampler=ShardSampler(len(dataset)),
+            batch_size=max(1, self.batch_size // views),
+            collate_fn=collate,
+            num_workers=workers,
+        )
+        for batch in loader:
+            for path, problem in batch["problems"]:
+                yield Path(path), None, problem
+            if len(batch["index"]):
+                scores = self.score(batch["video"]).unflatten(0, (-1, views)).mean(dim=1)
+                for index, row in zip(batch["index"][::views].tolist(), scores, strict=True):
+                    yield paths[index], row, ""
+
+    def windows(self, video: Video, step: float | None = None) -> Windows | None:
+        """Scores of clips all along a video; None if it is no longer than ``LONG`` clips.
+
+        Args:
+            video: opened.
+            step: from one window to the next, in seconds, at most. None for half a clip's length,
+                or more, so that there are no more than ``MOST_WINDOWS``.
+
+        Raises:
+            VideoError: a frame does not decode.
+        """
+        data, test = self.config.data, self.config.test
+        length = (data.num_frames - 1) * data.stride / KINETICS_FPS
+        last = video.timestamps[-1]
+        if last <= LONG * length:  # equal where both are 0: a single frame, of stills
+            return None
+        step = step or max(length / 2, (last - length) / (MOST_WINDOWS - 1))
+        count = 1 + math.ceil((last - length) / step)
+        clips = UniformClips(data.num_frames, data.stride, count)(video.timestamps)
+        transform = TestTransform(test, data, crops=1)
+        # A clip's worth of large frames is fine, a group's would fill the memory.
+        short_side = self._short_side or 2 * test.short_side
+        starts, ends, scores = [], [], []
+        shown = {"desc": "over time", "unit": "batch", "leave": False, "delay": 2, "disable": None}
+        for first in tqdm(range(0, count, self.batch_size), **shown):
+            # Neighbours share frames: decoded together, each is decoded once.
+            group = clips[first : first + self.batch_size]
+            numbers = sorted({number for clip in group for number in clip})
+            frames = video.frames(numbers, short_side)
+            row = {number: row for row, number in enumerate(numbers)}
+            views = [transform(frames[[row[number] for number in clip]]) for clip in group]
+            scores.append(self.score(torch.cat(views)))
+            starts += [video.timestamps[clip[0]] for clip in group]
+            ends += [video.timestamps[clip[-1]] for clip in group]
+        return Windows(starts, ends, torch.cat(scores))
+
+
+def choose_device(name: str) -> str:
+    """The device that ``name`` stands for: ``auto`` is a GPU if there is one.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.ones(1, device=name)
+    except (AssertionError, RuntimeError) as error:  # torch built without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name} cannot be used ({reason}): try --device cpu") from error
+    return name

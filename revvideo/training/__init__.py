@@ -1,0 +1,1 @@
+"""A run: what it needs before it starts, its steps, its checkpoints and results."""

@@ -1,0 +1,237 @@
+"""What training, validation and testing do with a batch."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, TypedDict, cast
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+import backbones
+from backbones.common.errors import UserError
+from backbones.common.seeds import seed_of
+from revvideo.config import Config
+from revvideo.data.mixing import Mixing
+from revvideo.data.videos import VideoData
+from revvideo.models import AUTOCAST, build_model
+from revvideo.training.checkpoint import CLASSES, load_pretrained, require_complete
+from revvideo.training.metrics import VideoScores, accuracy
+from revvideo.training.optim import build_optimizer
+
+logger = logging.getLogger("revvideo")
+
+
+class Batch(TypedDict):
+    """What the loaders give.
+
+    Attributes:
+        video: float (N, 3, T, H, W), the clips of one video one after the other.
+        label, index: (N,) of each clip; ``index`` counts the readable videos of the split.
+        problems: (path, reason) of each video that could not be read and is not among them.
+    """
+
+    video: Tensor
+    label: Tensor
+    index: Tensor
+    problems: list[tuple[str, str]]
+
+
+class VideoModule(pl.LightningModule):
+    """A classifier of clips; a video is tested by the mean of the softmax scores of its views.
+
+    Everything random in a step (mixing, dropout, drop path) is a function of the seed, the step and
+    the process, so that a resumed run continues as if it had never stopped.
+
+    Args:
+        config: of the run.
+        weights: to start from; "" for none.
+        complete: whether they must fit with their head, as they must to be tested.
+
+    Attributes:
+        backbone: the network; there once the trainer has started.
+        accuracy: of the last validation or test.
+        predictions: its (indices, labels, scores) by video, see :class:`VideoScores`.
+        problems: the reason for each file that turned out to be unreadable, on this process.
+        memory, stored_blocks: the memory policy, also where a budget has chosen it.
+    """
+
+    backbone: nn.Module
+
+    def __init__(self, config: Config, weights: str = "", *, complete: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.weights = weights
+        self.complete = complete
+        self.classes: list[str] = []
+        self.scores = VideoScores()
+        self.problems: dict[str, str] = {}
+        self.memory: str = config.train.memory
+        self.stored_blocks = config.train.stored_blocks
+        self._step_loss = torch.zeros(())  # the sum over the parts of a step so far
+
+    @property
+    def data(self) -> VideoData:
+        """The videos of the run."""
+        return cast(VideoData, self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def configure_model(self) -> None:
+        """Build the network; Lightning calls this, possibly more than once."""
+        if hasattr(self, "backbone"):
+            return
+        self.classes = self.data.classes
+        # Here, because what has drawn before depends on the strategy.
+        torch.manual_seed(self.config.train.seed)
+        model = build_model(self.config, len(self.classes))
+        if self.weights:
+            report = load_pretrained(model, self.weights)
+            if self.complete:
+                require_complete(report)
+            logger.info("%s", report)
+        outputs = cast(nn.Linear, model.head).out_features
+        _check_labels(self.data, outputs)
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        if self.config.train.memory_budget and fitting:
+            self._fit_memory(model)
+        self._mix = Mixing(self.config.augment, outputs)
+        self.backbone = model
+        if self.config.train.strategy == "fsdp" and fitting:
+            from torch.distributed.fsdp import fully_shard
+
+            # As one unit: a reversible block rebuilds its input with the weights of the whole
+            # block, and gathering them again for each block would cost more than it saves.
+            fully_shard(model, mesh=self.device_mesh["data_parallel"])  # type: ignore[index]
+
+    def _fit_memory(self, model: nn.Module) -> None:
+        """Choose the memory policy by the budget."""
+        data, budget = self.config.data, self.config.train.memory_budget
+        clips = self.data.loader_batch_size * self.config.augment.repeats
+        size = (clips, 3, data.num_frames, data.crop_size, data.crop_size)
+        autocast = AUTOCAST[self.config.train.precision]
+        model.to(self.trainer.strategy.root_device)
+        try:
+            plan = backbones.fit_memory(model, torch.empty(size, device="meta"), budget, autocast)
+        except ValueError as error:
+            raise UserError(f"train.memory_budget={budget}: {error}") from error
+        self.memory, self.stored_blocks = plan.policy, plan.stored_blocks
+        logger.info("%s", plan)
+
+    def _note(self, problems: list[tuple[str, str]]) -> None:
+        for path, reason in problems:
+            if path not in self.problems:
+                logger.warning("cannot be read any more, left out: %s (%s)", path, reason)
+        self.problems.update(problems)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """Clips (N, 3, T, H, W) -> logits (N, num_classes)."""
+        return cast(Tensor, self.backbone(video))
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed what this step draws."""
+        seed = self.config.train.seed
+        torch.manual_seed(seed_of(seed, self.global_step, batch_idx, self.global_rank))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of a batch; of one without any readable video, zero."""
+        self._note(batch["problems"])
+        video, label, repeats = batch["video"], batch["label"], self.config.augment.repeats
+        if empty := len(label) == 0:
+            # All processes take part in every step, or the others wait for ever.
+            video, label, repeats = self._blank_clip(), label.new_zeros(1), 1
+        # Clips are mixed with their neighbours, which would be clips of the same video.
+        order = torch.arange(len(label)).view(-1, repeats).T.flatten()
+        video, target = self._mix(video[order], label[order])
+        loss = F.cross_entropy(
+            self(video), target, label_smoothing=self.config.augment.label_smoothing
+        )
+        if empty:
+            loss = 0 * loss
+        part = batch_idx % self.config.optim.accumulate
+        self._step_loss = loss.detach() + (self._step_loss if part else 0)
+        shared: dict[str, Any] = {"sync_dist": True, "batch_size": len(label)}
+        self.log("train/loss", self._step_loss / (part + 1), prog_bar=True, **shared)
+        self.log("train/epoch_loss", loss, on_step=False, on_epoch=True, **shared)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score the videos of a batch from one view each."""
+        self._score(batch, views=1)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score the videos of a batch from all views."""
+        self._score(batch, views=self.config.test.clips * self.config.test.crops)
+
+    def _score(self, batch: Batch, views: int) -> None:
+        self._note(batch["problems"])
+        video, label, index = batch["video"], batch["label"], batch["index"]
+        # A sharded model gathers its weights in each forward pass, on all processes at once.
+        logits = self(video) if len(label) else self(self._blank_clip())[:0]
+        scores = logits.float().softmax(dim=1).view(-1, views, logits.shape[1]).mean(dim=1)
+        self.scores.update(index[::views], label[::views], scores)
+
+    def _blank_clip(self) -> Tensor:
+        data = self.config.data
+        shape = (1, 3, data.num_frames, data.crop_size, data.crop_size)
+        return torch.zeros(shape, device=self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the accuracy on all processes' videos."""
+        self._conclude()
+        self.log("val/top1", self.accuracy.top1, sync_dist=True)
+        self.log("val/top5", self.accuracy.top5, sync_dist=True)
+        self.log("val/videos", float(self.accuracy.videos), sync_dist=True)
+
+    def on_test_epoch_end(self) -> None:
+        """Keep the accuracy and the scores of all processes' videos."""
+        self._conclude()
+
+    def _conclude(self) -> None:
+        index, label, scores = self.scores.compute()
+        self.scores.reset()
+        # Of a single video, torchmetrics makes scalars.
+        index, label = index.view(-1), label.view(-1)
+        self.predictions = index, label, scores.view(len(index), -1)
+        self.accuracy = accuracy(label, scores, of=self.data.val_total)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with the recipe's schedule, step by step."""
+        optim, per_epoch = self.config.optim, self.data.steps_per_epoch
+        optimizer, scheduler = build_optimizer(
+            self.backbone,
+            optim,
+            warmup_steps=round(optim.warmup_epochs * per_epoch),
+            total_steps=total_steps(self.config, per_epoch),
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the names of the classes and the config."""
+        checkpoint[CLASSES] = list(self.classes)
+        checkpoint["config"] = OmegaConf.to_yaml(OmegaConf.structured(self.config))
+
+
+def total_steps(config: Config, steps_per_epoch: int) -> int:
+    """Steps of the optimizer in a whole run."""
+    steps = config.optim.epochs * steps_per_epoch
+    return min(steps, config.optim.max_steps) if config.optim.max_steps else steps
+
+
+def _check_labels(data: VideoData, outputs: int) -> None:
+    """Labels are outputs of the head by their number: the sets of classes must be the same."""
+    count = len(data.classes)
+    if count == outputs or (count < outputs and data.config.data.layout == "list"):
+        return
+    first = ", ".join(data.classes[:3]) + (", …" if count > 3 else "")
+    raise UserError(
+        f"the data has {count} classes ({first}), the model {outputs}: set "
+        f"model.num_classes={count}, complete the data, or, where it is a list whose labels are "
+        "those of the model, set data.layout=list"
+    )

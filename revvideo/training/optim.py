@@ -1,0 +1,89 @@
+"""The optimizer of the recipes: parameter groups for AdamW, and its learning rate step by step."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from backbones.engine.policies import MemoryManaged
+from revvideo.config import OptimConfig
+
+_AFTER_THE_BLOCKS = ("norm.", "head.")
+
+
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, *, warmup_steps: int, total_steps: int
+) -> tuple[torch.optim.AdamW, LambdaLR]:
+    """AdamW and its schedule, which is to be stepped after every step of the optimizer.
+
+    Args:
+        model: of :mod:`backbones`.
+        config: that section of the config.
+        warmup_steps, total_steps: of the optimizer.
+    """
+    groups = param_groups(model, config.lr, config.weight_decay, config.layer_decay)
+    factor = partial(
+        lr_factor,
+        warmup=warmup_steps,
+        total=total_steps,
+        start=config.start_factor,
+        end=config.end_factor,
+    )
+    optimizer = torch.optim.AdamW(groups, lr=config.lr)
+    return optimizer, LambdaLR(optimizer, factor)
+
+
+def param_groups(
+    model: nn.Module, lr: float, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer, with their own weight decay and learning rate.
+
+    One-dimensional parameters (biases, norms) are not decayed. With layer decay (ELECTRA, arXiv
+    2003.10555, section 3.1, as ViTs are fine-tuned) the head and the last norm have the rate
+    ``lr``, the last block ``lr * layer_decay``, the one before ``lr * layer_decay**2``, …, and the
+    patch embedding with the positions comes after the first block.
+    """
+    blocks = [name for name, module in model.named_modules() if isinstance(module, MemoryManaged)]
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        depth = _depth_below_head(name, blocks)
+        decays = parameter.ndim > 1
+        group = groups.setdefault(
+            (depth, decays),
+            {
+                "params": [],
+                "lr": lr * layer_decay**depth,
+                "weight_decay": weight_decay if decays else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    # The head first: its learning rate is the one that is logged.
+    return [groups[key] for key in sorted(groups)]
+
+
+def _depth_below_head(name: str, blocks: list[str]) -> int:
+    if name.startswith(_AFTER_THE_BLOCKS):
+        return 0
+    for index, block in enumerate(blocks):
+        if name.startswith(f"{block}."):
+            return len(blocks) - index
+    return len(blocks) + 1
+
+
+def lr_factor(step: int, *, warmup: int, total: int, start: float, end: float) -> float:
+    """The learning rate of ``step`` (from 0) over the base one.
+
+    From ``start`` in a line to 1 at step ``warmup``, then along half a cosine to ``end`` at step
+    ``total`` (SGDR, arXiv 1608.03983, equation 5, without restarts).
+    """
+    if step < warmup:
+        return start + (1 - start) * step / warmup
+    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2
