@@ -6,6 +6,7 @@ import detectron2.data.transforms as T
 import pytest
 import torch
 from detectron2.config import instantiate
+from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 import backbones
@@ -15,9 +16,22 @@ from backbones.memory.saved_bytes import saved_bytes
 from revdet.config import load_config
 from revdet.training.budget import ShapeOnlyDetector, fit_detector_memory, largest_image
 from tests.revdet.conftest import DEMO
-from tests.revdet.test_recipes import SIDE, images, shrink
+from tests.revdet.test_recipes import SIDE, small
 
 SHAPE = (2, 3, SIDE, SIDE)
+
+
+def images(count: int) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    batch = []
+    for _ in range(count):
+        truth = Instances((SIDE, SIDE))
+        truth.gt_boxes = Boxes(torch.tensor([[4.0, 6.0, 40.0, 50.0], [20.0, 10.0, 60.0, 30.0]]))
+        truth.gt_classes = torch.tensor([0, 4])
+        truth.gt_masks = BitMasks(torch.rand(2, SIDE, SIDE, generator=generator) > 0.5)
+        pixels = torch.randint(0, 256, (3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
+        batch.append({"image": pixels, "height": SIDE, "width": SIDE, "instances": truth})
+    return batch
 
 
 def detector(recipe: str = DEMO, *overrides: str) -> torch.nn.Module:
@@ -31,7 +45,7 @@ def test_what_is_counted_is_what_a_real_step_holds(policy, dtype):
     backbones.set_memory(model, policy)
     with EventStorage(), saved_bytes(ignore=model) as held:
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            loss = sum(model(images(SHAPE[0], 5)).values())
+            loss = sum(model(images(SHAPE[0])).values())
         real = held.bytes
     assert loss > 0
     step = ShapeOnlyDetector(model)
@@ -64,9 +78,8 @@ def test_budgets_that_cannot_be_kept():
 
 
 def test_every_head_is_run_on_the_most_proposals_it_can_see():
-    cfg = load_config("configs/detection/coco/cascade_mask_rcnn_rev_vit_base_100ep.py")
-    shrink(cfg)
-    outputs = ShapeOnlyDetector(instantiate(cfg.model))(torch.zeros(2, 3, SIDE, SIDE))
+    recipe = "configs/detection/coco/cascade_mask_rcnn_rev_vit_base_100ep.py"
+    outputs = ShapeOnlyDetector(detector(recipe, *small(recipe)))(torch.zeros(2, 3, SIDE, SIDE))
     levels, (*boxes, masks) = outputs[:10], outputs[10:]
     assert [tuple(x.shape[-2:]) for x in levels] == 2 * [(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)]
     # 8 proposals of each image, a quarter of them objects; three heads with classes and boxes.

@@ -8,7 +8,7 @@ from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-from backbones.weights.download import RELEASED_WEIGHTS
+from backbones import registry
 
 from ..common.coco_loader_multiscale import dataloader
 from ..common.mask_rcnn_fpn import model
@@ -17,7 +17,7 @@ from ..common.train import train
 
 # Trunk: 16 blocks in four stages, a map of each; positions follow the size of the image.
 model.backbone.bottom_up.model.update(name="rev_mvit_base", drop_path_rate=0.2)
-train.init_checkpoint = RELEASED_WEIGHTS["rev_mvit_base"]
+train.init_checkpoint = registry.MODELS["rev_mvit_base"].weights
 
 # Schedule: 36 epochs of 118 k images, 64 at a time, shorter edges of 480 to 800 pixels.
 dataloader.train.total_batch_size = 64

@@ -7,7 +7,7 @@ from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-from backbones.weights.download import RELEASED_WEIGHTS
+from backbones import registry
 
 from ..common.coco_loader import dataloader
 from ..common.mask_rcnn import model
@@ -18,7 +18,7 @@ from ..common.train import train
 trunk = model.backbone.net.model
 trunk.update(name="rev_vit_base", img_size=1024, drop_path_rate=0.1, use_rel_pos=True)
 trunk.update(window_size=14, global_attn_indexes=(2, 5, 8, 11))
-train.init_checkpoint = RELEASED_WEIGHTS["rev_vit_base"]
+train.init_checkpoint = registry.MODELS["rev_vit_base"].weights
 
 # Schedule: 100 epochs of 118 k images, 64 at a time, with large-scale jitter at 1024 pixels.
 dataloader.train.total_batch_size = 64
