@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,73 +12,31 @@ from detectron2.utils.registry import locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from backbones.common.errors import UserError
-from revdet.data.own_data import DATASET_DEFAULTS
+from backbones.common.errors import UserError, first_line, near_names
+from backbones.common.settings import (
+    check_values,
+    keys_of,
+    split_override,
+    unknown_key,
+    verbatim,
+)
+from revdet.settings import SECTIONS
 
 # What train_net.py needs from a recipe.
-SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+REQUIRED = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
-# Settings of the run, and all the keys that the train section may have.
-TRAIN_DEFAULTS = OmegaConf.create(
-    dict(
-        output_dir="output/run",
-        init_checkpoint="",  # weights to start from, a file or an address
-        max_iter=90000,
-        seed=0,
-        device="auto",  # cuda where there is one
-        # What the trunk keeps for the backward pass: store, checkpoint or reversible.
-        memory="reversible",
-        stored_blocks=0,  # how many of its last blocks store whatever the policy
-        memory_budget="",  # such as "8GB": choose both, so that a training step fits
-        accumulate=1,  # batches per iteration, of which gradients are averaged
-        # Images per iteration that the learning rate belongs to; with others it changes in
-        # proportion. 0: it stays.
-        reference_batch_size=0,
-        amp=dict(enabled=False, dtype="bfloat16"),  # autocast; float16 scales the loss
-        clip_grad_norm=0.0,  # 0: no clipping
-        ema_decay=0.0,  # such as 0.9999: evaluate and keep an average of the weights
-        deterministic=False,  # an operation that cannot be is an error
-        ddp=dict(
-            broadcast_buffers=False,
-            find_unused_parameters=False,
-            static_graph=False,
-            gradient_as_bucket_view=True,  # one copy of the gradients less
-            fp16_compression=False,
-        ),
-        checkpointer=dict(period=5000, max_to_keep=3),
-        eval_period=5000,  # 0: at the end only
-        log_period=20,
-        check_data=True,  # decode every image before training starts
-        pictures=8,  # validation images drawn with their predictions at the end
-    )
-)
+# What the config.yaml of earlier versions names, and where it is now.
+MOVED = {
+    "revdet.backbone.TrunkBackbone": "revdet.models.TrunkBackbone",
+    "revdet.dataloader.TrainMapper": "revdet.data.loader.TrainMapper",
+    "revdet.dataloader.build_train_loader": "revdet.data.loader.build_train_loader",
+    "revdet.evaluation.FasterCOCOEvaluator": "revdet.training.evaluation.FasterCOCOEvaluator",
+    "revdet.solver.get_optimizer_params": "revdet.training.optim.get_optimizer_params",
+}
 
-
-def config_parser(prog: str, doc: str) -> argparse.ArgumentParser:
-    """A parser of command lines that name a recipe and override it.
-
-    Args:
-        prog: the command.
-        doc: its help: a summary and, after an empty line, what follows the options.
-    """
-    summary, _, examples = doc.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=summary,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--config",
-        "--config-file",
-        dest="config",
-        required=True,
-        metavar="FILE",
-        help="the recipe: a file under configs/detection, or the config.yaml of a run",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the recipe")
-    return parser
+_TYPED = {key.path: key for name, section in SECTIONS.items() for key in keys_of(section, name)}
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -88,84 +44,120 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     Args:
         path: a LazyConfig ``.py`` file, or the ``config.yaml`` that a run has saved.
-        overrides: ``section.key=value`` in Hydra's syntax. The key must exist in the recipe, or be
-            an argument of what the recipe builds there.
+        overrides: ``section.key=value``. The value of a typed key that is a string is taken as it
+            stands, any other in Hydra's syntax. The key must exist in the recipe, or be an
+            argument of what the recipe builds there.
 
     Raises:
-        UserError: no such file, a file that is no recipe, or an unknown key (the message lists
-            the near ones) or a value of the wrong type.
+        UserError: no such file, a file that is no recipe, an unknown key (the message lists the
+            near ones), or a value of the wrong type or out of bounds.
     """
-    if not Path(path).is_file():
-        raise UserError(f"config {path!r} does not exist{_near_recipes(path)}")
-    try:
-        cfg = LazyConfig.load(path)
-    except Exception as error:
-        raise UserError(f"config {path!r} cannot be read: {_one_line(error)}") from error
-    missing = [section for section in SECTIONS if section not in cfg]
-    if missing:
-        raise UserError(
-            f"config {path!r} is no recipe: it lacks the section(s) {', '.join(missing)}"
-        )
-    _check_tree(cfg, "")
-    for section, defaults in (("train", TRAIN_DEFAULTS), ("dataset", DATASET_DEFAULTS)):
-        given = cfg.get(section, {})
-        if unknown := [key for key in given if key not in defaults]:
-            key = f"{section}.{unknown[0]}"
-            raise UserError(_unknown_key(key, unknown[0], [*defaults], section))
-        cfg[section] = OmegaConf.merge(defaults, given)
+    cfg = _read(path)
+    for where, node in _nodes(cfg):
+        target = node.get("_target_")
+        if isinstance(target, str):
+            node["_target_"] = MOVED.get(target, target)
+        known = _parameters(node)
+        for key in node:
+            if known is not None and key != "_target_" and key not in known:
+                raise _unknown(f"{where}.{key}".lstrip("."), known, f"config {path}")
+    for name in SECTIONS:
+        cfg[name] = _typed(name, cfg.get(name, {}), f"config {path}")
     for override in overrides:
         _apply(cfg, override)
+    for name, section in SECTIONS.items():
+        check_values(cfg[name], section, name)
     return cfg
 
 
-def _check_tree(node: object, where: str) -> None:
-    """Refuse an argument that the target of a section does not take, before anything is built."""
+def _read(path: str) -> DictConfig:
+    if not Path(path).is_file():
+        recipes = sorted(Path("configs/detection").glob("*/*.py"))
+        near = near_names(path, [str(p) for p in recipes if p.parent.name != "common"], cutoff=0.5)
+        hint = f"; there are {', '.join(near)}" if near else ""
+        raise UserError(f"config {path!r} does not exist{hint}")
+    try:
+        cfg = LazyConfig.load(path)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".replace("\n", " ")
+        raise UserError(f"config {path!r} cannot be read: {reason}") from error
+    if missing := [section for section in REQUIRED if section not in cfg]:
+        raise UserError(
+            f"config {path!r} is no recipe: it lacks the section(s) {', '.join(missing)}"
+        )
+    return cfg
+
+
+def _nodes(node: object, where: str = "") -> Iterator[tuple[str, DictConfig]]:
+    """Every dictionary of a config with its path, but those that only refer to another place."""
     if isinstance(node, DictConfig):
-        known = _parameters(node)
-        for key in node:
-            path = f"{where}.{key}".lstrip(".")
-            if known is not None and key != "_target_" and key not in known:
-                raise UserError(_unknown_key(path, str(key), known, where))
+        yield where, node
+    if OmegaConf.is_config(node):
+        for key in node if isinstance(node, DictConfig) else range(len(node)):
             if not OmegaConf.is_interpolation(node, key):
-                _check_tree(node[key], path)
-    elif isinstance(node, ListConfig):
-        for index, item in enumerate(node):
-            _check_tree(item, f"{where}.{index}")
+                yield from _nodes(node[key], f"{where}.{key}".lstrip("."))
+
+
+def _typed(name: str, given: Any, where: str) -> DictConfig:
+    """A typed section: the defaults and what a recipe gives, of which names and types are right."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(SECTIONS[name]), given)
+    except ConfigKeyError as error:
+        raise _unknown(f"{name}.{error.full_key}", (), where) from error
+    except OmegaConfBaseException as error:
+        key = f"{name}.{error.full_key or ''}".rstrip(".")
+        raise UserError(f"{where}: {key}: {first_line(error)}") from error
+    # Plain again, because a typed node would be saved as a Python object.
+    return OmegaConf.create(OmegaConf.to_container(merged))
 
 
 def _apply(cfg: DictConfig, override: str) -> None:
-    try:
-        parsed = OverridesParser.create().parse_override(override)
-        key, value = parsed.key_or_group, parsed.value()
-    except (HydraException, ValueError) as error:
-        raise UserError(f"override {override!r} is not of the form key=value") from error
-    if parsed.is_delete() or parsed.is_add():
+    if override.startswith(("+", "~")):
         raise UserError(f"override {override!r}: write key=value, without '+' or '~'")
-    _set(cfg, key, value, override.partition("=")[2])
+    key, text = split_override(override)
+    if key in _TYPED and _TYPED[key].kind is str:
+        value = verbatim(text)
+    else:
+        try:
+            parsed = OverridesParser.create().parse_override(f"key={text}")
+        except HydraException as error:
+            raise UserError(
+                f"override {override!r}: the value is no number, list, … and, if it is a text, "
+                "needs quotes"
+            ) from error
+        if parsed.is_sweep_override():
+            raise UserError(f"override {override!r} has several values: write a list [a,b]")
+        value = parsed.value()
+    _set(cfg, key, value, text)
 
 
-def _set(cfg: DictConfig, key: str, value: Any, typed: str) -> None:
-    """Set a key to ``value``, which was written as ``typed``."""
+def _set(cfg: DictConfig, key: str, value: Any, text: str) -> None:
+    """Set a key to ``value``, which was written as ``text``."""
     *parents, last = key.split(".")
-    node = cfg
+    node: Any = cfg
     for depth, part in enumerate(parents):
-        node = _child(node, part, key, ".".join(parents[:depth]))
+        where = ".".join(parents[: depth + 1])
+        if isinstance(node, ListConfig) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, DictConfig) and part in node:
+            node = node[part]
+        else:
+            raise _unknown(where, _known_keys(node) or list(node))
         if not OmegaConf.is_config(node):
-            where = ".".join(parents[: depth + 1])
-            raise UserError(f"config key {key!r} does not exist: {where} is the value {node!r}")
+            raise UserError(f"there is no key {key!r}: {where} is the value {node!r}")
     known = _known_keys(node)
     if known is not None and last not in known:
-        raise UserError(_unknown_key(key, last, known, ".".join(parents)))
+        raise _unknown(key, known)
     old = OmegaConf.select(cfg, key)
     if isinstance(old, DictConfig) and isinstance(value, dict):
         for name, item in value.items():
             _set(cfg, f"{key}.{name}", item, str(item))
         return
     if isinstance(old, str) and isinstance(value, int | float) and not isinstance(value, bool):
-        value = typed  # a folder may be called 2017
+        value = text  # a folder may be called 2017
     if old is not None and not _same_kind(old, value):
         kind = "a section" if OmegaConf.is_config(old) else type(old).__name__
-        raise UserError(f"config key {key!r} takes a value like {old!r} ({kind}), got {value!r}")
+        raise UserError(f"{key} takes a value like {old!r} ({kind}), got {value!r}")
     OmegaConf.update(cfg, key, value)
 
 
@@ -179,15 +171,6 @@ def _same_kind(old: object, new: object) -> bool:
     if isinstance(old, float):
         return isinstance(new, int | float)
     return new is not None
-
-
-def _child(node: DictConfig | ListConfig, part: str, key: str, where: str) -> object:
-    known = _known_keys(node)
-    if isinstance(node, ListConfig) and part.isdigit() and int(part) < len(node):
-        return node[int(part)]
-    if isinstance(node, DictConfig) and part in node:
-        return node[part]
-    raise UserError(_unknown_key(key, part, known or [], where))
 
 
 def _known_keys(node: DictConfig | ListConfig) -> list[str] | None:
@@ -218,19 +201,8 @@ def _parameters(node: DictConfig) -> list[str] | None:
     return [parameter.name for parameter in parameters]
 
 
-def _unknown_key(key: str, part: str, known: Sequence[str], where: str) -> str:
-    near = difflib.get_close_matches(part, known, n=3) or sorted(known)[:12]
-    prefix = f"{where}." if where else ""
-    choices = ", ".join(prefix + name for name in near)
-    return f"config key {key!r} does not exist; did you mean {choices}?"
-
-
-def _near_recipes(path: str) -> str:
-    recipes = [str(p) for p in sorted(Path("configs/detection").glob("*/*.py"))]
-    recipes = [p for p in recipes if Path(p).parent.name != "common"]
-    near = difflib.get_close_matches(path, recipes, n=3, cutoff=0.5) or recipes
-    return f"; there are {', '.join(near)}" if near else ""
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".replace("\n", " ")
+def _unknown(path: str, siblings: Sequence[str], where: str = "") -> UserError:
+    """The error for a key that does not exist; ``siblings`` are those that could stand there."""
+    parent = path.rpartition(".")[0]
+    typed = [known for known in _TYPED if known.startswith(f"{path.partition('.')[0]}.")]
+    return unknown_key(path, typed or [f"{parent}.{s}".lstrip(".") for s in siblings], where)

@@ -39,8 +39,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from backbones.common.console import config_parser
 from backbones.common.errors import UserError, error_line
-from revdet.config import config_parser, load_config
+from revdet.config import load_config
 from revdet.data.catalog import register_datasets
 from revdet.data.own_data import categories_of
 from revdet.prediction.media import (
@@ -60,7 +61,7 @@ NAMED = 20  # unreadable inputs that are printed; results.json has all
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = config_parser("revdet/predict.py", __doc__ or "")
+    parser = config_parser("revdet/predict.py", __doc__ or "", "configs/detection")
     add = parser.add_argument
     add("--weights", required=True, metavar="FILE", help="a checkpoint of that run or recipe")
     add("--input", required=True, nargs="+", metavar="PATH", help="pictures, videos, folders, …")

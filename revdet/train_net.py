@@ -54,11 +54,13 @@ from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig
 from torch.multiprocessing.spawn import ProcessRaisedException
 
+from backbones.common.console import config_parser
 from backbones.common.errors import UserError
-from revdet.config import config_parser, load_config
+from revdet.config import load_config
 from revdet.data.catalog import register_datasets
 from revdet.data.own_data import use_own_data, use_prepared_data
-from revdet.training.build import build_model, device_of
+from revdet.settings import settings_help
+from revdet.training.build import build_model
 from revdet.training.checkpoint import Checkpointer
 from revdet.training.hardware import is_first_on_machine, launch
 from revdet.training.preflight import log_to, preflight
@@ -69,7 +71,8 @@ logger = logging.getLogger("revdet")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, in the words that Detectron2 users know."""
-    parser = config_parser("revdet/train_net.py", __doc__ or "")
+    doc = f"{__doc__}\nKeys of the run and of its data:\n\n{settings_help()}"
+    parser = config_parser("revdet/train_net.py", doc, "configs/detection")
     add = parser.add_argument
     add(
         "--resume",
@@ -106,15 +109,15 @@ def main(argv: list[str] | None = None) -> int:
         register_datasets()
         cfg = load_config(args.config, args.overrides)
         use_own_data(cfg)
-        preflight(cfg, args)
+        device = preflight(cfg, args)
         launch(
             run,
-            (cfg, args),
+            (cfg, device, args),
             num_gpus=args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            on_gpu=device_of(cfg).startswith("cuda"),
+            on_gpu=device.startswith("cuda"),
         )
     except UserError as error:
         if not is_first_on_machine() and not dist.is_initialized():
@@ -137,7 +140,7 @@ def _fail(error: Exception) -> int:
     return 2
 
 
-def run(cfg: DictConfig, args: argparse.Namespace) -> None:
+def run(cfg: DictConfig, device: str, args: argparse.Namespace) -> None:
     """What each process does."""
     register_datasets()
     use_prepared_data(cfg)
@@ -145,7 +148,7 @@ def run(cfg: DictConfig, args: argparse.Namespace) -> None:
     if cfg.train.deterministic:
         _be_deterministic()
     seed_all_rng(cfg.train.seed)
-    model = build_model(cfg)
+    model = build_model(cfg, device)
     if args.eval_only:
         Checkpointer(model).load(args.weights)
         finish(cfg, model, evaluate(cfg, model), {"checkpoint": args.weights}, trained=False)

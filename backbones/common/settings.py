@@ -9,6 +9,7 @@ by those who have settings.
 from __future__ import annotations
 
 import dataclasses
+import re
 import textwrap
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +18,16 @@ from typing import Any
 
 from backbones.common.errors import UserError, near_names
 
-__all__ = ["Key", "check_values", "describe", "key", "keys_of", "split_override", "unknown_key"]
+__all__ = [
+    "Key",
+    "check_values",
+    "describe",
+    "key",
+    "keys_of",
+    "split_override",
+    "unknown_key",
+    "verbatim",
+]
 
 
 def key(
@@ -118,6 +128,17 @@ def split_override(text: str) -> tuple[str, str]:
     if not equals or not name.strip() or name != name.strip():
         raise UserError(f"override {text!r} is not of the form key=value")
     return name, value
+
+
+def verbatim(text: str) -> str:
+    """What to give OmegaConf, so that it is read back as typed: ``${`` has no meaning of its own.
+
+    Raises:
+        UserError: ``"???"``, by which OmegaConf means that a value is missing.
+    """
+    if text == "???":
+        raise UserError("'???' can be no value")
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def unknown_key(name: str, known: Iterable[str], where: str = "") -> UserError:

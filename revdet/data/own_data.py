@@ -13,19 +13,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from backbones.common.errors import UserError
 from revdet.data.annotations import categories_in, has_masks, read_coco
 
-# The keys that the dataset section may have. A recipe need not have the section.
-DATASET_DEFAULTS = OmegaConf.create(
-    dict(
-        # COCO-format annotation files, and the folders that their file names start from.
-        train_json="",
-        train_images="",
-        val_json="",
-        val_images="",
-        skip_broken=False,  # leave out what is broken, and count it, in place of stopping
-        # Id and name of each class; the run fills them in, and predict.py reads them.
-        categories=[],
-    )
-)
 NAMES = {"train": "own_train", "val": "own_val"}
 
 

@@ -94,8 +94,7 @@ class Detector:
     """
 
     def __init__(self, cfg: DictConfig, weights: str, *, device: str, threshold: float) -> None:
-        cfg.train.device = device
-        self.model = build_model(cfg).eval()
+        self.model = build_model(cfg, device).eval()
         Checkpointer(self.model).load(weights)
         for module in self.model.modules():
             if hasattr(module, "test_score_thresh"):

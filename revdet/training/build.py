@@ -17,15 +17,8 @@ from revdet.training.trainer import AMP_DTYPES
 logger = logging.getLogger("revdet")
 
 
-def device_of(cfg: DictConfig) -> str:
-    """Where a recipe runs: ``train.device``, or what ``"auto"`` stands for here."""
-    if cfg.train.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return str(cfg.train.device)
-
-
-def build_model(cfg: DictConfig) -> torch.nn.Module:
-    """The detector of a recipe with its memory policy, on its device.
+def build_model(cfg: DictConfig, device: str = "cpu") -> torch.nn.Module:
+    """The detector of a recipe with its memory policy, on a device.
 
     Raises:
         UserError: the recipe does not fit together.
@@ -41,7 +34,7 @@ def build_model(cfg: DictConfig) -> torch.nn.Module:
         f"model: {total / 1e6:.2f} M parameters, {trunk / 1e6:.2f} M of them in the trunk and "
         f"pyramid; memory policy {cfg.train.memory}, {cfg.train.stored_blocks} blocks stored"
     )
-    return model.to(device_of(cfg))
+    return model.to(device)
 
 
 def amp_dtype(cfg: DictConfig) -> torch.dtype | None:

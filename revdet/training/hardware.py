@@ -12,6 +12,8 @@ from detectron2.engine import launch as spawn
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
+from backbones.common.console import try_device
+
 # What torchrun tells each process that it starts.
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -29,6 +31,27 @@ def is_first_on_machine() -> bool:
 def rank_of_this_process(machine_rank: int) -> int:
     """torchrun's rank of this process, or else the machine's, before processes are started."""
     return int(os.environ["RANK"]) if under_torchrun() else machine_rank
+
+
+def resolve_device(name: str, num_gpus: int) -> str:
+    """The device that ``train.device`` stands for in this process or those that it starts.
+
+    Args:
+        name: ``train.device``, which itself stays as it is: the config.yaml that a run saves may
+            be used on another machine.
+        num_gpus: the processes that this one starts.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    given = name
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if num_gpus > 1 and torch.cuda.is_available():
+        return name  # not tried here: that would hold memory of the first one's GPU
+    if under_torchrun() and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    return str(try_device(name, f"train.device={given}", "set train.device=cpu or auto"))
 
 
 def launch(

@@ -8,41 +8,33 @@ from pathlib import Path
 
 import torch
 from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from backbones.common.errors import UserError
 from backbones.memory.budget import parse_budget
 from revdet.data.checks import check_datasets
-from revdet.training.build import device_of
 from revdet.training.checkpoint import fetch_weights
-from revdet.training.hardware import is_first_on_machine, rank_of_this_process, under_torchrun
-from revdet.training.trainer import AMP_DTYPES
-
-# The smallest number that each setting of the train section can be.
-_LEAST = {
-    "max_iter": 1,
-    "accumulate": 1,
-    "log_period": 1,
-    "checkpointer.period": 1,
-    "checkpointer.max_to_keep": 1,
-    "eval_period": 0,
-    "seed": 0,
-    "stored_blocks": 0,
-    "reference_batch_size": 0,
-    "clip_grad_norm": 0,
-    "pictures": 0,
-}
+from revdet.training.hardware import (
+    is_first_on_machine,
+    rank_of_this_process,
+    resolve_device,
+    under_torchrun,
+)
 
 
-def preflight(cfg: DictConfig, args: argparse.Namespace) -> None:
+def preflight(cfg: DictConfig, args: argparse.Namespace) -> str:
     """Check the settings; then, in one process of each machine, have the weights and the data.
+
+    Returns:
+        the device to run on.
 
     Raises:
         UserError: with the thing and the remedy.
     """
-    _check_settings(cfg)
-    _check_processes(cfg, args)
     train = cfg.train
+    device = resolve_device(train.device, args.num_gpus)
+    _check_budget(train)
+    _check_processes(device, args)
     if args.eval_only:
         args.weights = _weights_to_evaluate(cfg, args)
     elif not args.resume and (last := _last_checkpoint(train.output_dir)):
@@ -57,6 +49,7 @@ def preflight(cfg: DictConfig, args: argparse.Namespace) -> None:
         elif train.init_checkpoint and not _last_checkpoint(train.output_dir):
             fetch_weights(train.init_checkpoint)
         check_datasets(cfg, evaluation_only=args.eval_only)
+    return device
 
 
 def log_to(output_dir: str, rank: int) -> None:
@@ -67,24 +60,7 @@ def log_to(output_dir: str, rank: int) -> None:
         setup_logger.__wrapped__(output_dir, distributed_rank=rank, name=name)
 
 
-def _check_settings(cfg: DictConfig) -> None:
-    train = cfg.train
-    try:
-        on_gpu = torch.device(device_of(cfg)).type == "cuda"
-    except RuntimeError as error:
-        raise UserError(f"train.device={train.device}: use cuda, cpu or auto") from error
-    if on_gpu and not torch.cuda.is_available():
-        raise UserError(f"train.device={train.device}, but no GPU is found: set train.device=cpu")
-    if train.amp.enabled and train.amp.dtype not in AMP_DTYPES:
-        raise UserError(f"train.amp.dtype={train.amp.dtype!r}: use {' or '.join(AMP_DTYPES)}")
-    for key, least in _LEAST.items():
-        value = OmegaConf.select(train, key)
-        if value is not None and not value >= least:  # NaN is refused too
-            raise UserError(f"train.{key}={value}: use a number >= {least}")
-    if not 0 <= train.ema_decay < 1:
-        raise UserError(
-            f"train.ema_decay={train.ema_decay}: use one below 1, such as 0.9999, or 0 for none"
-        )
+def _check_budget(train: DictConfig) -> None:
     if train.memory_budget and train.stored_blocks:
         raise UserError(
             f"train.memory_budget={train.memory_budget} chooses train.stored_blocks itself: set "
@@ -97,7 +73,7 @@ def _check_settings(cfg: DictConfig) -> None:
             raise UserError(f"train.memory_budget: {error}") from error
 
 
-def _check_processes(cfg: DictConfig, args: argparse.Namespace) -> None:
+def _check_processes(device: str, args: argparse.Namespace) -> None:
     if under_torchrun():
         if args.num_gpus != 1 or args.num_machines != 1:
             raise UserError("torchrun starts the processes: leave out --num-gpus, --num-machines")
@@ -111,10 +87,10 @@ def _check_processes(cfg: DictConfig, args: argparse.Namespace) -> None:
         )
     if args.num_machines > 1 and args.dist_url == "auto":
         raise UserError("--num-machines > 1 needs --dist-url tcp://HOST:PORT")
-    if args.num_gpus > 1 and not device_of(cfg).startswith("cuda") and torch.cuda.is_available():
+    if args.num_gpus > 1 and not device.startswith("cuda") and torch.cuda.is_available():
         raise UserError("several processes on the CPU: hide the GPUs with CUDA_VISIBLE_DEVICES=''")
     found = torch.cuda.device_count()
-    if device_of(cfg).startswith("cuda") and args.num_gpus > found:
+    if device.startswith("cuda") and args.num_gpus > found:
         raise UserError(
             f"--num-gpus {args.num_gpus}, but {found} are found: set --num-gpus {found}"
         )

@@ -26,7 +26,7 @@ from revdet.data.checks import dataset_facts
 from revdet.data.loader import ResumableBatchSampler
 from revdet.data.own_data import dataset_names
 from revdet.training.budget import apply_memory_budget
-from revdet.training.build import amp_dtype, build_optimizer, device_of
+from revdet.training.build import amp_dtype, build_optimizer
 from revdet.training.checkpoint import Checkpointer, load_initial_weights
 from revdet.training.evaluation import to_json
 from revdet.training.pictures import draw_curves, draw_predictions
@@ -98,7 +98,7 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
         "stored_blocks": settings.stored_blocks,
         "best": evaluations.best,
     }
-    if device_of(cfg).startswith("cuda"):
+    if next(model.parameters()).is_cuda:
         facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     finish(cfg, result, evaluations.last, facts, trained=True)
 
@@ -141,7 +141,7 @@ def _log_schedule(cfg: DictConfig, loader: Any) -> None:
 
 def _distributed(cfg: DictConfig, model: nn.Module) -> nn.Module:
     options = dict(cfg.train.ddp)
-    if not device_of(cfg).startswith("cuda"):
+    if not next(model.parameters()).is_cuda:
         options["device_ids"] = None
     return create_ddp_model(model, **options)
 

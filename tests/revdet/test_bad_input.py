@@ -13,7 +13,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from backbones.common.errors import UserError
-from revdet.config import load_config
+from revdet.config import MOVED, load_config
+from revdet.train_net import main
 from tests.revdet.conftest import DEMO
 
 
@@ -28,7 +29,7 @@ def error_of(capsys) -> str:
     [
         ("train.max_itr=3", ["train.max_itr", "train.max_iter"]),
         ("trian.max_iter=3", ["trian", "train"]),
-        ("train.max_iter.x=3", ["train.max_iter.x", "does not exist"]),
+        ("train.max_iter.x=3", ["train.max_iter.x", "no key"]),
         ("optimizer.learning_rate=1", ["optimizer.learning_rate", "optimizer.lr"]),
         ("model.backbone.nrom=LN", ["model.backbone.nrom", "model.backbone.norm"]),
         ("model.backbone.net.model.dpeth=3", ["dpeth", "depth"]),
@@ -38,6 +39,13 @@ def error_of(capsys) -> str:
         ("train.amp={enabeld:true}", ["train.amp.enabeld", "train.amp.enabled"]),
         ("train.max_iter={a:1}", ["train.max_iter", "int"]),
         ("train.seed=-1", ["train.seed=-1"]),
+        ("train.enabled=true", ["train.amp.enabled"]),
+        ("train.max_iter=1,2", ["several values"]),
+        ("train.max_iter=[1", ["train.max_iter=[1", "quotes"]),
+        ("+train.max_iter=1", ["without '+'"]),
+        ("~train.max_iter", ["'~'"]),
+        ("train.output_dir=???", ["???"]),
+        ("model.backbone.net.0=1", ["model.backbone.net.0"]),
         ("model.backbone.in_feature=scale4", ["scale4"]),
         ("train.max_iter", ["train.max_iter", "key=value"]),
         ("train.memory=revresible", ["revresible", "reversible"]),
@@ -81,6 +89,10 @@ def test_a_config_that_is_no_recipe(tmp_path):
     [
         ("train.max_itr = 3", "train.max_itr.*train.max_iter"),
         ("optimizer.learning_rate = 1", "optimizer.learning_rate.*did you mean"),
+        ("train.amp.enabeld = 1", "train.amp.enabeld.*train.amp.enabled"),
+        ("train.max_iter = 'many'", "train.max_iter.*'many'.*Integer"),
+        ("train.amp = 5", "train: .*AmpConfig"),
+        ("train.ema_decay = 1.0", "train.ema_decay=1.0.*at most"),
     ],
 )
 def test_a_config_with_an_unknown_key(tmp_path, line, words):
@@ -198,3 +210,50 @@ def test_a_checkpoint_of_another_architecture(broken, train_net, tmp_path, capsy
     edit(broken, lambda content: content["categories"].append({"id": 40, "name": "comet"}))
     classes = ["model.roi_heads.num_classes=6", "train.max_iter=1", *BROKEN]
     assert train_net(tmp_path / "classes", weights, *classes) == 0
+
+
+TYPED = ["a=b", "/d/[1,2]", "{x}", "${train.seed}", r"\${x}", 'it\'s "two"', "c, d", "", " "]
+TYPED += [
+    "true",
+    "null",
+    "a:b",
+    "~/x",
+    "#1",
+    "%d",
+    "1e3",
+    "007",
+    "\u00e4\\",
+    "{a:1}",
+    "[1",
+    "$HOME",
+]
+
+
+@pytest.mark.parametrize("path", TYPED)
+def test_a_path_is_taken_as_it_is_typed_and_saved_so(tmp_path, path):
+    cfg = load_config(DEMO, [f"train.output_dir={path}", f"train.init_checkpoint={path}"])
+    assert (cfg.train.output_dir, cfg.train.init_checkpoint) == (path, path)
+    LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+    again = load_config(str(tmp_path / "config.yaml"))
+    assert (again.train.output_dir, again.train.init_checkpoint) == (path, path)
+
+
+def test_a_saved_config_is_plain_and_names_of_earlier_versions_are_found(tmp_path):
+    path = tmp_path / "config.yaml"
+    LazyConfig.save(load_config(DEMO), str(path))
+    text, saved = path.read_text(), load_config(str(path))
+    assert "revdet.settings" not in text and "  device: auto" in text
+    for old, new in MOVED.items():
+        text = text.replace(new, old)
+    for module in ("backbone", "dataloader", "evaluation", "solver"):
+        assert f"revdet.{module}." in text
+    path.write_text(text)
+    assert load_config(str(path)) == saved
+
+
+def test_every_section_of_the_help_has_its_keys(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for key in ("train.checkpointer.period (int, 5000)", "dataset.skip_broken (bool, False)"):
+        assert key in text

@@ -1,7 +1,9 @@
-"""Settings of the run: the defaults, which are listed in ``revdet/config.py``."""
+"""Settings of the run: the defaults, which are listed in ``revdet/settings.py``."""
 
-from copy import deepcopy
+from dataclasses import asdict
 
-from revdet.config import TRAIN_DEFAULTS
+from omegaconf import OmegaConf
 
-train = deepcopy(TRAIN_DEFAULTS)
+from revdet.settings import TrainConfig
+
+train = OmegaConf.create(asdict(TrainConfig()))

@@ -1,0 +1,101 @@
+"""The typed sections of a recipe: one line per key, with its default, meaning and bounds.
+
+They are the help of ``train_net.py`` and the check of recipes and overrides. The other sections
+are Detectron2's own: their keys are the arguments of what they build.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from backbones.common.settings import describe, key
+
+
+@dataclass
+class AmpConfig:
+    """Autocast in training."""
+
+    enabled: bool = key(False, "autocast in training")
+    dtype: str = key(
+        "bfloat16", "of autocast; float16 scales the loss", choices=("bfloat16", "float16")
+    )
+
+
+@dataclass
+class DdpConfig:
+    """Options of DistributedDataParallel."""
+
+    broadcast_buffers: bool = key(False, "copy the buffers of the first process in each step")
+    find_unused_parameters: bool = key(False, "for models of which a step may leave out parts")
+    static_graph: bool = key(False, "every step uses the same parameters")
+    gradient_as_bucket_view: bool = key(True, "hold one copy of the gradients less")
+    fp16_compression: bool = key(False, "send gradients in half precision")
+
+
+@dataclass
+class CheckpointerConfig:
+    """When a run is saved."""
+
+    period: int = key(5000, "iterations between checkpoints", low=1)
+    max_to_keep: int = key(3, "how many of them are kept", low=1)
+
+
+@dataclass
+class TrainConfig:
+    """Settings of the run."""
+
+    output_dir: str = key("output/run", "where the results of the run go")
+    init_checkpoint: str = key("", "weights to start from: a file or an address")
+    max_iter: int = key(90000, "iterations to train", low=1)
+    seed: int = key(0, "of weights, order, augmentation and dropout", low=0)
+    device: str = key("auto", "such as cpu or cuda; auto: cuda where there is one")
+    memory: str = key(
+        "reversible",
+        "what the trunk keeps for the backward pass",
+        choices=("store", "checkpoint", "reversible"),
+    )
+    stored_blocks: int = key(0, "how many of its last blocks store whatever the policy", low=0)
+    memory_budget: str = key("", "such as 8GB: choose both, so that a training step fits")
+    accumulate: int = key(1, "batches per iteration, of which gradients are averaged", low=1)
+    reference_batch_size: int = key(
+        0,
+        "images per iteration that the learning rate belongs to; with others it changes in "
+        "proportion; 0: it stays",
+        low=0,
+    )
+    amp: AmpConfig = field(default_factory=AmpConfig)
+    clip_grad_norm: float = key(0.0, "largest norm of all gradients together; 0: any", low=0)
+    ema_decay: float = key(
+        0.0,
+        "such as 0.9999: evaluate and keep an average of the weights; 0: none",
+        low=0,
+        high=0.999999,
+    )
+    deterministic: bool = key(False, "the same bits in every run; what cannot is an error")
+    ddp: DdpConfig = field(default_factory=DdpConfig)
+    checkpointer: CheckpointerConfig = field(default_factory=CheckpointerConfig)
+    eval_period: int = key(5000, "iterations between evaluations; 0: at the end only", low=0)
+    log_period: int = key(20, "iterations between two lines of metrics.json", low=1)
+    check_data: bool = key(True, "decode every image before training starts")
+    pictures: int = key(8, "validation images drawn with their predictions at the end", low=0)
+
+
+@dataclass
+class DatasetConfig:
+    """Your own data, in COCO format, in place of the recipe's."""
+
+    train_json: str = key("", "annotation file to train on")
+    train_images: str = key("", "folder that its file names start from")
+    val_json: str = key("", "annotation file to evaluate on; the same one, if there is no other")
+    val_images: str = key("", "folder that its file names start from")
+    skip_broken: bool = key(False, "leave out what is broken, and count it, in place of stopping")
+    categories: list[Any] = key([], "id and name of each class: the run fills them in")  # noqa: RUF009
+
+
+SECTIONS = {"train": TrainConfig, "dataset": DatasetConfig}
+
+
+def settings_help() -> str:
+    """Every key of the typed sections."""
+    return "\n".join(describe(section, name) for name, section in SECTIONS.items())
