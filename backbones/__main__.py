@@ -1,39 +1,54 @@
-"""``python -m backbones [--markdown] [NAME …]``: the model zoo as a table."""
+"""Look at the models, at their memory and at what they see. Each command has its own --help.
+
+examples:
+  python -m backbones zoo                                        # which models there are
+  python -m backbones memory --model rev_vit_base --input 64x3x224x224 --budget 8GB
+  python -m backbones drift --model rev_vit_small --precision bf16
+  python -m backbones evaluate --model rev_vit_base --pretrained --data imagenet
+  python -m backbones predict photos --model rev_vit_small --pretrained
+"""
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
-from backbones.commands.zoo import describe, zoo_table
-from backbones.common.console import make_parser, run_command, show_progress
-from backbones.registry import list_models
+from backbones.common.console import explain, make_parser, run_command
+
+# Modules of backbones.commands, of which only the one that is asked for is imported.
+_COMMANDS = {
+    "zoo": "list the models: size, cost, published accuracy, activation memory",
+    "memory": "show where the memory of a training step goes, and what fits a budget",
+    "drift": "measure how exactly a model rebuilds its activations",
+    "evaluate": "measure top-1 and top-5 accuracy on folders of images",
+    "predict": "print the likeliest classes of images, or save their features",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; return the exit status."""
-    parser = make_parser(
-        "backbones",
-        "Print the model zoo: sizes, cost, published accuracy, activation memory.",
-        """\
-examples:
-  python -m backbones
-  python -m backbones rev_vit_base vit_base --markdown""",
-    )
-    parser.add_argument("names", metavar="NAME", nargs="*", help="models; without any, all")
-    parser.add_argument("--markdown", action="store_true", help="as a Markdown table")
-    return run_command(parser, _print_zoo, arguments)
+    """Run a command; return its exit status.
 
+    Args:
+        arguments: of the command line; None for those that the process was given.
 
-def _print_zoo(options: argparse.Namespace) -> None:
-    names = options.names or list_models()
-    entries = []
-    for index, name in enumerate(names, start=1):
-        show_progress(f"{index}/{len(names)} {name}")
-        entries.append(describe(name))
-    show_progress("")
-    print(zoo_table(entries, options.markdown))
+    Raises:
+        SystemExit: with status 2, after a usage error or one line on stderr about what is wrong.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = make_parser("python -m backbones", __doc__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, summary in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary)
+        if name in arguments[:1]:
+            module = importlib.import_module(f"backbones.commands.{name}")
+            explain(command, module.__doc__)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
+    return run_command(parser, lambda options: options.run(options), arguments)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from backbones.engine.compiled import compile_blocks
-from backbones.registry import MODELS, build
+from backbones.registry import MODELS, build, record_of
 from backbones.weights.loading import load_weights
 
 __all__ = ["create_model"]
@@ -54,15 +54,15 @@ def create_model(
     """
     if num_classes is not None:
         overrides["num_classes"] = num_classes
-    url = MODELS[name].weights if pretrained and name in MODELS else None
-    if pretrained and name in MODELS and url is None:
-        released = ", ".join(name for name, record in sorted(MODELS.items()) if record.weights)
+    released = record_of(name).weights if pretrained else None
+    if pretrained and released is None:
+        others = ", ".join(sorted(other for other in MODELS if MODELS[other].weights))
         raise ValueError(
-            f"no weights are released for {name!r}, only for {released}; use pretrained=False"
+            f"no weights are released for {name!r}, only for {others}; use pretrained=False"
         )
     model = build(name, **overrides)
-    if url is not None:
-        _log.info("%s", load_weights(model, url))
+    if released is not None:
+        _log.info("%s", load_weights(model, released))
     if compile:
         compile_blocks(model)
     return model

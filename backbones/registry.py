@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +20,9 @@ __all__ = [
     "input_shape",
     "list_models",
     "name_of",
+    "record_of",
     "register_model",
 ]
-
-_PYSLOWFAST = "https://dl.fbaipublicfiles.com/pyslowfast/rev"
 
 # Arguments that may differ without making another model: they follow the data and the training.
 _OF_THE_DATA = {"img_size", "num_classes", "num_frames"}
@@ -34,18 +34,55 @@ class ModelRecord:
 
     Attributes:
         constructor, arguments: build the model.
-        weights: address of the authors' released file (PySlowFast's model zoo), or None.
-        top1, top5: published accuracy in percent, or None.
+        weights: address of the file that the authors have released, or None.
+        top1, top5: published accuracy in percent, or None: of one view of ImageNet-1k at 224
+            pixels; of a model of clips, of 1 x 5 views of Kinetics-400.
     """
 
     constructor: type[nn.Module]
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     weights: str | None = None
     top1: float | None = None
     top5: float | None = None
 
 
-MODELS: dict[str, ModelRecord] = {}
+# Widths and depths of vision transformers.
+_TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3}
+_SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 6}
+_BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12}
+_LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
+_HUGE = {"embed_dim": 1280, "depth": 32, "num_heads": 16, "patch_size": 14}
+
+# The released Kinetics model. The published config does not build as it stands; without its class
+# token it does, with the published parameters and operations, and it takes the mean of the streams.
+_CLIPS = {"num_frames": 16, "num_classes": 400, "kv_stride": 8, "qkv_bias": False}
+
+_ZOO = "https://dl.fbaipublicfiles.com/pyslowfast/rev"  # of PySlowFast
+
+# Scores are those of arXiv 2302.04869; of the two Rev-MViTs those of the weights, which were
+# released later (the paper: 82.5 and 78.5). The paper's MViT-B has no score here: mvit_base differs
+# from it in more than a class token. top5: mmpretrain's, of the released weights, converted; the
+# paper and its authors give none.
+MODELS: dict[str, ModelRecord] = {
+    "rev_vit_tiny": ModelRecord(RevViT, _TINY),
+    "rev_vit_small": ModelRecord(RevViT, _SMALL, f"{_ZOO}/REV_VIT_S.pyth", 79.9, 94.9),
+    "rev_vit_base": ModelRecord(RevViT, _BASE, f"{_ZOO}/REV_VIT_B.pyth", 81.8, 95.56),
+    "rev_vit_large": ModelRecord(RevViT, _LARGE, top1=81.4),
+    "rev_vit_huge": ModelRecord(RevViT, _HUGE),
+    "vit_tiny": ModelRecord(ViT, _TINY),
+    "vit_small": ModelRecord(ViT, _SMALL, top1=79.9),
+    "vit_base": ModelRecord(ViT, _BASE, top1=81.8),
+    "vit_large": ModelRecord(ViT, _LARGE, top1=81.5),
+    "vit_huge": ModelRecord(ViT, _HUGE),
+    "rev_mvit_base": ModelRecord(
+        RevMViT, {"fusion": "concat_linear_2"}, f"{_ZOO}/REV_MVIT_B.pyth", 82.9
+    ),
+    "rev_mvit_base_16x4": ModelRecord(
+        RevMViT, {**_CLIPS, "fusion": "avg"}, f"{_ZOO}/REV_MVIT_B_16x4.pyth", 78.4
+    ),
+    "mvit_base": ModelRecord(MViT),
+    "mvit_base_16x4": ModelRecord(MViT, _CLIPS),
+}
 
 
 def register_model(name: str, model: type[nn.Module], **arguments: Any) -> None:
@@ -54,18 +91,26 @@ def register_model(name: str, model: type[nn.Module], **arguments: Any) -> None:
     Raises:
         ValueError: the name is taken.
     """
-    _add(name, ModelRecord(model, arguments))
-
-
-def _add(name: str, record: ModelRecord) -> None:
     if name in MODELS:
         raise ValueError(f"a model named {name!r} is registered already")
-    MODELS[name] = record
+    MODELS[name] = ModelRecord(model, arguments)
 
 
 def list_models() -> list[str]:
     """The names that :func:`backbones.create_model` knows, sorted."""
     return sorted(MODELS)
+
+
+def record_of(name: str) -> ModelRecord:
+    """What a name stands for.
+
+    Raises:
+        ValueError: unknown name (the message lists the near ones).
+    """
+    if name not in MODELS:
+        near = ", ".join(near_names(name, list_models()))
+        raise ValueError(f"there is no model {name!r}; did you mean {near}?")
+    return MODELS[name]
 
 
 def build(name: str, **overrides: Any) -> nn.Module:
@@ -77,10 +122,7 @@ def build(name: str, **overrides: Any) -> nn.Module:
     Raises:
         ValueError: unknown name or argument (the message lists the near ones).
     """
-    if name not in MODELS:
-        near = ", ".join(near_names(name, list_models()))
-        raise ValueError(f"there is no model {name!r}; did you mean {near}?")
-    record = MODELS[name]
+    record = record_of(name)
     known = inspect.signature(record.constructor).parameters
     for key in overrides:
         if key not in known:
@@ -99,24 +141,24 @@ def name_of(model: nn.Module) -> str | None:
     Another name than it was built with where that was given another depth or width. Sizes of the
     input, classes and rates of dropout do not count.
     """
-    config = getattr(model, "config", None)
+    config = vars(model).get("config")
     if config is None:
         return None
-    own = _identity(ModelRecord(type(model), config["arguments"]))
-    same = (name for name, record in MODELS.items() if _identity(record) == own)
+    own, records = _identity(type(model), config["arguments"]), MODELS.items()
+    same = (name for name, of in records if _identity(of.constructor, of.arguments) == own)
     return next(same, None)
 
 
-def _identity(record: ModelRecord) -> tuple[Any, ...]:
-    defaults = inspect.signature(record.constructor).parameters.items()
-    arguments = {name: parameter.default for name, parameter in defaults} | record.arguments
-    clips = arguments.get("num_frames") is not None
+def _identity(constructor: type[nn.Module], given: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What two models have in common that compute the same function of their weights."""
+    parameters = inspect.signature(constructor).parameters
+    arguments = {name: parameter.default for name, parameter in parameters.items()} | dict(given)
     compared = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in arguments.items()
         if name not in _OF_THE_DATA and not name.endswith(("drop_rate", "drop_path_rate"))
     }
-    return record.constructor, clips, sorted(compared.items(), key=lambda item: item[0])
+    return constructor, arguments.get("num_frames") is not None, compared
 
 
 def input_shape(model: nn.Module) -> tuple[int, ...]:
@@ -127,49 +169,3 @@ def input_shape(model: nn.Module) -> tuple[int, ...]:
     frames = arguments.get("num_frames")
     clip = () if frames is None else (frames,)
     return (arguments.get("in_chans", 3), *clip, height, width)
-
-
-# Width, depth and heads of the vision transformers, in the sizes of the field.
-_VIT_SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
-    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
-    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
-    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
-    "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16, "patch_size": 14},
-}
-
-# Scores: one view of ImageNet-1k at 224 px; rev_mvit_base_16x4: Kinetics-400, 1 x 5 views. From
-# arXiv 2302.04869, but of the two Rev-MViTs that of the weights released later (the paper: 82.5
-# and 78.5). The paper's MViT-B has no score here: mvit_base differs from it in more than a class
-# token. top5: mmpretrain's of the released weights, converted; the paper and its authors give none.
-_RELEASED: dict[str, dict[str, Any]] = {
-    "rev_vit_small": {"weights": f"{_PYSLOWFAST}/REV_VIT_S.pyth", "top1": 79.9, "top5": 94.9},
-    "rev_vit_base": {"weights": f"{_PYSLOWFAST}/REV_VIT_B.pyth", "top1": 81.8, "top5": 95.56},
-    "rev_vit_large": {"top1": 81.4},
-    "vit_small": {"top1": 79.9},
-    "vit_base": {"top1": 81.8},
-    "vit_large": {"top1": 81.5},
-}
-
-for _size, _arguments in _VIT_SIZES.items():
-    for _name, _class in ((f"rev_vit_{_size}", RevViT), (f"vit_{_size}", ViT)):
-        _add(_name, ModelRecord(_class, _arguments, **_RELEASED.get(_name, {})))
-
-# The released Kinetics model. The published config does not build as it stands; without its class
-# token it does, with the published parameters and operations, and it takes the mean of the streams.
-_MVIT_16X4: dict[str, Any] = {
-    "num_frames": 16,
-    "num_classes": 400,
-    "kv_stride": 8,
-    "qkv_bias": False,
-}
-
-_add("rev_mvit_base", ModelRecord(RevMViT, {}, f"{_PYSLOWFAST}/REV_MVIT_B.pyth", top1=82.9))
-_add("mvit_base", ModelRecord(MViT))
-_add(
-    "rev_mvit_base_16x4",
-    ModelRecord(
-        RevMViT, {"fusion": "avg", **_MVIT_16X4}, f"{_PYSLOWFAST}/REV_MVIT_B_16x4.pyth", top1=78.4
-    ),
-)
-_add("mvit_base_16x4", ModelRecord(MViT, _MVIT_16X4))

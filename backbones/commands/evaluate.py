@@ -1,4 +1,15 @@
-"""``python -m backbones evaluate``: the accuracy of a model on folders of images, one per class."""
+"""Measure top-1 and top-5 accuracy on images in one folder per class, and print them beside the
+published score. The folders' sorted names are the classes of the head, as in torchvision's
+ImageFolder; for ImageNet they are the wnids (n01440764, …).
+
+examples:
+  python -m backbones evaluate --model rev_vit_base --pretrained --data imagenet
+  python -m backbones evaluate --weights REV_VIT_B.pyth --data imagenet/val --amp bfloat16
+  python -m backbones evaluate --weights mine.safetensors --data flowers --json out.json
+
+Images are prepared as the original does: short side to 256 pixels, bicubic, centre of 224; in
+proportion for other sizes. Unreadable images are left out, counted and named.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +25,67 @@ from typing import Any
 import torch
 from torch import nn
 
-from backbones.commands.image_models import (
-    add_options,
-    infer,
-    prepare,
-    print_unreadable,
-    shown,
-    write_json,
-)
-from backbones.common.console import make_parser, run_command
-from backbones.common.errors import some_of
+from backbones.commands.image_models import add_options, infer, prepare
+from backbones.common.console import name_unreadable
+from backbones.common.errors import UserError, some_of
+from backbones.common.files import printable, write_json
 from backbones.common.images import IMAGENET_CLASSES, image_suffixes, import_images
 from backbones.registry import MODELS, input_shape, name_of
 
-__all__ = ["Accuracy", "ClassFolders", "accuracy", "find_classes", "main"]
+__all__ = ["ClassFolders", "accuracy", "add_arguments", "find_classes", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", required=True, type=Path, metavar="FOLDER", help="of class folders, or of val/"
+    )
+    add_options(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    folders = find_classes(options.data.expanduser())
+    model, how = prepare(options)
+    _note_order(folders)
+    name = name_of(model)
+    record = MODELS.get(name or "") if model.num_classes == IMAGENET_CLASSES else None
+    results: dict[str, Any] = {
+        "model": name or type(model).__name__,
+        "weights": options.weights or "released weights",
+        "data": str(folders.root),
+        "classes": len(folders.classes),
+        "img_size": options.img_size or input_shape(model)[-1],
+        "precision": options.amp or "float32",
+        "device": str(how["device"]),
+        "torch": torch.__version__,
+        **accuracy(model, folders, **how),
+        "published_top1": record and record.top1,
+        "published_top5": record and record.top5,
+    }
+    print("{model}, {weights}, {img_size} px, {precision}, {device}".format(**results))
+    print(
+        f"{_score(results, 'top1')}, {_score(results, 'top5')} "
+        f"on {results['evaluated']:,} of {results['images']:,} images in {folders.root}"
+    )
+    name_unreadable(results["unreadable"], options.json)
+    if options.json:
+        write_json(options.json, results)
+
+
+def _score(results: dict[str, Any], top: str) -> str:
+    published = results[f"published_{top}"]
+    beside = "" if published is None else f" (published {published})"
+    return f"{results[top]:.2f} {top[:3]}-{top[3:]}{beside}"
+
+
+def _note_order(folders: ClassFolders) -> None:
+    """Say so where the order of the folders is hardly that of ImageNet's classes."""
+    names = folders.classes
+    if len(names) == IMAGENET_CLASSES and not all(re.fullmatch(r"n\d{8}", n) for n in names):
+        print(
+            f"note: the folders in {folders.root} are not named by wnid; their sorted order "
+            f"({_some(names)}) is taken for that of the head",
+            file=sys.stderr,
+        )
 
 
 @dataclass(frozen=True)
@@ -53,73 +111,55 @@ def find_classes(data: Path) -> ClassFolders:
     As torchvision's ImageFolder does it, but hidden folders are no classes.
 
     Raises:
-        ValueError: no folder; an empty one; images that lie in none of a class; classes without
+        UserError: no folder; an empty one; images that lie in none of a class; classes without
             images.
     """
     if not data.is_dir():
-        raise ValueError(f"--data {data} is {'no folder' if data.exists() else 'not there'}")
+        raise UserError(f"--data {data} is {'no folder' if data.exists() else 'not there'}")
     root = data / "val" if (data / "val").is_dir() else data
     entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
     classes = [entry.name for entry in entries if entry.is_dir()]
-    loose = [
-        entry.name
-        for entry in entries
-        if entry.suffix.lower() in image_suffixes() and entry.is_file()
-    ]
-    if loose:
-        raise ValueError(
+    suffixes = image_suffixes()
+    if loose := [e.name for e in entries if e.suffix.lower() in suffixes and e.is_file()]:
+        raise UserError(
             f"{root} has images directly in it ({_some(loose)}); put them into one folder per class"
         )
     if not classes:
-        raise ValueError(f"{root} has no folders; it should have one per class, with images in it")
+        raise UserError(f"{root} has no folders; it should have one per class, with images in it")
     make_dataset = import_images("torchvision.datasets.folder").make_dataset
     index = {name: label for label, name in enumerate(classes)}
-    samples = make_dataset(str(root), index, image_suffixes(), allow_empty=True)
+    samples = make_dataset(str(root), index, suffixes, allow_empty=True)
     counts = Counter(label for _, label in samples)
     if empty := [name for label, name in enumerate(classes) if not counts[label]]:
-        raise ValueError(
+        raise UserError(
             f"{len(empty)} of {len(classes)} class folders in {root} have no image "
-            f"({', '.join(image_suffixes())}): {_some(empty)}"
+            f"({', '.join(suffixes)}): {_some(empty)}"
         )
     return ClassFolders(root, classes, [path for path, _ in samples], [c for _, c in samples])
 
 
 def _some(names: Sequence[str]) -> str:
-    return some_of([shown(name) for name in names])
+    return some_of([printable(name) for name in names])
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """How often a model is right.
-
-    Attributes:
-        top1: percent of the evaluated images whose class has the largest logit.
-        top5: percent of those whose class is among the five largest.
-        evaluated: number of images that could be read.
-        images: number of images.
-        unreadable: the reason by the path of each image that could not be read.
-    """
-
-    top1: float
-    top5: float
-    evaluated: int
-    images: int
-    unreadable: dict[str, str]
-
-
-def accuracy(model: nn.Module, folders: ClassFolders, **how: Any) -> Accuracy:
-    """Measure the accuracy of ``model`` on ``folders``.
+def accuracy(model: nn.Module, folders: ClassFolders, **how: Any) -> dict[str, Any]:
+    """Measure how often ``model`` is right on ``folders``.
 
     Args:
         model: in eval mode, with one output per class.
         how: what :func:`backbones.commands.image_models.infer` takes, ``device`` at least.
 
+    Returns:
+        ``top1`` and ``top5``: percent of the evaluated images whose class has the largest logit, or
+        is among the five largest; ``evaluated`` and ``images``, the numbers of those that could be
+        read and of all; ``unreadable``: the reason by the path of each of the others.
+
     Raises:
-        ValueError: another number of classes than the model has; or an error of
+        UserError: another number of classes than the model has; or an error of
             :func:`backbones.commands.image_models.infer`.
     """
     if len(folders.classes) != model.num_classes:
-        raise ValueError(
+        raise UserError(
             f"the model's head has {model.num_classes} classes, {folders.root} has "
             f"{len(folders.classes)} of them ({_some(folders.classes)})"
         )
@@ -132,93 +172,10 @@ def accuracy(model: nn.Module, folders: ClassFolders, **how: Any) -> Accuracy:
         first += int(hits[:, 0].sum())
         among_five += int(hits.sum())
         evaluated += len(indices)
-    return Accuracy(
-        100 * first / evaluated,
-        100 * among_five / evaluated,
-        evaluated,
-        len(folders.paths),
-        unreadable,
-    )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the accuracy; return the exit status."""
-    parser = make_parser(
-        "backbones.commands.evaluate",
-        """\
-Measure top-1 and top-5 accuracy on images in one folder per class, and print them beside the
-published score. The folders' sorted names are the classes of the head, as in torchvision's
-ImageFolder; for ImageNet they are the wnids (n01440764, …).""",
-        """\
-examples:
-  python -m backbones evaluate --model rev_vit_base --pretrained --data imagenet
-  python -m backbones evaluate --weights REV_VIT_B.pyth --data imagenet/val --amp bfloat16
-  python -m backbones evaluate --weights mine.safetensors --data flowers --json out.json
-
-Images are prepared as the original does: short side to 256 pixels, bicubic, centre of 224; in
-proportion for other sizes. Unreadable images are left out, counted and named.""",
-    )
-    parser.add_argument(
-        "--data", required=True, type=Path, metavar="FOLDER", help="of class folders, or of val/"
-    )
-    add_options(parser)
-    return run_command(parser, _evaluate, arguments)
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    folders = find_classes(options.data.expanduser())
-    model, how = prepare(options)
-    _note_order(folders)
-    result = accuracy(model, folders, **how)
-    name = name_of(model) or type(model).__name__
-    top1 = top5 = None
-    if model.num_classes == IMAGENET_CLASSES:
-        record = MODELS.get(name)
-        top1, top5 = (record.top1, record.top5) if record else (None, None)
-    size = options.img_size or input_shape(model)[-1]
-    precision = options.amp or "float32"
-    weights = options.weights or "released weights"
-    print(f"{name}, {weights}, {size} px, {precision}, {how['device']}")
-    print(
-        f"{result.top1:.2f} top-1{_beside(top1)}, {result.top5:.2f} top-5{_beside(top5)} "
-        f"on {result.evaluated:,} of {result.images:,} images in {folders.root}"
-    )
-    print_unreadable(result.unreadable, options.json)
-    if options.json:
-        content = {
-            "model": name,
-            "weights": weights,
-            "data": str(folders.root),
-            "classes": len(folders.classes),
-            "img_size": size,
-            "precision": precision,
-            "device": str(how["device"]),
-            "torch": torch.__version__,
-            "top1": result.top1,
-            "top5": result.top5,
-            "published_top1": top1,
-            "published_top5": top5,
-            "evaluated": result.evaluated,
-            "images": result.images,
-            "unreadable": result.unreadable,
-        }
-        write_json(options.json, content)
-
-
-def _note_order(folders: ClassFolders) -> None:
-    """Say so where the order of the folders is hardly that of ImageNet's classes."""
-    names = folders.classes
-    if len(names) == IMAGENET_CLASSES and not all(re.fullmatch(r"n\d{8}", n) for n in names):
-        print(
-            f"note: the folders in {folders.root} are not named by wnid; their sorted order "
-            f"({_some(names)}) is taken for that of the head",
-            file=sys.stderr,
-        )
-
-
-def _beside(published: float | None) -> str:
-    return "" if published is None else f" (published {published})"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return {
+        "top1": 100 * first / evaluated,
+        "top5": 100 * among_five / evaluated,
+        "evaluated": evaluated,
+        "images": len(folders.paths),
+        "unreadable": unreadable,
+    }

@@ -1,25 +1,7 @@
-"""``python -m backbones memory``: where the bytes go, as a table and as a picture."""
+"""Show where the memory of a training step (forward, backward, AdamW) goes under each policy. Needs
+no GPU and no weights: a step on shape-only tensors is counted. Where there is a GPU, real steps
+check the count and measure the speed.
 
-from __future__ import annotations
-
-import argparse
-import re
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-
-import torch
-from torch import nn
-
-from backbones.common.console import make_parser, run_command, show_progress
-from backbones.common.errors import optional_import
-from backbones.engine.policies import MemoryPolicy
-from backbones.memory.budget import largest_that_fits, parse_budget, readable
-from backbones.memory.real_steps import Trial, free_bytes
-from backbones.memory.simulation import Simulation
-
-__all__ = ["main"]
-
-_NOTES = """\
 examples:
   python -m backbones memory --model rev_vit_base --input 64x3x224x224 --budget 8GB
   python -m backbones memory --model rev_mvit_base_16x4 --input 4x3x16x224x224 --amp bfloat16 \\
@@ -34,61 +16,62 @@ pass and is still alive; 'working set' is what the backward pass and the optimiz
 moment. Below the total: 'held', all that waits between forward and backward pass. 'speed' is
 the throughput over that of 'store': counted, from the operations of a step, which is a bound;
 measured, from a few real steps in turn, at a smaller batch where 'store' does not fit. On a GPU
-'allocated' is the peak of real steps, by torch's allocator, and 'total is off by' compares."""
+'allocated' is the peak of real steps, by torch's allocator, and 'total is off by' compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from backbones.common.console import show_progress
+from backbones.common.errors import UserError, optional_import
+from backbones.engine.policies import MemoryPolicy
+from backbones.memory.budget import largest_that_fits, parse_budget, readable
+from backbones.memory.real_steps import Trial, free_bytes
+from backbones.memory.simulation import Simulation
+from backbones.registry import build
+
+__all__ = ["add_arguments", "run"]
 
 # Of the memory that is free, what steps are planned with: other programs want some of it too.
 _MEASURED_SHARE = 0.9
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; return the exit status."""
-    parser = make_parser(
-        "backbones.engine.policies",
-        """\
-Show where the memory of a training step (forward, backward, AdamW) goes under each memory policy.
-Needs no GPU and no weights: a step on shape-only tensors is counted. Where there is a GPU, real
-steps check the count and measure the speed.""",
-        _NOTES,
-    )
-    parser.add_argument(
-        "--model", required=True, metavar="NAME", help="as python -m backbones lists"
-    )
-    parser.add_argument(
-        "--input",
-        required=True,
-        metavar="SHAPE",
-        help="BxCxHxW, for clips BxCxTxHxW, such as 8x3x224x224",
-    )
-    parser.add_argument(
-        "--budget", metavar="SIZE", help="such as 8GB, 800MB or 8GiB; auto: what the GPU has free"
-    )
-    parser.add_argument(
-        "--amp", choices=("bfloat16", "float16"), help="count under autocast (default: float32)"
-    )
-    parser.add_argument(
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, metavar="NAME", help="as python -m backbones zoo lists")
+    shape = "BxCxHxW, for clips BxCxTxHxW, such as 8x3x224x224"
+    add("--input", required=True, metavar="SHAPE", help=shape)
+    add("--budget", metavar="SIZE", help="such as 8GB, 800MB or 8GiB; auto: what the GPU has free")
+    add("--amp", choices=("bfloat16", "float16"), help="count under autocast (default: float32)")
+    add(
         "--device",
         choices=("cuda", "cpu"),
         default="cuda",
         help="where the training would run (default: %(default)s, which need not be there)",
     )
-    parser.add_argument(
+    add(
         "--measure",
         action=argparse.BooleanOptionalAction,
         help="run real steps: on a GPU for the peak and the speed, on a CPU for the speed, which "
         "may take minutes (default: if the device is a GPU that is there)",
     )
-    parser.add_argument("--plot", metavar="FILE.png", help="write a picture of the table")
-    return run_command(parser, _report, arguments)
+    add("--plot", metavar="FILE.png", help="write a picture of the table")
 
 
-def _report(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     budget = None if options.budget is None else parse_budget(options.budget, device)
     shape = _parse_shape(options.input)
     autocast = getattr(torch, options.amp) if options.amp else None
     here = device.type == "cpu" or torch.cuda.is_available()
     if options.measure and not here:
-        raise ValueError("--measure finds no GPU: add --device cpu to measure on the CPU")
+        raise UserError("--measure finds no GPU: add --device cpu to measure on the CPU")
     if options.plot:
         _check_plot(Path(options.plot))
 
@@ -137,24 +120,18 @@ def _report(options: argparse.Namespace) -> None:
 def _check_plot(path: Path) -> None:
     """Find out before the work whether a picture can be written there."""
     if not path.absolute().parent.is_dir():
-        raise ValueError(f"--plot {path}: there is no such folder")
+        raise UserError(f"--plot {path}: there is no such folder")
     backend = optional_import("matplotlib.backend_bases", "matplotlib", "--plot")
     formats = backend.FigureCanvasBase.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in formats:
-        raise ValueError(f"--plot {path} should end in .png, or in one of .{', .'.join(formats)}")
-
-
-def _create(name: str) -> nn.Module:
-    from backbones.factory import create_model
-
-    return create_model(name)
+        raise UserError(f"--plot {path} should end in .png, or in one of .{', .'.join(formats)}")
 
 
 def _simulate(
     name: str, shape: tuple[int, ...], device: torch.device, autocast: torch.dtype | None
 ) -> Simulation:
     with torch.device("meta"):
-        model, example = _create(name), torch.empty(shape)
+        model, example = build(name), torch.empty(shape)
     return Simulation(model, example, device.type, autocast)
 
 
@@ -172,7 +149,7 @@ def _measure(
     """Print rows of what real steps say: the peak on a GPU, and the speed."""
     free = free_bytes(device)
     with device:
-        trial = Trial(_create(name), simulation.autocast)
+        trial = Trial(build(name), simulation.autocast)
     if device.type == "cuda":
         peaks: list[int | None] = []
         for setting in settings.values():
@@ -204,7 +181,7 @@ def _device_name(device: torch.device) -> str:
 
 def _parse_shape(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3,4}", text):
-        raise ValueError(
+        raise UserError(
             f"cannot read the input {text!r}: give BxCxHxW such as 8x3x224x224, "
             "or for clips BxCxTxHxW such as 4x3x16x224x224"
         )

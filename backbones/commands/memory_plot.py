@@ -55,25 +55,13 @@ def _draw_parts(axes: Any, steps: Mapping[str, StepMemory]) -> None:
     bottoms = [0.0] * len(steps)
     for part, style in styles.items():
         heights = [step.peak[part] / 1e9 for step in steps.values()]
-        axes.bar(
-            list(steps),
-            heights,
-            0.7,
-            bottoms,
-            label=part,
-            edgecolor="black",
-            linewidth=0.4,
-            **style,
-        )
+        style |= {"edgecolor": "black", "linewidth": 0.4, "label": part}
+        axes.bar(list(steps), heights, 0.7, bottoms, **style)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     for name, step in steps.items():
-        text = axes.annotate(
-            readable(step.peak_bytes),
-            (name, step.peak_bytes / 1e9),
-            (0, 3),
-            textcoords="offset points",
-            ha="center",
-        )
+        place = {"textcoords": "offset points", "ha": "center"}
+        top = (name, step.peak_bytes / 1e9)
+        text = axes.annotate(readable(step.peak_bytes), top, (0, 3), **place)
         text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
     axes.set_ylabel("GB")
     axes.set_title("at the peak", loc="left")

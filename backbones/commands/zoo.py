@@ -1,32 +1,29 @@
-"""What each named model costs and has reached: the facts behind ``python -m backbones``."""
+"""List the models: sizes, cost, published accuracy, activation memory.
+
+examples:
+  python -m backbones zoo
+  python -m backbones zoo rev_vit_base vit_base
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from backbones.common.console import show_progress
 from backbones.engine.policies import blocks_of, set_memory
 from backbones.memory.saved_bytes import saved_bytes
-from backbones.registry import MODELS, build, input_shape
+from backbones.registry import MODELS, build, input_shape, list_models
 
-__all__ = [
-    "ZooEntry",
-    "describe",
-    "zoo_table",
-]
+__all__ = ["ZooEntry", "add_arguments", "describe", "run", "zoo_table"]
 
 _HEADER = (
-    "name",
-    "params (M)",
-    "GFLOPs",
-    "input",
-    "top-1",
-    "weights",
-    "stored (MB)",
-    "reversed (MB)",
+    *("name", "params (M)", "GFLOPs", "input", "top-1", "weights"),
+    *("stored (MB)", "reversed (MB)"),
 )
 _LEFT = {0, 3, 5}  # columns of words
 
@@ -35,6 +32,20 @@ GFLOPs: multiply-accumulates of convolutions, linear layers and attention, as th
 top-1: published, ImageNet-1k (rev_mvit_base_16x4: Kinetics-400); of vit_*, the paper's own ViTs.
 stored, reversed: activations held for the backward pass, per image or clip in float32, under the
 "store" and the "reversible" memory policy, without parameters (1 MB = 1e6 bytes)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", metavar="NAME", nargs="*", help="models; without any, all")
+
+
+def run(options: argparse.Namespace) -> None:
+    names = options.names or list_models()
+    entries = []
+    for index, name in enumerate(names, start=1):
+        show_progress(f"{index}/{len(names)} {name}")
+        entries.append(describe(name))
+    show_progress("")
+    print(zoo_table(entries))
 
 
 @dataclass(frozen=True)
@@ -98,15 +109,11 @@ def describe(name: str) -> ZooEntry:
     )
 
 
-def zoo_table(entries: Iterable[ZooEntry], markdown: bool = False) -> str:
-    """A table of models with its notes: aligned plain text, or Markdown."""
+def zoo_table(entries: Iterable[ZooEntry]) -> str:
+    """A table of models, and its notes."""
     rows = [_HEADER, *(_cells(entry) for entry in entries)]
-    if markdown:
-        rule = tuple("---" if i in _LEFT else "---:" for i in range(len(_HEADER)))
-        lines = [f"| {' | '.join(row)} |" for row in (_HEADER, rule, *rows[1:])]
-    else:
-        widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(_align(row, widths)).rstrip() for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(_align(row, widths)).rstrip() for row in rows]
     return "\n".join([*lines, "", _NOTES])
 
 
@@ -116,7 +123,7 @@ def _cells(entry: ZooEntry) -> tuple[str, ...]:
         entry.name,
         f"{entry.parameters / 1e6:.2f}",
         f"{entry.macs / 1e9:.2f}",
-        "x".join(str(side) for side in entry.input_shape),
+        "x".join(map(str, entry.input_shape)),
         "-" if entry.top1 is None else f"{entry.top1:.1f}",
         "released" if entry.released else "-",
         f"{entry.stored_bytes / 1e6:.1f}",

@@ -15,6 +15,7 @@ from backbones.common.files import printable
 __all__ = [
     "add_device",
     "config_parser",
+    "explain",
     "make_parser",
     "name_unreadable",
     "not_negative",
@@ -31,35 +32,29 @@ _NAMED = 20  # files that are printed where a JSON file has all
 _ERRORS = (ValueError, OSError, ImportError, torch.OutOfMemoryError)
 
 
-def make_parser(
-    module: str, description: str, epilog: str | None = None
-) -> argparse.ArgumentParser:
-    """A parser for ``python -m MODULE``. Lines of its texts stay as they are."""
-    return argparse.ArgumentParser(
-        prog=f"python -m {module}",
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def make_parser(prog: str, doc: str | None) -> argparse.ArgumentParser:
+    """The parser of a command, ``prog``, with the help of :func:`explain`."""
+    parser = argparse.ArgumentParser(prog=prog)
+    explain(parser, doc)
+    return parser
 
 
-def config_parser(prog: str, doc: str, recipes: str) -> argparse.ArgumentParser:
-    """A parser of command lines that name a recipe and override it: ``config``, ``overrides``.
+def explain(parser: argparse.ArgumentParser, doc: str | None) -> None:
+    """Give a parser its help: a summary and, after an empty line, what follows the options."""
+    parser.description, _, parser.epilog = (doc or "").partition("\n\n")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # lines stay as they are
 
-    Parse with ``parse_intermixed_args``, so that overrides may stand between options.
+
+def config_parser(prog: str, doc: str | None, recipes: str) -> argparse.ArgumentParser:
+    """:func:`make_parser` for a command that takes a recipe and overrides of it.
+
+    Its options are ``config`` and ``overrides``. Parse with ``parse_intermixed_args``, so that
+    overrides may stand between options.
 
     Args:
-        prog: the command.
-        doc: its help: a summary and, after an empty line, what follows the options.
         recipes: the folder of the recipes.
     """
-    summary, _, examples = doc.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=summary,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(prog, doc)
     parser.add_argument(
         "--config",
         "--config-file",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-import secrets
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +23,7 @@ def replacing(path: Path) -> Iterator[Path]:
     So ``path`` is never half a file, not even after a power cut, and of two processes that write it
     at once the later wins.
     """
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         yield partial
         with partial.open("rb") as file:
@@ -72,7 +72,7 @@ def find_files(
             that are accepted; and patterns (``*``, ``?``, ``[…]``, ``**``) of such.
         accepts: whether a file in a folder is one of those looked for.
         what: they are, with their suffixes, for the error message.
-        option: of the command line that takes the arguments, likewise.
+        option: of the command line that takes the arguments, if it is one, likewise.
         passed_over: a folder whose files are not meant: the results of an earlier run.
 
     Raises:
@@ -82,7 +82,7 @@ def find_files(
     for argument in arguments:
         exists = Path(argument).exists()
         matches = [argument] if exists else sorted(glob.glob(argument, recursive=True))
-        name = f"{option} {printable(argument)}"
+        name = f"{option} {printable(argument)}".lstrip()
         if not matches:
             raise UserError(f"{name}: no such file or folder, and nothing matches it")
         files = [file for match in matches for file in _files_at(Path(match), accepts)]

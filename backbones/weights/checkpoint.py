@@ -10,8 +10,9 @@ from __future__ import annotations
 import pickle
 import re
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class Checkpoint:
         return cfg if isinstance(cfg, str) else None
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
     """Read a checkpoint file into memory, whatever its suffix.
 
     Raises:
@@ -61,17 +62,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
             other than tensors and plain containers.
         ImportError: a safetensors file, and safetensors is not installed.
     """
+    path = Path(path).expanduser()
     try:
         with path.open("rb") as file:
             start = file.read(9)
+            file.seek(0)
+            # A safetensors file starts with the length of its header, 8 bytes, which is JSON.
+            if start[8:] == b"{":
+                return _read_safetensors(path)
+            if start:
+                return _read_torch(path, file)
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror}") from error
-    if not start:
-        raise WeightsError(f"{path} is empty")
-    # A safetensors file starts with the length of its header, eight bytes, and the header is JSON.
-    if start[8:] == b"{":
-        return _read_safetensors(path)
-    return _read_torch(path)
+    raise WeightsError(f"{path} is empty")
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
@@ -84,21 +87,20 @@ def _read_safetensors(path: Path) -> Checkpoint:
         raise WeightsError(f"{path} is no valid safetensors file: {first_line(error)}") from error
 
 
-def _read_torch(path: Path) -> Checkpoint:
+def _read_torch(path: Path, file: IO[bytes]) -> Checkpoint:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # Torch names the class or function that it refused to import.
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
-            raise WeightsError(
-                f"{path} holds more than tensors ({found[1]}), which is not loaded because it "
-                "could run code"
-            ) from error
-        raise WeightsError(f"{path} is no checkpoint, or a damaged one") from error
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = "is no checkpoint, or a damaged one"
+        if found:
+            why = "which is not loaded because it could run code"
+            what = f"holds more than tensors ({found[1]}), {why}"
+        raise WeightsError(f"{path} {what}") from error
     except Exception as error:  # a damaged pickle or archive fails in any way
-        raise WeightsError(
-            f"{path} is no checkpoint, or a damaged one: {first_line(error)}"
-        ) from error
+        reason = first_line(error)
+        raise WeightsError(f"{path} is no checkpoint, or a damaged one: {reason}") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds no state dict but a {type(content).__name__}")
     container = next((key for key in _CONTAINERS if isinstance(content.get(key), dict)), None)

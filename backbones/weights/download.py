@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import re
 import sys
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
+from os import PathLike
 from pathlib import Path
-from typing import IO, Any
 
 import torch
 
 from backbones.common.files import replacing
 from backbones.weights.checkpoint import WeightsError
 
-__all__ = ["download"]
+__all__ = ["download", "local_file"]
 
-_TIMEOUT = 30.0  # seconds without a byte
-_CHUNK = 1 << 20
+_TIMEOUT = 30.0  # seconds for a server to answer
+
+
+def local_file(path_or_url: str | PathLike[str]) -> Path:
+    """The file that is meant; see :func:`download` for one behind an address."""
+    source = str(path_or_url)
+    return download(source) if "://" in source else Path(source).expanduser()
 
 
 def download(url: str) -> Path:
@@ -31,17 +33,11 @@ def download(url: str) -> Path:
 
     Beside the file lies its sha256 (``NAME.sha256``, as ``sha256sum`` writes it), recorded at
     the first use, since the publishers give none, and compared at every later one. A file put
-    there by hand is used as if downloaded. Shows its progress where stderr is a terminal.
-
-    A download that breaks off goes on where it was, at once and, if that brings nothing more, at
-    the next call, provided that the server can send a part of a file and still has the same one.
-    Until it is complete it has another name (``NAME.part``), which one process writes at a time.
+    there by hand is used as if downloaded. Of several processes one downloads; the others wait.
+    Shows its progress where stderr is a terminal.
 
     Args:
         url: an address that starts with ``http://``, ``https://`` or ``file://``.
-
-    Returns:
-        the path of the file.
 
     Raises:
         WeightsError: no such kind of address; no connection, or a download that breaks off (the
@@ -52,7 +48,9 @@ def download(url: str) -> Path:
     if not target.is_file():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            _fetch(url, target)
+            with _alone(target):
+                if not target.is_file():  # no other process was faster
+                    _fetch(url, target)
         except (OSError, HTTPException, ValueError) as error:  # urllib's errors are OSErrors
             reason = getattr(error, "reason", None) or error
             raise WeightsError(
@@ -79,122 +77,45 @@ def cached_path(url: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / name
 
 
-def _fetch(url: str, target: Path) -> None:
-    with _opened_alone(target.with_name(f"{target.name}.part")) as file:
-        if target.is_file():  # another process was faster
-            return
-        part = Path(file.name)
-        # What tells the version of the file that the part is of.
-        version = part.with_name(f"{part.name}.etag")
-        before = 0
-        while reason := _fetch_rest(url, file, version, target.name):
-            size = part.stat().st_size
-            if size <= before:
-                raise OSError(f"{reason}; what has come is kept for the next try")
-            before = size
-        part.replace(target)
-        version.unlink(missing_ok=True)
-
-
 @contextmanager
-def _opened_alone(part: Path) -> Iterator[IO[bytes]]:
-    """``part``, open for appending, once no other process has it. Left empty, it is deleted."""
+def _alone(target: Path) -> Iterator[None]:
+    """Wait until no other process is in this context for the same file."""
     import fcntl  # not under Windows
 
-    while True:
-        with part.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            opened = os.fstat(file.fileno())
-            try:
-                if not os.path.samestat(opened, part.stat()):
-                    continue
-            except FileNotFoundError:  # whoever had it has renamed or deleted it
-                continue
-            try:
-                yield file
-            finally:
-                # By what is open here: after the end of a download the name may be another's.
-                if os.fstat(file.fileno()).st_size == 0:
-                    part.unlink(missing_ok=True)
-            return
-
-
-def _fetch_rest(url: str, file: IO[bytes], version: Path, name: str) -> str | None:
-    """Append what is missing, or all of it to an empty file; return what broke it off."""
-    start = file.seek(0, os.SEEK_END)
-    headers = {}
-    if start and version.exists():
-        headers = {"Range": f"bytes={start}-", "If-Range": version.read_text()}
-    request = urllib.request.Request(url, headers=headers)
-    try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if not headers or error.code != 416:
-            raise
-        file.truncate(0)  # there is no such rest: start over
-        return _fetch_rest(url, file, version, name)
-    with response:
-        if not _continues(response, start):
-            start = 0
-            file.truncate(0)
-            _keep_version(response, version)
-        length = response.headers.get("Content-Length")
-        total = start + int(length) if length else None
+    lock = target.with_name(f"{target.name}.lock")
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         try:
-            received = start + _copy(response, file, start, total, name)
-        except (OSError, HTTPException) as error:
-            return str(error) or type(error).__name__
-    if total is not None and received != total:
-        return f"the connection broke off after {received} of {total} bytes"
-    return None
+            yield
+        finally:
+            # Who waits for it still gets it, and finds the file there. Only after a failure may
+            # somebody make a new one and try at the same time, which does no harm.
+            lock.unlink(missing_ok=True)
 
 
-def _continues(response: Any, start: int) -> bool:
-    """Whether a response is the rest of the file, from byte ``start`` on."""
-    content_range = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-    partial = getattr(response, "status", None) == 206  # of file:// there is none
-    return partial and content_range is not None and int(content_range[1]) == start
-
-
-def _keep_version(response: Any, version: Path) -> None:
-    identity = response.headers.get("ETag", "W/")
-    if identity.startswith("W/"):  # a weak one, which stands for other bytes too
-        identity = response.headers.get("Last-Modified")
-    if identity:
-        version.write_text(identity)
-    else:
-        version.unlink(missing_ok=True)
-
-
-def _copy(source: IO[bytes], target: IO[bytes], start: int, total: int | None, name: str) -> int:
-    received = 0
-    show = sys.stderr.isatty()
-    while chunk := source.read(_CHUNK):
-        target.write(chunk)
-        target.flush()
-        received += len(chunk)
-        if show:
-            of_total = f" of {total / 1e6:.1f}" if total else ""
-            done = (start + received) / 1e6
-            print(f"\r{name}: {done:.1f}{of_total} MB", end="", file=sys.stderr)
-    if show:
-        print(file=sys.stderr)
-    return received
+def _fetch(url: str, target: Path) -> None:
+    # Asked for first, because torch.hub neither gives up on a silent server nor compares sizes.
+    with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
+        size = response.headers.get("Content-Length")
+    with replacing(target) as partial:
+        torch.hub.download_url_to_file(url, str(partial), progress=sys.stderr.isatty())
+        received = partial.stat().st_size
+        if size is not None and received != int(size):
+            raise OSError(f"the connection broke off after {received} of {size} bytes")
 
 
 def _check_sha256(path: Path) -> None:
     """Compare ``path`` with the checksum beside it, or record the checksum."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
             digest.update(chunk)
-    actual = digest.hexdigest()
-    record = path.with_name(path.name + ".sha256")
+    record = path.with_name(f"{path.name}.sha256")
     if not record.exists():
         # A folder that several users share may be read-only to this one.
         with suppress(OSError), replacing(record) as partial:
-            partial.write_text(f"{actual}  {path.name}\n")
-    elif record.read_text().split()[:1] != [actual]:
+            partial.write_text(f"{digest.hexdigest()}  {path.name}\n")
+    elif record.read_text().split()[:1] != [digest.hexdigest()]:
         raise WeightsError(
             f"{path} is not the file of the checksum in {record.name}; delete both to download "
             "it again"

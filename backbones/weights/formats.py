@@ -7,13 +7,14 @@ mmpretrain (github.com/open-mmlab/mmpretrain, ``mmpretrain/models/backbones/revv
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from backbones.common.errors import optional_import
+from backbones.engine.policies import blocks_of
 from backbones.weights.checkpoint import WeightsError
 
 __all__ = ["Layout", "convert_state_dict", "model_of_cfg", "recognise"]
@@ -78,10 +79,12 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> di
         WeightsError: two tensors for one name, or q, k and v that do not go together.
     """
     own = model.state_dict().keys()
-    names = {key: _without_prefix(key, own) for key in state_dict}
-    renames = _RENAMES[recognise(names.values())]
-    blocks = _block_names(model) if renames else []
-
+    # Without what DistributedDataParallel and mmpretrain put in front of a name.
+    names = {
+        key: key if key in own else key.removeprefix("module.").removeprefix("backbone.")
+        for key in state_dict
+    }
+    renames, blocks = _RENAMES[recognise(names.values())], [*blocks_of(model)]
     converted: dict[str, Tensor] = {}
     separate: dict[str, dict[str, Tensor]] = {}
     for key, value in state_dict.items():
@@ -102,22 +105,6 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> di
         except RuntimeError as error:
             raise WeightsError(f"q, k and v for {fused} differ in shape") from error
     return converted
-
-
-def _without_prefix(name: str, own: Collection[str]) -> str:
-    """Without what DistributedDataParallel and mmpretrain put in front of a name."""
-    if name in own:
-        return name
-    return name.removeprefix("module.").removeprefix("backbone.")
-
-
-def _block_names(model: nn.Module) -> list[str]:
-    """The names of the blocks, transitions included, in the order of the forward pass."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if {"f", "g"} <= dict(module.named_children()).keys()
-    ]
 
 
 def _rename(name: str, renames: tuple[tuple[str, str], ...], blocks: list[str]) -> str:
@@ -173,8 +160,7 @@ def model_of_cfg(cfg: str) -> tuple[str, dict[str, Any]]:
     except yaml.YAMLError as error:
         raise WeightsError("the cfg in the checkpoint is no YAML") from error
     flat = _flatten(tree)
-    for key, value in _EXPECTED.items():
-        _expect(flat, key, value)
+    _expect(flat, _EXPECTED)
     try:
         return _arguments(flat)
     except KeyError as error:
@@ -189,13 +175,16 @@ def _flatten(tree: object, prefix: str = "") -> dict[str, Any]:
         return {prefix: tree}
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        flat |= _flatten(value, f"{prefix}.{key}".lstrip("."))
     return flat
 
 
-def _expect(cfg: dict[str, Any], key: str, value: object, beside: str = "") -> None:
-    if cfg.get(key, value) != value:
-        raise WeightsError(f"no model of this package has {key} {cfg[key]}{beside} (only {value})")
+def _expect(cfg: dict[str, Any], expected: dict[str, object], beside: str = "") -> None:
+    for key, value in expected.items():
+        if cfg.get(key, value) != value:
+            raise WeightsError(
+                f"no model of this package has {key} {cfg[key]}{beside} (only {value})"
+            )
 
 
 def _arguments(cfg: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -211,34 +200,41 @@ def _arguments(cfg: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         "drop_rate": cfg["MODEL.DROPOUT_RATE"],
         "drop_path_rate": cfg["MVIT.DROPPATH_RATE"],
     }
-    transitions = cfg["MVIT.REV.BUFFER_LAYERS"]
-    _expect(cfg, "MVIT.DIM_MUL", [[layer, 2.0] for layer in transitions])
-    _expect(cfg, "MVIT.HEAD_MUL", [[layer, 2.0] for layer in transitions])
-    _expect(cfg, "MVIT.POOL_Q_STRIDE", [[layer, 1, 2, 2] for layer in transitions])
-    _expect(cfg, "MVIT.POOL_KV_STRIDE", [])
-    images = cfg["MVIT.PATCH_2D"]
-    if not transitions:
-        _expect(cfg, "MVIT.PATCH_2D", True)
+    images, transitions = cfg["MVIT.PATCH_2D"], cfg["MVIT.REV.BUFFER_LAYERS"]
     # The tables have the names and the shapes of ours, and attention adds the same to its logits.
     rel_pos = arguments["use_rel_pos"] = cfg.get("MVIT.REL_POS_SPATIAL", False)
-    beside = f" with MVIT.REL_POS_SPATIAL {rel_pos}"
-    _expect(cfg, "MVIT.REL_POS_TEMPORAL", rel_pos and not images, beside)
+    tables = {"MVIT.REL_POS_TEMPORAL": rel_pos and not images}
+    _expect(cfg, tables, f" with MVIT.REL_POS_SPATIAL {rel_pos}")
+    doubled = [[layer, 2.0] for layer in transitions]
+    stages: dict[str, object] = {
+        "MVIT.DIM_MUL": doubled,
+        "MVIT.HEAD_MUL": doubled,
+        "MVIT.POOL_Q_STRIDE": [[layer, 1, 2, 2] for layer in transitions],
+        "MVIT.POOL_KV_STRIDE": [],
+    }
     if not transitions:
         patch = cfg["MVIT.PATCH_KERNEL"][0]
-        _expect(cfg, "MVIT.RESIDUAL_POOLING", False, " without stages")
-        _expect(cfg, "MVIT.POOL_KV_STRIDE_ADAPTIVE", None)
-        _expect(cfg, "MVIT.PATCH_KERNEL", [patch, patch])
-        _expect(cfg, "MVIT.PATCH_STRIDE", [patch, patch])
-        _expect(cfg, "MVIT.PATCH_PADDING", [0, 0])
+        plain = {
+            "MVIT.PATCH_2D": True,
+            "MVIT.RESIDUAL_POOLING": False,
+            "MVIT.POOL_KV_STRIDE_ADAPTIVE": None,
+            "MVIT.PATCH_KERNEL": [patch, patch],
+            "MVIT.PATCH_STRIDE": [patch, patch],
+            "MVIT.PATCH_PADDING": [0, 0],
+        }
+        _expect(cfg, stages | plain, " without stages")
         return "rev_vit_base", {**arguments, "patch_size": patch}
 
     stride = cfg["MVIT.POOL_KV_STRIDE_ADAPTIVE"][-1]
-    _expect(cfg, "MVIT.POOL_KV_STRIDE_ADAPTIVE", [1, stride, stride])
-    _expect(cfg, "MVIT.POOL_KVQ_KERNEL", [1 if images else 3, 3, 3])
-    _expect(cfg, "MVIT.PATCH_KERNEL", [7, 7] if images else [3, 7, 7])
-    _expect(cfg, "MVIT.PATCH_STRIDE", [4, 4] if images else [2, 4, 4])
-    _expect(cfg, "MVIT.PATCH_PADDING", [3, 3] if images else [1, 3, 3])
-    _expect(cfg, "MVIT.SEP_POS_EMBED", not images)
+    pooled = {
+        "MVIT.POOL_KV_STRIDE_ADAPTIVE": [1, stride, stride],
+        "MVIT.POOL_KVQ_KERNEL": [1 if images else 3, 3, 3],
+        "MVIT.PATCH_KERNEL": [7, 7] if images else [3, 7, 7],
+        "MVIT.PATCH_STRIDE": [4, 4] if images else [2, 4, 4],
+        "MVIT.PATCH_PADDING": [3, 3] if images else [1, 3, 3],
+        "MVIT.SEP_POS_EMBED": not images,
+    }
+    _expect(cfg, stages | pooled, " with stages")
     return "rev_mvit_base" if images else "rev_mvit_base_16x4", {
         **arguments,
         "num_frames": None if images else cfg["DATA.NUM_FRAMES"],

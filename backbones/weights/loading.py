@@ -5,25 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import isqrt, prod
+from math import isqrt
 from os import PathLike
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.common.errors import some_of
-from backbones.models.attention import resize_table
-from backbones.models.layers import PositionEmbedding, SpaceTimePositionEmbedding
 from backbones.weights.checkpoint import (
     Checkpoint,
     WeightsError,
     read_checkpoint,
     write_safetensors,
 )
-from backbones.weights.download import download
+from backbones.weights.download import local_file
 from backbones.weights.formats import Layout, convert_state_dict, recognise
+from backbones.weights.resizing import Grid, grids_of, is_table, resize_positions, resize_tables
 
 __all__ = ["CONFIG", "LoadReport", "load_checkpoint", "load_weights", "save_weights"]
 
@@ -33,11 +31,7 @@ CONFIG = "backbones.config"
 _GRIDS = "backbones.grids"
 
 _HEAD = "head."
-
-# The last part of the names of the tables of relative positions (backbones/rel_pos.py).
-_REL_POS = ("rel_pos_t", "rel_pos_h", "rel_pos_w")
-
-Grid = tuple[int, int, int]
+_OF_DETECTORS = ("proposal_generator.", "roi_heads.", "rpn_head.", "roi_head.", "bbox_head.")
 
 
 @dataclass
@@ -65,8 +59,8 @@ class LoadReport:
         lines = [f"{self.source} ({self.format}): {len(self.loaded)} tensors loaded"]
         lines += [f"resized {name}: {what}" for name, what in self.resized.items()]
         lines += [f"left out {name}: {why}" for name, why in self.left_out.items()]
-        tables = [name for name in self.missing if _is_table(name)]
-        if others := [name for name in self.missing if not _is_table(name)]:
+        tables = [name for name in self.missing if is_table(name)]
+        if others := [name for name in self.missing if not is_table(name)]:
             lines.append(f"left unchanged: {', '.join(others)}")
         if tables:
             lines.append(
@@ -98,9 +92,8 @@ def load_weights(model: nn.Module, path_or_url: str | PathLike[str]) -> LoadRepo
         WeightsError: a file that cannot be had or read, or does not fit the model.
         ImportError: a safetensors file, and safetensors is not installed.
     """
-    source = str(path_or_url)
-    path = download(source) if "://" in source else Path(source).expanduser()
-    return load_checkpoint(model, read_checkpoint(path), source)
+    checkpoint = read_checkpoint(local_file(path_or_url))
+    return load_checkpoint(model, checkpoint, str(path_or_url))
 
 
 def load_checkpoint(model: nn.Module, checkpoint: Checkpoint, source: str) -> LoadReport:
@@ -112,19 +105,25 @@ def load_checkpoint(model: nn.Module, checkpoint: Checkpoint, source: str) -> Lo
     own: dict[str, Tensor] = model.state_dict()
     report = LoadReport(source, recognise(checkpoint.tensors))
     try:
+        if detector := [name for name in checkpoint.tensors if name.startswith(_OF_DETECTORS)]:
+            raise WeightsError(
+                f"it is of a whole detector ({some_of(sorted(detector))}), not of its trunk alone"
+            )
         tensors = convert_state_dict(checkpoint.tensors, model)
+        _check_numbers(tensors, own)
         _drop_class_token(tensors, report)
-        _resize_positions(tensors, model, checkpoint, report)
-        _resize_tables(tensors, own, report)
+        grids = _recorded_grids(checkpoint.metadata)
+        report.resized = resize_positions(tensors, model, grids, foreign=report.format != "own")
+        report.resized |= resize_tables(tensors, own)
         _drop_head(tensors, own, report)
-        has_tables = any(map(_is_table, tensors))
+        has_tables = any(map(is_table, tensors))
         report.missing = [
             name
             for name in own
             if name not in tensors
-            and (name.startswith(_HEAD) or (_is_table(name) and not has_tables))
+            and (name.startswith(_HEAD) or (is_table(name) and not has_tables))
         ]
-        _check(tensors, own, report.missing)
+        _check_names_and_shapes(tensors, own, report.missing)
     except WeightsError as error:
         kind = type(model).__name__
         raise WeightsError(f"{source} does not fit this {kind}: {error}") from error
@@ -137,35 +136,36 @@ def load_checkpoint(model: nn.Module, checkpoint: Checkpoint, source: str) -> Lo
     return report
 
 
+def _check_numbers(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Raise an error if copying a value into its place is not sure to work."""
+    if any(value.is_meta for value in own.values()):
+        raise WeightsError("the model is on the meta device and has no values")
+    odd = [
+        name
+        for name in sorted(own.keys() & tensors.keys())
+        if (value := tensors[name]).layout != torch.strided
+        or value.device.type != "cpu"
+        or value.is_quantized
+        or value.is_floating_point() != own[name].is_floating_point()
+        or value.is_complex() != own[name].is_complex()
+    ]
+    if odd:
+        raise WeightsError(f"not plain numbers: {some_of(odd)}")
+
+
 def _drop_class_token(tensors: dict[str, Tensor], report: LoadReport) -> None:
     """Early mmpretrain allocated a class token and its position and used neither."""
     position = tensors.get("pos_embed.weight")
     if report.format != "mmpretrain" or "cls_token" not in tensors or position is None:
         return
-    if position.ndim != 3 or isqrt(position.shape[1] - 1) ** 2 != position.shape[1] - 1:
+    patches = position.shape[1] - 1 if position.ndim == 3 else 0
+    if patches < 1 or isqrt(patches) ** 2 != patches:
         return
     # Extra tokens stand before those of the patches.
     tensors["pos_embed.weight"] = position[:, 1:]
     del tensors["cls_token"]
     report.left_out["cls_token"] = "not used by the model"
     report.left_out["pos_embed.weight[:, 0]"] = "the position of cls_token"
-
-
-def _resize_positions(
-    tensors: dict[str, Tensor], model: nn.Module, checkpoint: Checkpoint, report: LoadReport
-) -> None:
-    recorded = _recorded_grids(checkpoint.metadata)
-    own = model.state_dict()
-    for name, grid in _position_grids(model).items():
-        value = tensors.get(name)
-        if value is None or not _plain(value, own[name]):
-            continue  # _check() will say so
-        if value.ndim != 3 or value.shape[0] != 1 or value.numel() == 0:
-            continue
-        made_for = _grid_of(value.shape[1], grid, recorded.get(name), report.format)
-        if made_for is not None and made_for != grid:
-            tensors[name] = _resize(value, made_for, grid)
-            report.resized[name] = f"from {_show(made_for)} to {_show(grid)}"
 
 
 def _recorded_grids(metadata: dict[str, str]) -> dict[str, Grid]:
@@ -177,73 +177,14 @@ def _recorded_grids(metadata: dict[str, str]) -> dict[str, Grid]:
         raise WeightsError("its metadata is damaged") from error
 
 
-def _position_grids(model: nn.Module) -> dict[str, Grid]:
-    """The (T, H, W) that each position embedding of the model is made for, by name."""
-    grids: dict[str, Grid] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, PositionEmbedding):
-            grids[f"{name}.weight"] = (1, *module.grid)
-        elif isinstance(module, SpaceTimePositionEmbedding):
-            grids[f"{name}.temporal"] = (module.temporal.shape[1], 1, 1)
-    return grids
-
-
-def _grid_of(rows: int, grid: Grid, recorded: Grid | None, layout: Layout) -> Grid | None:
-    """The grid of a position embedding in a file, of which often only the rows are known."""
-    if recorded is not None and min(recorded) > 0 and prod(recorded) == rows:
-        return recorded
-    if grid[1:] == (1, 1):
-        return rows, 1, 1
-    # Both foreign implementations train on squares. A plain state dict of ours may be of any
-    # shape: the most likely one is the model's.
-    if layout == "own" and rows == prod(grid):
-        return grid
-    side = isqrt(rows)
-    return (1, side, side) if side * side == rows else None
-
-
-def _resize(weight: Tensor, made_for: Grid, grid: Grid) -> Tensor:
-    """(1, T H W, C) from one grid to the other; as the models do at run time."""
-    x = _at_least_float32(weight)
-    time, height, width = made_for
-    channels = x.shape[-1]
-    if time != grid[0]:
-        x = x.view(1, time, height * width * channels).transpose(1, 2)
-        x = F.interpolate(x, size=grid[0], mode="linear").transpose(1, 2)
-    if (height, width) != grid[1:]:
-        x = x.reshape(grid[0], height, width, channels).permute(0, 3, 1, 2)
-        x = F.interpolate(x, size=grid[1:], mode="bicubic").permute(0, 2, 3, 1)
-    return x.reshape(1, prod(grid), channels)
-
-
-def _at_least_float32(weight: Tensor) -> Tensor:
-    """Resized in half precision, an embedding would be visibly off."""
-    return weight if weight.dtype == torch.float64 else weight.float()
-
-
-def _resize_tables(tensors: dict[str, Tensor], own: dict[str, Tensor], report: LoadReport) -> None:
-    """As the models do at run time where the grid is another than the tables were made for."""
-    for name, mine in own.items():
-        value = tensors.get(name)
-        if value is None or not _is_table(name) or not _plain(value, mine):
-            continue
-        if value.ndim != 2 or value.numel() == 0 or value.shape[0] == mine.shape[0]:
-            continue
-        tensors[name] = resize_table(_at_least_float32(value), mine.shape[0])
-        report.resized[name] = f"from {value.shape[0]} to {mine.shape[0]} distances"
-
-
-def _is_table(name: str) -> bool:
-    return name.rpartition(".")[2] in _REL_POS
-
-
 def _drop_head(tensors: dict[str, Tensor], own: dict[str, Tensor], report: LoadReport) -> None:
     """Leave a head out that the model has not, or has for another number of classes."""
+    has_head = any(key.startswith(_HEAD) for key in own)
     for name in [name for name in tensors if name.startswith(_HEAD)]:
         value, mine = tensors[name], own.get(name)
-        if mine is None and any(key.startswith(_HEAD) for key in own):
-            continue  # not the kind of head that these models have
         if mine is None:
+            if has_head:
+                continue  # not the kind of head that these models have
             why = "the model has no head"
         elif value.ndim and value.shape[0] != mine.shape[0] and value.shape[1:] == mine.shape[1:]:
             why = f"{value.shape[0]} classes, the model has {mine.shape[0]}"
@@ -253,10 +194,10 @@ def _drop_head(tensors: dict[str, Tensor], own: dict[str, Tensor], report: LoadR
         report.left_out[name] = why
 
 
-def _check(tensors: dict[str, Tensor], own: dict[str, Tensor], allowed: Iterable[str]) -> None:
+def _check_names_and_shapes(
+    tensors: dict[str, Tensor], own: dict[str, Tensor], allowed: Iterable[str]
+) -> None:
     """Raise an error with everything that does not fit."""
-    if any(value.is_meta for value in own.values()):
-        raise WeightsError("the model is on the meta device and has no values")
     problems = {
         "not in the file": own.keys() - tensors.keys() - set(allowed),
         "not in the model": tensors.keys() - own.keys(),
@@ -265,29 +206,9 @@ def _check(tensors: dict[str, Tensor], own: dict[str, Tensor], allowed: Iterable
             for name in own.keys() & tensors.keys()
             if tensors[name].shape != own[name].shape
         },
-        "not plain numbers": {
-            name for name in own.keys() & tensors.keys() if not _plain(tensors[name], own[name])
-        },
     }
     if found := [f"{what}: {some_of(sorted(names))}" for what, names in problems.items() if names]:
         raise WeightsError("; ".join(found))
-
-
-def _plain(value: Tensor, mine: Tensor) -> bool:
-    """Whether copying ``value`` into ``mine`` is sure to work."""
-    return (
-        value.layout == torch.strided
-        and value.device.type == "cpu"
-        and not value.is_quantized
-        and value.is_floating_point() == mine.is_floating_point()
-        and value.is_complex() == mine.is_complex()
-    )
-
-
-def _show(grid: Grid) -> str:
-    if grid[1:] == (1, 1):
-        return f"{grid[0]} in time"
-    return "×".join(str(side) for side in (grid if grid[0] > 1 else grid[1:]))
 
 
 def save_weights(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -302,7 +223,7 @@ def save_weights(model: nn.Module, path: str | PathLike[str]) -> None:
         OSError: the file cannot be written. A file that was there before is still there.
         TypeError: arguments that JSON cannot hold.
     """
-    metadata = {_GRIDS: json.dumps(_position_grids(model))}
+    metadata = {_GRIDS: json.dumps(grids_of(model))}
     config = getattr(model, "config", None)
     if config is not None:
         metadata[CONFIG] = json.dumps(config)

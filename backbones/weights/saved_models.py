@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from os import PathLike
-from pathlib import Path
 
 from torch import nn
 
@@ -14,7 +13,7 @@ from backbones.weights.checkpoint import Checkpoint, WeightsError, read_checkpoi
 from backbones.weights.formats import model_of_cfg
 from backbones.weights.loading import CONFIG, load_checkpoint
 
-__all__ = ["from_pyslowfast", "load_model"]
+__all__ = ["build_pyslowfast", "build_saved", "from_pyslowfast", "load_model"]
 
 
 def from_pyslowfast(path: str | PathLike[str]) -> nn.Module:
@@ -34,20 +33,24 @@ def from_pyslowfast(path: str | PathLike[str]) -> nn.Module:
             not have, or holds other tensors than that model.
         ImportError: PyYAML is not installed.
     """
-    file = Path(path).expanduser()
-    checkpoint = read_checkpoint(file)
+    return build_pyslowfast(read_checkpoint(path))
+
+
+def build_pyslowfast(checkpoint: Checkpoint) -> nn.Module:
+    """As :func:`from_pyslowfast`, of a checkpoint that was read already."""
     if checkpoint.cfg is None:
         raise WeightsError(
-            f"{file} has no PySlowFast cfg inside; use create_model(…) and load_weights(…)"
+            f"{checkpoint.path} has no PySlowFast cfg inside; use create_model(…) and "
+            "load_weights(…)"
         )
     try:
         name, arguments = model_of_cfg(checkpoint.cfg)
         model = build(name, **arguments)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-        raise WeightsError(f"{file}: {error}") from error
+        raise WeightsError(f"{checkpoint.path}: {error}") from error
     # The cfg names no size: what is called "rev_vit_base" so far may be any Rev-ViT.
     vars(model)["config"]["name"] = name_of(model) or name
-    _load_all(model, checkpoint, file)
+    _load_all(model, checkpoint)
     return model
 
 
@@ -59,26 +62,33 @@ def load_model(path: str | PathLike[str]) -> nn.Module:
             other tensors than that model.
         ImportError: safetensors is not installed.
     """
-    file = Path(path).expanduser()
-    checkpoint = read_checkpoint(file)
+    return build_saved(read_checkpoint(path))
+
+
+def build_saved(checkpoint: Checkpoint) -> nn.Module:
+    """As :func:`load_model`, of a checkpoint that was read already."""
     if CONFIG not in checkpoint.metadata:
         raise WeightsError(
-            f"{file} does not say which model it is of; use create_model(…) and load_weights(…)"
+            f"{checkpoint.path} does not say which model it is of; use create_model(…) and "
+            "load_weights(…)"
         )
     try:
         config = json.loads(checkpoint.metadata[CONFIG])
         model = build(config["name"], **config["arguments"])
     except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise WeightsError(f"{file} names a model that cannot be built: {error}") from error
-    _load_all(model, checkpoint, file)
+        raise WeightsError(
+            f"{checkpoint.path} names a model that cannot be built: {error}"
+        ) from error
+    _load_all(model, checkpoint)
     return model
 
 
-def _load_all(model: nn.Module, checkpoint: Checkpoint, file: Path) -> None:
+def _load_all(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Load, and take no less than everything: a file fits the model that it describes."""
-    report = load_checkpoint(model, checkpoint, str(file))
+    path = checkpoint.path
+    report = load_checkpoint(model, checkpoint, str(path))
     problems = [f"{name}: {why}" for name, why in report.left_out.items()]
     if absent := [name for name in report.missing if name not in report.left_out]:
         problems.append(f"not in the file: {some_of(absent)}")
     if problems:
-        raise WeightsError(f"{file} is not of the model that it describes: {'; '.join(problems)}")
+        raise WeightsError(f"{path} is not of the model that it describes: {'; '.join(problems)}")

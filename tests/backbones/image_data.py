@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
 import backbones
 from backbones import RevViT
+from backbones.__main__ import main
 
 # Written out here, so that a wrong one in the package is seen.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -23,8 +23,6 @@ RANKING = {
     "green": (1, 2, 3, 4, 0, 5),
     "blue": (2, 0, 4, 3, 1, 5),
 }
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def colour_model(scale: float = 1.0, img_size: int | tuple[int, int] = 32) -> RevViT:
@@ -73,13 +71,11 @@ def save_truncated(path: Path) -> Path:
     return path
 
 
-def command(module: str, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """What a user types, in the root of the repository."""
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def refused(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which ``python -m backbones`` refuses these arguments."""
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments])
+    captured = capsys.readouterr()
+    assert (stop.value.code, captured.out) == (2, "")
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    return captured.err

@@ -103,6 +103,16 @@ def test_other_models(overrides: dict[str, Any], message: str) -> None:
     refuse(tiny(**overrides), VIT, f"does not fit this RevViT: .*{message}")
 
 
+def test_detectors(tmp_path: Path) -> None:
+    """As Detectron2 and mmdetection save them, whose trunks lie under "backbone."."""
+    names = ("roi_heads.box_head.fc1.weight", "proposal_generator.rpn_head.conv.bias", "rpn_head.x")
+    file = tmp_path / "model_final.pth"
+    for name in names:
+        trunk = {f"backbone.net.{key}": value for key, value in tiny().state_dict().items()}
+        torch.save({"model": {**trunk, name: torch.zeros(2)}, "iteration": 9}, file)
+        refuse(tiny(), file, rf"does not fit this RevViT: it is of a whole detector \({name}\)")
+
+
 def test_other_architectures() -> None:
     twin = backbones.ViT(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2)
     refuse(twin, VIT, r"does not fit this ViT: .*norm.weight \(64,\) for \(32,\)")
@@ -165,7 +175,10 @@ def test_bad_metadata(tmp_path: Path) -> None:
         ("{", "cannot be built"),
         ("[]", "cannot be built"),
         ('{"name": "rev_vit_smal", "arguments": {}}', "did you mean rev_vit_small"),
-        ('{"name": "rev_vit_small", "arguments": {"pretrained": true}}', "multiple values"),
+        (
+            '{"name": "rev_vit_small", "arguments": {"pretrained": true}}',
+            "no argument 'pretrained'",
+        ),
         ('{"name": "rev_vit_small", "arguments": {"depth": 1, "img_size": 32}}', "does not fit"),
     ):
         save_file(model.state_dict(), file, metadata={"backbones.config": config})

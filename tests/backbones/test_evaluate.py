@@ -1,35 +1,39 @@
-"""python -m backbones evaluate: exact accuracies of a model whose every answer is known."""
+"""The command evaluate: exact accuracies of a model whose every answer is known."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 from PIL import Image
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import backbones
-from backbones.commands.evaluate import find_classes, main
-from backbones.commands.zoo import PUBLISHED_TOP1, PUBLISHED_TOP5
+from backbones.__main__ import main
+from backbones.commands.evaluate import find_classes
 from backbones.common.images import ImageFiles, eval_transform, read_image
+from backbones.registry import MODELS
 from tests.backbones.image_data import (
     MEAN,
     RANKING,
     STD,
     colour_model,
-    command,
+    refused,
     save_colour_model,
     save_image,
     save_truncated,
 )
+from tests.backbones.test_weights import GOLDEN
 
 # The colours of the images in each class folder. By RANKING, 4 of these 9 are of the likeliest
 # class, and 2 of class 5, the least likely one of six.
@@ -61,21 +65,9 @@ def run(data: Path, weights: str, *more: str) -> dict[str, Any]:
     """The JSON of an evaluation."""
     file = data.parent / "result.json"
     arguments = ["--data", str(data), "--weights", weights, "--device", "cpu", "--workers", "0"]
-    assert main([*arguments, "--json", str(file), *more]) == 0
+    assert main(["evaluate", *arguments, "--json", str(file), *more]) == 0
     result: dict[str, Any] = json.loads(file.read_text())
     return result
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line with which the command refuses."""
-    with pytest.raises(SystemExit) as stop:
-        main(["--device", "cpu", *arguments])
-    assert stop.value.code == 2
-    captured = capsys.readouterr()
-    line = captured.err
-    assert captured.out == ""
-    assert line.startswith("error: ") and line.endswith("\n") and line.count("\n") == 1
-    return line
 
 
 def test_the_counted_accuracy(data: Path, weights: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,11 +117,11 @@ def test_damaged_images_are_counted_and_named(
     assert result["top1"] == pytest.approx(TOP1)  # of those that were read
     assert result["unreadable"].keys() == {str(path) for path in (truncated, text, empty, deep)}
     assert "8 bits" in result["unreadable"][str(deep)]
-    out = capsys.readouterr().out
-    assert "on 9 of 13 images" in out and "4 unreadable:\n" in out
+    out, err = capsys.readouterr()
+    assert "on 9 of 13 images" in out and err.startswith("4 unreadable:\n")
     for path in (truncated, text, empty, deep):
-        assert len(re.findall(rf"^  {re.escape(str(path))}: \w.*$", out, re.MULTILINE)) == 1
-        assert out.count(str(path)) == 1
+        assert len(re.findall(rf"^  {re.escape(str(path))}: \w.*$", err, re.MULTILINE)) == 1
+        assert err.count(str(path)) == 1
 
 
 def test_nothing_can_be_read(
@@ -137,7 +129,7 @@ def test_nothing_can_be_read(
 ) -> None:
     for name in IMAGES:
         save_truncated(tmp_path / "bad" / name / "x.png")
-    line = refused(["--data", str(tmp_path / "bad"), "--weights", weights], capsys)
+    line = refused(["evaluate", "--data", str(tmp_path / "bad"), "--weights", weights], capsys)
     assert "none of the 6 images could be read" in line
 
 
@@ -170,10 +162,10 @@ def test_outputs_that_are_not_finite_end_it(
 ) -> None:
     path = tmp_path / "large.safetensors"
     backbones.save_weights(colour_model(scale=1e5), path)
-    arguments = ["--data", str(data), "--weights", str(path), "--workers", "0"]
+    arguments = ["evaluate", "--data", str(data), "--weights", str(path), "--device", "cpu"]
     line = refused([*arguments, "--amp", "float16"], capsys)
     assert "0_red.png is not finite; try another --amp" in line
-    assert main([*arguments, "--device", "cpu"]) == 0
+    assert main(arguments) == 0
 
 
 def test_the_transform_is_the_originals(tmp_path: Path) -> None:
@@ -218,7 +210,7 @@ def test_missing_and_misnamed_folders(
     data: Path, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def line(folder: Path, *more: str) -> str:
-        return refused(["--data", str(folder), "--weights", weights, *more], capsys)
+        return refused(["evaluate", "--data", str(folder), "--weights", weights, *more], capsys)
 
     assert "nowhere is not there" in line(tmp_path / "nowhere")
     assert "is no folder" in line(data / "a" / "0_red.png")
@@ -238,15 +230,14 @@ def test_missing_and_misnamed_folders(
 def test_bad_options_are_one_line(
     data: Path, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = ["--data", str(data)]
-    golden = Path(__file__).parents[1] / "golden"
+    base = ["evaluate", "--data", str(data)]
     plain = tmp_path / "plain.pth"
     torch.save(colour_model().state_dict(), plain)
     trunk = tmp_path / "trunk.safetensors"
     backbones.save_weights(
         backbones.create_model("rev_vit_tiny", img_size=32, depth=1, num_classes=0), trunk
     )
-    clips = str(golden / "rev_mvit_video_tiny.pyth")
+    clips = str(GOLDEN / "rev_mvit_video_tiny.pyth")
     for arguments, message in (
         (["--weights", "nowhere.pth"], "cannot read nowhere.pth"),
         (["--pretrained"], "--pretrained needs --model NAME"),
@@ -257,8 +248,7 @@ def test_bad_options_are_one_line(
         (["--weights", weights, "--model", "vit_tiny"], "is of rev_vit_tiny, not of vit_tiny"),
         (["--weights", clips], "takes clips, not images"),
         (["--weights", str(trunk)], "has no head"),
-        (["--weights", weights, "--device", "cuda:99"], "cannot use --device cuda:99"),
-        (["--weights", weights, "--device", "nothing"], "cannot use --device nothing"),
+        (["--weights", weights, "--device", "cuda:99"], "--device cuda:99 cannot be used here"),
         (["--weights", weights, "--json", str(tmp_path)], "is a folder"),
     ):
         assert message in refused([*base, *arguments], capsys)
@@ -272,7 +262,7 @@ def test_a_missing_library_is_named(
     data: Path, weights: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchvision.datasets.folder", None)
-    line = refused(["--data", str(data), "--weights", weights], capsys)
+    line = refused(["evaluate", "--data", str(data), "--weights", weights], capsys)
     assert "extra 'images'" in line and "pip install torchvision" in line
 
 
@@ -280,7 +270,7 @@ def test_weights_by_name_bring_their_own_head(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The published number of classes gives way to the file's, and the score to nothing."""
-    monkeypatch.setitem(PUBLISHED_TOP1, "rev_vit_tiny", 12.5)
+    monkeypatch.setitem(MODELS, "rev_vit_tiny", replace(MODELS["rev_vit_tiny"], top1=12.5))
     model = backbones.create_model("rev_vit_tiny", img_size=32, num_classes=6)
     file = tmp_path / "plain.pth"
     torch.save(model.state_dict(), file)
@@ -294,7 +284,7 @@ def test_weights_by_name_bring_their_own_head(
 
 
 def test_pyslowfast_says_what_it_is(data: Path) -> None:
-    golden = Path(__file__).parents[1] / "golden" / "rev_vit_tiny.pyth"
+    golden = GOLDEN / "rev_vit_tiny.pyth"
     classes = torch.load(golden, weights_only=True)["model_state"]["head.projection.bias"]
     for name in sorted(IMAGES)[len(classes) :]:
         (data / name).rename(data.parent / name)
@@ -303,12 +293,30 @@ def test_pyslowfast_says_what_it_is(data: Path) -> None:
     assert result["model"] == "RevViT" and result["published_top1"] is None
 
 
+def test_weights_are_opened_once(
+    data: Path, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (data / "f").rename(tmp_path / "f")
+    opened = []
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **more: opened.append(args[0]) or function(*args, **more)
+
+    monkeypatch.setattr(safetensors, "safe_open", counted(safetensors.safe_open))
+    monkeypatch.setattr(torch, "load", counted(torch.load))
+    run(data, str(GOLDEN / "rev_vit_tiny.pyth"))
+    assert len(opened) == 1
+    (tmp_path / "f").rename(data / "f")
+    run(data, weights)
+    assert len(opened) == 2
+
+
 def test_the_published_score_stands_beside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a model of the released shape with 1000 classes, whatever it is called."""
-    monkeypatch.setitem(PUBLISHED_TOP1, "rev_vit_tiny", 12.5)
-    monkeypatch.setitem(PUBLISHED_TOP5, "rev_vit_tiny", 34.75)
+    scored = replace(MODELS["rev_vit_tiny"], top1=12.5, top5=34.75)
+    monkeypatch.setitem(MODELS, "rev_vit_tiny", scored)
     arguments = {"embed_dim": 192, "num_heads": 3}
     model = backbones.create_model("rev_vit_base", img_size=32, **arguments)
     backbones.save_weights(model, tmp_path / "tiny.safetensors")
@@ -327,19 +335,8 @@ def test_the_published_score_stands_beside(
         captured.out,
         re.MULTILINE,
     )
-    assert f"  and 980 more, which are in {tmp_path / 'result.json'}\n" in captured.out
+    assert f"  and 980 more, see {tmp_path / 'result.json'}\n" in captured.err
     assert "note" not in captured.err
     folder.rename(tmp_path / "data" / "tench")
     run(tmp_path / "data", str(tmp_path / "tiny.safetensors"), "--batch-size", "999")
     assert "not named by wnid" in capsys.readouterr().err
-
-
-def test_as_a_user_types_it(data: Path, weights: str) -> None:
-    save_truncated(data / "a" / "broken.png")
-    done = command(
-        "backbones.commands.evaluate",
-        ["--weights", weights, "--data", str(data), "--workers", "0", "--batch-size", "4"],
-    )
-    assert done.returncode == 0, done.stderr
-    assert "44.44 top-1, 77.78 top-5 on 9 of 10 images" in done.stdout
-    assert "broken.png" in done.stdout and done.stderr == ""

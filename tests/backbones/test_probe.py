@@ -20,7 +20,7 @@ from backbones import (
     probe_drift,
     set_memory,
 )
-from backbones.commands.drift import main
+from backbones.__main__ import main
 from backbones.engine.policies import MemoryManaged
 from backbones.memory.drift import WARNING_THRESHOLD, BlockDrift, DriftReport
 from backbones.models.layers import MLPBranch
@@ -214,7 +214,7 @@ def test_a_head_of_ones_own() -> None:
 @pytest.mark.parametrize("precision", ("fp32", "bf16"))
 def test_command(precision: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", "rev_vit_tiny", "--depth", "3", "--img-size", "32", "--device", "cpu"]
-    assert main([*arguments, "--precision", precision]) == 0
+    assert main(["drift", *arguments, "--precision", precision]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[0] == precision
     assert len(lines) == 3 + 3
@@ -226,7 +226,10 @@ def test_command(precision: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["--model", "rev_vit_tinny"], "did you mean rev_vit_tiny"),
         (["--model", "vit_tiny", "--depth", "1", "--img-size", "32"], "no reversible sequence"),
         (["--model", "rev_mvit_base", "--depth", "4"], "transitions must rise"),
-        (["--model", "rev_vit_tiny", "--device", "cuda:99"], "cannot use --device cuda:99"),
+        (
+            ["--model", "rev_vit_tiny", "--device", "cuda:99"],
+            "--device cuda:99 cannot be used",
+        ),
         (["--model", "rev_vit_tiny", "--weights", "no.pth"], "cannot read no.pth"),
     ),
 )
@@ -234,7 +237,7 @@ def test_command_refuses(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["--device", "cpu", *arguments])
+        main(["drift", "--device", "cpu", *arguments])
     assert stop.value.code == 2
     line = capsys.readouterr().err
     assert message in line and line.startswith("error: ") and line.count("\n") == 1
@@ -245,7 +248,7 @@ def test_command_says_what_it_loaded(tmp_path: Path, capsys: pytest.CaptureFixtu
     arguments: dict[str, Any] = {"depth": 1, "img_size": 32}
     torch.save(create_model("rev_vit_tiny", num_classes=5, **arguments).state_dict(), file)
     options = ["--depth", "1", "--img-size", "32", "--device", "cpu", "--weights", str(file)]
-    assert main(["--model", "rev_vit_tiny", *options]) == 0
+    assert main(["drift", "--model", "rev_vit_tiny", *options]) == 0
     assert "left out head.weight: 5 classes, the model has 1000" in capsys.readouterr().err
 
 

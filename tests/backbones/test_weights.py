@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import backbones
 from backbones import create_model, from_pyslowfast, load_model, load_weights, save_weights
+from backbones.weights.checkpoint import read_checkpoint
 from tests.backbones.helpers import assert_near
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -178,6 +179,19 @@ def test_prefixes_and_plain_state_dicts(path: Path, tmp_path: Path) -> None:
             assert same_weights(model, reference)
     report = load_weights(model, file)
     assert report.format == "own" and str(report) == f"{file} (own): 43 tensors loaded"
+
+
+def test_containers(tmp_path: Path) -> None:
+    """A run's other entries stay in reach: of Detectron2's checkpoints, for one."""
+    tensors = tiny().state_dict()
+    for container in ("model_state", "state_dict", "model"):
+        file = tmp_path / "run.pth"
+        torch.save({container: tensors, "iteration": 3}, file)
+        checkpoint = read_checkpoint(str(file))
+        assert checkpoint.tensors.keys() == tensors.keys() and checkpoint.content["iteration"] == 3
+        assert load_weights(tiny(), file).format == "own"
+    torch.save(tensors, file)
+    assert read_checkpoint(file).content == {}
 
 
 def test_convert_state_dict_leaves_our_names_and_the_model_alone() -> None:

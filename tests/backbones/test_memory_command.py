@@ -9,20 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from backbones import RevViT, fit_command
-from backbones.commands.memory import main
+from backbones import RevViT
+from backbones.__main__ import main
+from backbones.commands import memory
 from backbones.memory.budget import parse_budget
-from backbones.registry import _REGISTRY
+from backbones.registry import MODELS, ModelRecord
 
 # Each step of the small model is counted once for all tests.
-simulate = cache(fit_command._simulate)
+simulate = cache(memory._simulate)
 
 
 @pytest.fixture(autouse=True)
 def _small_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit_command, "_simulate", simulate)
+    monkeypatch.setattr(memory, "_simulate", simulate)
     arguments = {"embed_dim": 48, "depth": 3, "num_heads": 3, "patch_size": 8, "num_classes": 10}
-    monkeypatch.setitem(_REGISTRY, "small", (RevViT, arguments))
+    monkeypatch.setitem(MODELS, "small", ModelRecord(RevViT, arguments))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # measures nothing unasked
 
 
@@ -38,7 +39,7 @@ def table(output: str) -> dict[str, list[str]]:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[str, list[str]], str]:
-    main(["--model", "small", "--input", "16x3x64x64", *arguments])
+    main(["memory", "--model", "small", "--input", "16x3x64x64", *arguments])
     output = capsys.readouterr().out
     return table(output), output
 
@@ -101,7 +102,7 @@ def test_the_speed_is_measured_at_a_batch_that_store_has_room_for(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fit_command, "free_bytes", lambda _device: int(free))
+    monkeypatch.setattr(memory, "free_bytes", lambda _device: int(free))
     given = ("--input", f"{batch}x3x64x64", "--device", "cpu", "--measure")
     assert says in run(capsys, *given)[1]
 
@@ -123,7 +124,7 @@ def test_the_command_ends_with_one_line_and_status_2(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(arguments)
+        main(["memory", *arguments])
     error = capsys.readouterr().err
     assert ended.value.code == 2
     assert message in error and error.startswith("error: ") and error.count("\n") == 1

@@ -1,0 +1,98 @@
+"""One command: help that teaches, what bare and misspelt ones say, one line per error."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from backbones.__main__ import main
+from backbones.common.console import make_parser, parse_device, run_command
+
+COMMANDS = ("zoo", "memory", "drift", "evaluate", "predict")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    captured = capsys.readouterr()
+    assert stop.value.code == 0 and captured.err == ""
+    usage, examples = captured.out.split("examples:\n")
+    assert usage.startswith(f"usage: python -m backbones {command} ")
+    assert examples.startswith(f"  python -m backbones {command}")
+    assert max(map(len, captured.out.splitlines())) <= 100
+
+
+def test_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    """By --help, and on stderr by the bare command, which did nothing."""
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    for command in COMMANDS:
+        assert f"\n    {command} " in shown and f"\n  python -m backbones {command}" in shown
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", shown)
+
+
+def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["probe"])
+    assert stop.value.code == 2 and "choose from 'zoo', 'memory'" in capsys.readouterr().err
+
+
+def test_only_the_chosen_command_is_imported() -> None:
+    """As a user types it; what it prints is the table, aligned, and nothing on stderr."""
+    code = (
+        "import runpy, sys; sys.argv = ['backbones', 'zoo', 'vit_tiny']\n"
+        "try: runpy.run_module('backbones', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "assert 'backbones.commands.zoo' in sys.modules\n"
+        "assert 'backbones.commands.predict' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[1].startswith("vit_tiny ")
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    (
+        (ValueError("this\nand that"), "this"),
+        (OSError(), "OSError"),
+        (ImportError("pip install it"), "pip install it"),
+    ),
+)
+def test_an_error_is_one_line(
+    error: Exception, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(_options: argparse.Namespace) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(make_parser("x", ""), work, [])
+    assert stop.value.code == 2 and capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_an_error_of_the_code_is_no_line() -> None:
+    with pytest.raises(KeyError):
+        run_command(make_parser("x", ""), lambda _options: {}["missing"], [])
+
+
+def test_the_exit_status() -> None:
+    assert run_command(make_parser("x", ""), lambda _options: 1, []) == 1
+    assert run_command(make_parser("x", ""), lambda _options: None, []) == 0
+
+
+def test_devices() -> None:
+    assert parse_device("cpu").type == "cpu"
+    for text in ("cuda:99", "nothing"):
+        with pytest.raises(ValueError, match=f"--device {text} cannot be used here .*: --device c"):
+            parse_device(text)
