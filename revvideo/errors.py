@@ -11,7 +11,3 @@ class VideoError(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
-
-
-class NotMediaError(VideoError):
-    """The file holds neither moving pictures nor sound: a text or an image."""

@@ -33,69 +33,69 @@ KINETICS_FPS = 30.0
 
 
 @dataclass(frozen=True)
-class RandomClip:
-    """A clip that starts anywhere in the video, drawn from torch's global generator.
+class _Clips:
+    """What samplers of clips have in common.
 
     Attributes:
         frames: of a clip.
         stride: from a frame of the clip to the next, counted in frames of a video at
             ``KINETICS_FPS``: clips of all videos are equally long in seconds, whatever their
             frame rate. Where a video ends before the clip does, its last frame is repeated.
-        views: how often to give it, for repeated augmentation.
     """
 
     frames: int
     stride: int
-    views: int = 1
 
-    def __call__(self, timestamps: Sequence[float]) -> list[list[int]]:
-        latest = _latest_start(timestamps, self.frames, self.stride)
-        start = float(torch.rand((), dtype=torch.float64)) * latest
-        return [_clip(timestamps, start, self.frames, self.stride)] * self.views
+    def _clip(self, timestamps: Sequence[float], part: float, whole: int) -> list[int]:
+        """The clip that starts at ``part / whole`` of the latest start."""
+        latest = max(timestamps[-1] - (self.frames - 1) * self.stride / KINETICS_FPS, 0.0)
+        # From the time of a frame on, so that rounded timestamps (Matroska: milliseconds) do no
+        # harm.
+        first = timestamps[_nearest(timestamps, latest * part / whole)]
+        times = [first + i * self.stride / KINETICS_FPS for i in range(self.frames)]
+        return [_nearest(timestamps, time) for time in times]
 
 
 @dataclass(frozen=True)
-class UniformClips:
+class RandomClip(_Clips):
+    """A clip that starts anywhere in the video, drawn from torch's global generator.
+
+    Attributes:
+        frames, stride: of the clip.
+        views: how often to give it, for repeated augmentation.
+    """
+
+    views: int = 1
+
+    def __call__(self, timestamps: Sequence[float]) -> list[list[int]]:
+        part = float(torch.rand((), dtype=torch.float64))
+        return [self._clip(timestamps, part, 1)] * self.views
+
+
+@dataclass(frozen=True)
+class UniformClips(_Clips):
     """Clips at equal distances, the first at the start of the video and the last at its end.
 
     A single clip lies in the middle. That is SlowFast's ``DATA.USE_OFFSET_SAMPLING``; without it,
     the last of ``n`` clips starts at ``(n - 1) / n`` of the latest start.
 
     Attributes:
-        frames, stride: as for ``RandomClip``.
+        frames, stride: of each clip.
         clips: how many.
     """
 
-    frames: int
-    stride: int
-    clips: int
+    clips: int = 1
 
     def __call__(self, timestamps: Sequence[float]) -> list[list[int]]:
-        latest = _latest_start(timestamps, self.frames, self.stride)
         if self.clips == 1:
-            starts = [latest / 2]
-        else:
-            starts = [latest * number / (self.clips - 1) for number in range(self.clips)]
-        return [_clip(timestamps, start, self.frames, self.stride) for start in starts]
-
-
-def _latest_start(timestamps: Sequence[float], frames: int, stride: int) -> float:
-    return max(timestamps[-1] - (frames - 1) * stride / KINETICS_FPS, 0.0)
-
-
-def _clip(timestamps: Sequence[float], start: float, frames: int, stride: int) -> list[int]:
-    # From the time of a frame on, so that rounded timestamps (Matroska: milliseconds) do no harm.
-    first = timestamps[_nearest(timestamps, start)]
-    return [_nearest(timestamps, first + i * stride / KINETICS_FPS) for i in range(frames)]
+            return [self._clip(timestamps, 1, 2)]
+        return [self._clip(timestamps, part, self.clips - 1) for part in range(self.clips)]
 
 
 def _nearest(timestamps: Sequence[float], time: float) -> int:
     after = bisect_left(timestamps, time)
-    if after == 0:
-        return 0
-    if after == len(timestamps):
-        return after - 1
-    return after - 1 if time - timestamps[after - 1] < timestamps[after] - time else after
+    neighbours = [place for place in (after, after - 1) if 0 <= place < len(timestamps)]
+    return min(neighbours, key=lambda place: abs(timestamps[place] - time))
 
 
 class ClipDataset(Dataset[dict[str, Any]]):
@@ -115,12 +115,9 @@ class ClipDataset(Dataset[dict[str, Any]]):
         short_side: shrink frames to this many pixels on their shorter side while decoding.
         seed: of the run.
 
-    A sample is a dict:
-
-    - ``video``: float (V, 3, T, H, W), V being all clips times all crops; None if the file broke
-      after the scan.
-    - ``label``, ``index`` (of the record): int; ``path``: str
-    - ``problem``: "", or why there is no video.
+    A sample is a dict: ``video``, float (V, 3, T, H, W), V being all clips times all crops, or None
+    if the file broke after the scan; ``label`` and ``index`` (of the record), int; ``path``; and
+    ``problem``: "", or why there is no video.
     """
 
     def __init__(
@@ -149,18 +146,14 @@ class ClipDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         index, position = key
         path = os.fsdecode(self._paths[index])
-        sample: dict[str, Any] = {
-            "video": None,
-            "label": int(self._labels[index]),
-            "index": index,
-            "path": path,
-        }
+        video, problem = None, ""
         try:
             with _seeded(seed_of(self.seed, position)):
-                sample["video"] = self._views(os.path.join(self.root, path), index)
+                video = self._views(os.path.join(self.root, path), index)
         except VideoError as error:
-            return sample | {"problem": error.reason}
-        return sample | {"problem": ""}
+            problem = error.reason
+        label = int(self._labels[index])
+        return {"video": video, "label": label, "index": index, "path": path, "problem": problem}
 
     def _views(self, path: str, index: int) -> Tensor:
         with Video(path, known_frames=int(self._frames[index])) as video:

@@ -12,10 +12,8 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 from itertools import chain
-from types import TracebackType
 from typing import Literal, cast
 
 import av
@@ -101,7 +99,8 @@ class Video:
             rate = self._stream.average_rate or self._stream.guessed_rate
             unit = self._stream.time_base
             if self._index.reliable and unit is not None:
-                self.timestamps = _seconds(self._index.shown, unit)
+                shown, over, under = self._index.shown, unit.numerator, unit.denominator
+                self.timestamps = [(pts - shown[0]) * over / under for pts in shown]
             elif rate:
                 count = known_frames or self._count_frames()
                 self.timestamps = [float(number / rate) for number in range(count)]
@@ -121,12 +120,7 @@ class Video:
     def __enter__(self) -> Video:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -270,11 +264,6 @@ def _open(
     codec.thread_count = threads
     codec.thread_type = "NONE" if threads == 1 else "AUTO"
     return container, stream, codec
-
-
-def _seconds(shown: Sequence[int], time_base: Fraction) -> list[float]:
-    first, numerator, denominator = shown[0], time_base.numerator, time_base.denominator
-    return [(pts - first) * numerator / denominator for pts in shown]
 
 
 def _upright(picture: np.ndarray, display_matrix: bytes) -> np.ndarray:

@@ -7,7 +7,6 @@ annotation csv of Kinetics, and does not say which line of a list is wrong.
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import logging
 import os
@@ -17,9 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from backbones.common.errors import UserError
-from revvideo.data.packets import open_video
-from revvideo.errors import NotMediaError, VideoError
+from backbones.common.errors import UserError, near_names, some_of
 
 Layout = Literal["auto", "folders", "list", "csv"]
 Entries = list[tuple[str, int]]
@@ -78,14 +75,11 @@ def find_videos(
     if layout == "folders":
         names, entries = _folders(root, split, file, classes)
     elif file is None:
-        raise UserError(
-            f"no annotations for split {split!r} in {root}: tried {', '.join(_candidates(split))}; "
-            "name yours"
-        )
-    elif layout == "list":
-        names, entries = _list(root, split, file, classes)
+        tried = ", ".join(_candidates(split))
+        raise UserError(f"no annotations for split {split!r} in {root}: tried {tried}; name yours")
     else:
-        names, entries = _kinetics(root, split, file, classes)
+        read = _list if layout == "list" else _kinetics
+        names, entries = read(root, split, file, classes)
     if not entries:
         raise UserError(f"split {split!r} of {root} holds no video: check the folder and the split")
     return names, entries
@@ -117,10 +111,7 @@ def _candidates(split: str) -> list[str]:
 
 
 def _annotation_file(
-    root: Path,
-    split: str,
-    annotations: str | os.PathLike[str] | None,
-    layout: Layout = "auto",
+    root: Path, split: str, annotations: str | os.PathLike[str] | None, layout: Layout = "auto"
 ) -> Path | None:
     if annotations is not None:
         for file in (Path(annotations), root / annotations):
@@ -162,11 +153,9 @@ def _labels_by_name(classes: Sequence[str], found: Iterable[str], where: object)
     labels = {}
     for name in found:
         if _order(name) not in known:
-            near = difflib.get_close_matches(name, classes, n=3)
-            hint = f" (near: {', '.join(near)})" if near else ""
             raise UserError(
-                f"class {name!r} in {where} is none of the {len(classes)} classes of the model"
-                f"{hint}: rename it, or take it out"
+                f"class {name!r} in {where} is none of the {len(classes)} classes of the model, "
+                f"such as {some_of(near_names(name, classes))}: rename it, or take it out"
             )
         labels[name] = known[_order(name)]
     return labels
@@ -194,9 +183,9 @@ def _folders(
     names = list(found if classes is None else classes)
     labels = _labels_by_name(names, found, base)
     if file is None:
-        paths = [path for name in found for path in _videos(base / name)]
         return names, [
-            (str(path.relative_to(root)), labels[path.relative_to(base).parts[0]]) for path in paths
+            (str(path.relative_to(root)), labels[path.relative_to(base).parts[0]])
+            for path in _in_folders(base)
         ]
     entries = []
     for number, line in _lines(file):
@@ -208,29 +197,20 @@ def _folders(
     return names, entries
 
 
-def _videos(folder: Path) -> Iterator[Path]:
-    """Files with the extension of a video, and others that hold pictures or sound all the same."""
+def _in_folders(base: Path) -> list[Path]:
+    """The files in the folder of a split that have the extension of a video."""
     passed_over: Counter[str] = Counter()
-    for path in _files(folder):
-        if has_video_extension(path) or _is_media(path):
-            yield path
-        else:
-            passed_over[path.suffix] += 1
-    for suffix, count in passed_over.items():
-        _logger.info("passed over %d files in %s with extension %r", count, folder, suffix)
-
-
-def _is_media(path: Path) -> bool:
-    if not path.stat().st_size:
-        return False
-    try:
-        container, _ = open_video(path)
-    except NotMediaError:
-        return False
-    except VideoError:
-        return True
-    container.close()
-    return True
+    paths = []
+    for name in sorted(_subfolders(base), key=_order):
+        for path in _files(base / name):
+            if has_video_extension(path):
+                paths.append(path)
+            else:
+                passed_over[path.suffix] += 1
+    if passed_over:
+        counts = ", ".join(f"{count:,} with {suffix!r}" for suffix, count in passed_over.items())
+        _logger.warning("%s: passed over files without the extension of a video, %s", base, counts)
+    return paths
 
 
 def _text(file: Path) -> str:
@@ -302,14 +282,13 @@ def _kinetics(
     files = {path.stem: path for path in _files(base) if has_video_extension(path)}
     entries = []
     for row in rows:
+        name = row["youtube_id"]
         try:
-            start, end = (int(float(row[name])) for name in ("time_start", "time_end"))
+            start, end = (int(float(row[key])) for key in ("time_start", "time_end"))
         except (TypeError, ValueError) as error:  # TypeError: the line ends before it
-            raise UserError(
-                f"{file}: the time of {row['youtube_id']} is no number ({error})"
-            ) from error
-        stem = f"{row['youtube_id']}_{start:06d}_{end:06d}"
-        path = files.get(stem) or files.get(row["youtube_id"]) or base / f"{stem}.mp4"
+            raise UserError(f"{file}: the time of {name} is no number ({error})") from error
+        stem = f"{name}_{start:06d}_{end:06d}"
+        path = files.get(stem) or files.get(name) or base / f"{stem}.mp4"
         entries.append((str(path.relative_to(root)), labels.get(row.get("label") or "", -1)))
     return names, entries
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_type_hints
 
 from backbones.common.errors import UserError
 from backbones.common.files import replacing
@@ -66,9 +66,10 @@ class Manifest:
         """The records of the videos that cannot, each with its ``problem``."""
         return [record for record in self.records if record.problem]
 
-    def path(self, record: VideoRecord) -> Path:
-        """Where the file of ``record`` is."""
-        return self.root / record.path
+    @property
+    def usable(self) -> list[VideoRecord]:
+        """The records of the videos that can be trained and tested on: readable, with a label."""
+        return [record for record in self.readable if record.label >= 0]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a CSV file, under its final name only when it is complete.
@@ -101,7 +102,11 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
             header = json.loads(file.readline().removeprefix("#"))
             if header["format"] != _FORMAT:
                 raise ValueError(f"its format is {header['format']!r}, not {_FORMAT!r}")
-            records = [_record(row) for row in csv.DictReader(file)]
+            kinds = get_type_hints(VideoRecord).items()
+            records = [
+                VideoRecord(**{name: kind(row[name]) for name, kind in kinds})
+                for row in csv.DictReader(file)
+            ]
             return Manifest(Path(header["root"]), list(header["classes"]), records)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: write it with `python -m revvideo.scan`") from None
@@ -113,12 +118,24 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
         ) from error
 
 
-def _record(row: dict[str, str]) -> VideoRecord:
-    numbers: Sequence[str] = ("label", "frames", "width", "height", "size", "mtime_ns")
-    return VideoRecord(
-        path=row["path"],
-        problem=row["problem"],
-        duration=float(row["duration"]),
-        fps=float(row["fps"]),
-        **{name: int(row[name]) for name in numbers},
-    )
+def default_manifest(root: str | os.PathLike[str], split: str) -> Path:
+    """Where the manifest of a split is kept unless the user says otherwise."""
+    return Path(root) / f"manifest_{split}.csv"
+
+
+def describe(manifest: Manifest, most: int | None = None) -> str:
+    """What a person wants to know about a manifest: how many videos can be used, why others cannot.
+
+    One line for all readable videos, then one for each of those that are not, up to ``most``.
+    """
+    readable, unreadable = manifest.readable, manifest.unreadable
+    hours = sum(record.duration for record in readable) / 3600
+    lines = [
+        f"{len(readable):,} of {len(manifest.records):,} videos can be used: "
+        f"{len(manifest.classes)} classes, {hours:.2f} hours"
+    ]
+    named = unreadable[:most]
+    lines += [f"  {record.path}: {record.problem}" for record in named]
+    if len(named) < len(unreadable):
+        lines.append(f"  and {len(unreadable) - len(named):,} more")
+    return "\n".join(lines)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from revvideo.config import AugmentConfig
+from revvideo.settings import AugmentConfig
 
 
 class Mixing:

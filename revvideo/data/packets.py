@@ -9,17 +9,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import av
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from revvideo.errors import NotMediaError, VideoError
+from backbones.common.errors import error_line
+from revvideo.errors import VideoError
 
 # Of these one packet is one frame, and every frame carries the timestamp of its packet.
 _ONE_FRAME_PER_PACKET = frozenset({"h264", "hevc", "vp9", "av1"})
 _KEEP_BYTES = 32 * 2**20
+
+# PyAV 18 fails on metadata that are no UTF-8 unless told not to; 19 does not, and takes no word.
+_OPTIONS: dict[str, Any] = {}
+if int(av.__version__.partition(".")[0]) < 19:
+    _OPTIONS["metadata_errors"] = "ignore"
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ def open_video(path: str | os.PathLike[str]) -> tuple[InputContainer, VideoStrea
         raise VideoError("file is empty")
     try:
         # "file:" keeps a colon in a name from being taken for a protocol.
-        container = av.open(f"file:{path.absolute()}", metadata_errors="ignore")
+        container = av.open(f"file:{path.absolute()}", **_OPTIONS)
     except (av.error.FFmpegError, OSError) as error:
         raise _why_not_open(path, error) from error
     try:
@@ -87,19 +94,19 @@ def open_video(path: str | os.PathLike[str]) -> tuple[InputContainer, VideoStrea
 
 
 def _why_not_open(path: Path, error: Exception) -> VideoError:
-    reason = getattr(error, "strerror", None) or str(error)
+    reason = error_line(error)
     if not isinstance(error, av.error.InvalidDataError):
         return VideoError(f"does not open ({reason})")
     with path.open("rb") as file:
         if file.read(12)[4:8] == b"ftyp":
             return VideoError("is cut off: the index that mp4 and mov files end with is missing")
-    return NotMediaError(f"is not a video ({reason})")
+    return VideoError(f"is not a video ({reason})")
 
 
 def _choose_stream(container: InputContainer) -> VideoStream:
     # FFmpeg takes images and texts for videos, too: image2, png_pipe, jpeg_pipe, tty.
     if container.format.name in ("image2", "tty") or container.format.name.endswith("_pipe"):
-        raise NotMediaError(f"is not a video (opens as {container.format.name})")
+        raise VideoError(f"is not a video (opens as {container.format.name})")
     for stream in container.streams.video:
         # The cover picture of a song is a video stream, too.
         if not stream.disposition & av.stream.Disposition.attached_pic:
@@ -108,7 +115,7 @@ def _choose_stream(container: InputContainer) -> VideoStream:
             return stream
     if container.streams.audio:
         raise VideoError("has no video stream, only sound")
-    raise NotMediaError("has no video stream")
+    raise VideoError("has no video stream")
 
 
 def read_index(container: InputContainer, stream: VideoStream) -> PacketIndex:

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from backbones.common.errors import UserError
-from revvideo.config import AugmentConfig, DataConfig, TestConfig
+from revvideo.settings import AugmentConfig, DataConfig, TestConfig
 
 
 class _RandAugment:
@@ -26,9 +26,6 @@ class _RandAugment:
 
     It takes one image and draws from the generators of Python and NumPy, which are therefore set to
     the same seed before each frame.
-
-    Args:
-        recipe: in timm's words.
     """
 
     def __init__(self, recipe: str) -> None:
@@ -49,10 +46,12 @@ class _RandAugment:
         return tv_tensors.Video(torch.stack(frames))
 
 
-class TrainTransform:
+class TrainTransform(v2.Compose):
     """A random crop of random size, flip, RandAugment, colour jitter and random erasing.
 
-    RandAugment comes after the crop, when there are fewer pixels; SlowFast has it before.
+    RandAugment comes after the crop, when there are fewer pixels; SlowFast has it before. Takes a
+    clip, uint8 (T, 3, H, W), to float32 (3, T, crop_size, crop_size). Draws from torch's RNG; with
+    RandAugment those of Python and NumPy are seeded anew.
 
     Args:
         augment, data: the sections of the config.
@@ -60,6 +59,7 @@ class TrainTransform:
 
     def __init__(self, augment: AugmentConfig, data: DataConfig) -> None:
         steps: list[Any] = [
+            tv_tensors.Video,
             v2.RandomResizedCrop(data.crop_size, tuple(augment.scale), tuple(augment.ratio)),
             v2.RandomHorizontalFlip(augment.flip),
         ]
@@ -70,14 +70,7 @@ class TrainTransform:
         steps += _to_float(data)
         if augment.erase:
             steps.append(v2.RandomErasing(augment.erase, value="random"))
-        self._steps = v2.Compose(steps)
-
-    def __call__(self, clip: Tensor) -> Tensor:
-        """uint8 (T, 3, H, W) -> float32 (3, T, crop_size, crop_size).
-
-        Draws from torch's RNG; with RandAugment those of Python and NumPy are seeded anew.
-        """
-        return _channels_first(self._steps(tv_tensors.Video(clip)))
+        super().__init__([*steps, _channels_first])
 
 
 class TestTransform:
@@ -92,7 +85,9 @@ class TestTransform:
 
     def __init__(self, test: TestConfig, data: DataConfig, crops: int | None = None) -> None:
         self._size = data.crop_size
-        self._crops = crops or test.crops
+        crops = crops or test.crops
+        # How far along the longer side.
+        self._places = [index / (crops - 1) for index in range(crops)] if crops > 1 else [0.5]
         self._resize = v2.Resize(test.short_side)
         self._to_float = v2.Compose(_to_float(data))
 
@@ -101,19 +96,13 @@ class TestTransform:
         video = self._resize(tv_tensors.Video(clip))
         height, width = video.shape[-2:]
         crops = []
-        for part in self._parts():
-            # Half way along the shorter side, `part` of the way along the longer one.
-            down, right = (0.5, part) if width >= height else (part, 0.5)
+        for place in self._places:
+            down, right = (0.5, place) if width >= height else (place, 0.5)
             top = round(down * (height - self._size))
             left = round(right * (width - self._size))
             crop = F.crop(video, top, left, self._size, self._size)
             crops.append(_channels_first(self._to_float(crop)))
         return torch.stack(crops)
-
-    def _parts(self) -> list[float]:
-        if self._crops == 1:
-            return [0.5]
-        return [index / (self._crops - 1) for index in range(self._crops)]
 
 
 def _to_float(data: DataConfig) -> list[Any]:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from backbones.common.errors import UserError
-from revvideo.config import Config
 from revvideo.data.clips import ClipDataset, RandomClip, UniformClips, collate
 from revvideo.data.layouts import Layout
-from revvideo.data.manifest import Manifest, VideoRecord, load_manifest
-from revvideo.data.sampler import ResumableSampler, ShardSampler
+from revvideo.data.loader import ResumableLoader, ResumableSampler, TestBatches
+from revvideo.data.manifest import Manifest, VideoRecord, default_manifest, describe, load_manifest
+from revvideo.data.scan import scan
 from revvideo.data.transforms import TestTransform, TrainTransform
-from revvideo.scan import default_manifest, describe, scan
+from revvideo.settings import Config
 
 logger = logging.getLogger("revvideo")
 
@@ -112,7 +112,7 @@ class VideoData(pl.LightningDataModule):
     @property
     def val_records(self) -> list[VideoRecord]:
         """The validation videos that can be tested; an index of a batch is a place in this list."""
-        return _usable(self._val)
+        return self._val.usable
 
     def unreadable(self) -> dict[str, str]:
         """The videos that the scan could not open, and why."""
@@ -150,7 +150,7 @@ class VideoData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled clips; resumable in the middle of an epoch."""
         data, augment = self.config.data, self.config.augment
-        clips = RandomClip(data.num_frames, data.stride, views=augment.repeats)
+        clips = RandomClip(data.num_frames, data.stride, augment.repeats)
         return ResumableLoader(
             self._dataset(self._train, clips, TrainTransform(augment, data)),
             batch_size=self.loader_batch_size,
@@ -169,18 +169,16 @@ class VideoData(pl.LightningDataModule):
 
     def _test_loader(self, clips: int, crops: int) -> DataLoader[Any]:
         data, test = self.config.data, self.config.test
-        transform = TestTransform(test, data, crops)
-        dataset = self._dataset(
-            self._val, UniformClips(data.num_frames, data.stride, clips), transform
+        views = UniformClips(data.num_frames, data.stride, clips)
+        dataset = self._dataset(self._val, views, TestTransform(test, data, crops))
+        batches = TestBatches(
+            len(dataset), test.batch_size, rank=self._rank, world_size=self._world_size
         )
-        shard = ShardSampler(len(dataset), rank=self._rank, world_size=self._world_size)
-        largest = -(-len(dataset) // self._world_size)
-        batches = PaddedBatches(shard, test.batch_size, count=-(-largest // test.batch_size))
         return DataLoader(dataset, batch_sampler=batches, **self._workers())
 
     def _dataset(self, manifest: Manifest, clips: Any, transform: Any) -> ClipDataset:
         return ClipDataset(
-            _usable(manifest),
+            manifest.usable,
             manifest.root,
             clips,
             transform,
@@ -190,7 +188,7 @@ class VideoData(pl.LightningDataModule):
 
     def _train_sampler(self) -> ResumableSampler:
         return ResumableSampler(
-            len(_usable(self._train)),
+            len(self._train.usable),
             self.loader_batch_size * self.config.optim.accumulate,
             seed=self.config.train.seed,
             rank=self._rank,
@@ -200,12 +198,8 @@ class VideoData(pl.LightningDataModule):
     def _workers(self) -> dict[str, Any]:
         workers = self.config.data.workers
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return {
-            "num_workers": workers,
-            "collate_fn": collate,
-            "persistent_workers": workers > 0,
-            "pin_memory": on_gpu,
-        }
+        shared = {"num_workers": workers, "persistent_workers": workers > 0}
+        return {**shared, "collate_fn": collate, "pin_memory": on_gpu}
 
     def _splits(self) -> list[str]:
         """The training split first: its classes are those of the others."""
@@ -223,63 +217,3 @@ class VideoData(pl.LightningDataModule):
     @property
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
-
-
-class ResumableLoader(DataLoader[Any]):
-    """A loader whose state is the number of steps it has given batches for.
-
-    Lightning saves that state with each checkpoint. Its own count of epochs reaches the sampler
-    only after the workers have started on the wrong one.
-
-    Args:
-        batches_per_step: of the optimizer; a checkpoint falls between two steps.
-        arguments: as for ``DataLoader``; ``sampler`` is a :class:`ResumableSampler`.
-    """
-
-    def __init__(self, *arguments: Any, batches_per_step: int, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.batches_per_step = batches_per_step
-        self.batches = 0
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        sampler = self.sampler
-        assert isinstance(sampler, ResumableSampler)
-        epoch, given = divmod(self.batches, len(self))
-        sampler.set_epoch(epoch)
-        sampler.start_step = given // self.batches_per_step
-        for batch in super().__iter__():
-            self.batches += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """What Lightning puts into a checkpoint."""
-        return {"steps": self.batches // self.batches_per_step}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue where :meth:`state_dict` was taken."""
-        self.batches = state_dict["steps"] * self.batches_per_step
-
-
-class PaddedBatches(Sampler[list[tuple[int, int]]]):
-    """``count`` batches of a shard, the last ones empty if it has fewer videos.
-
-    Every process then makes the same number of steps, as a sharded model needs, and still no video
-    comes twice.
-    """
-
-    def __init__(self, shard: ShardSampler, batch_size: int, count: int) -> None:
-        self._shard = shard
-        self._batch_size = batch_size
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        keys = list(self._shard)
-        for start in range(0, self._count * self._batch_size, self._batch_size):
-            yield keys[start : start + self._batch_size]
-
-
-def _usable(manifest: Manifest) -> list[VideoRecord]:
-    return [record for record in manifest.readable if record.label >= 0]

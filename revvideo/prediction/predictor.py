@@ -17,8 +17,8 @@ from backbones.common.errors import UserError
 from revvideo.config import Config
 from revvideo.data.clips import KINETICS_FPS, ClipDataset, UniformClips, collate
 from revvideo.data.decode import Video
+from revvideo.data.loader import TestBatches
 from revvideo.data.manifest import VideoRecord
-from revvideo.data.sampler import ShardSampler
 from revvideo.data.transforms import TestTransform
 from revvideo.models import AUTOCAST
 from revvideo.training.checkpoint import load_run
@@ -113,8 +113,7 @@ class Predictor:
         views = test.clips * test.crops
         loader: DataLoader[Any] = DataLoader(
             dataset,
-            sampler=ShardSampler(len(dataset)),
-            batch_size=max(1, self.batch_size // views),
+            batch_sampler=TestBatches(len(dataset), max(1, self.batch_size // views)),
             collate_fn=collate,
             num_workers=workers,
         )

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from backbones.engine.policies import MemoryManaged
-from revvideo.config import OptimConfig
+from revvideo.settings import OptimConfig
 
 _AFTER_THE_BLOCKS = ("norm.", "head.")
 

@@ -37,6 +37,7 @@ def encode(
     rotation: int = 0,
     mirrored: bool = False,
     sound: bool = False,
+    title: str = "",
 ) -> Path:
     """Write a video and return its path.
 
@@ -49,9 +50,11 @@ def encode(
         rotation: counterclockwise, in degrees, in the metadata.
         mirrored: after the rotation, left to right, in the metadata.
         sound: add a stream of sound.
+        title: in the metadata.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(path, "w", options=container_options or {}) as container:
+        container.metadata["title"] = title
         stream = container.add_stream(codec, rate=RATE, options=options or {})
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import typing
 from pathlib import Path
 
 import pytest
 
 from backbones.common.errors import UserError
-from revvideo.config import Config, describe_schema, load_config, save_config
+from backbones.common.settings import keys_of
+from revvideo.config import describe_schema, load_config, save_config
+from revvideo.settings import Config
 
 RECIPES = sorted(Path("configs/video").glob("*/*.yaml"))
 MOTION = "configs/video/demo/motion.yaml"
@@ -34,8 +34,9 @@ def test_overrides_reach_every_kind_of_value():
             "train.memory=store",
             "model.arguments.depth=3",
             "model.arguments.transitions=[1,2]",
-            "data.root=my videos",
             "train.memory_budget=12GB",
+            "data.annotations=",
+            "data.manifests=null",
         ],
     )
     assert config.data.num_frames == 12
@@ -45,8 +46,31 @@ def test_overrides_reach_every_kind_of_value():
     # Beside the arguments of the recipe, not in their place.
     assert config.model.arguments["depth"] == 3
     assert config.model.arguments["embed_dim"] == load_config(MOTION).model.arguments["embed_dim"]
-    assert config.data.root == "my videos"
     assert config.train.memory_budget == "12GB"
+    assert config.data.annotations == config.data.manifests == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "my videos",
+        "[a, b]",
+        "'a'",
+        'é"ü',
+        "a,b",
+        "{c: 1}",
+        "x=y",
+        "1e3",
+        "${nowhere}",
+        r"\\${a}",
+        "#",
+    ],
+)
+def test_a_text_is_taken_and_saved_as_it_was_typed(text, tmp_path):
+    config = load_config(MOTION, [f"data.root={text}"])
+    assert config.data.root == text
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
 
 
 @pytest.mark.parametrize(
@@ -88,11 +112,11 @@ def test_an_unknown_key_names_the_nearest(override, near):
         ),
         ("augment.rand_augment=rand-m7.5", ["augment.rand_augment=rand-m7.5"]),
         ("data.decode_short_side=70", ["data.decode_short_side=70", "test.short_side=72"]),
-        ("data.root=${nowhere}", ["'nowhere' not found"]),
         ("data=3", ["data", "section", "data.root"]),
         ("data.root", ["data.root", "key=value"]),
         ("=3", ["key=value"]),
-        ("data.root=[", ["data.root=[", "cannot be read"]),
+        ("augment.scale=[", ["augment.scale=[", "cannot be read"]),
+        ("augment.scale=[a,1]", ["augment.scale", "list", "'a'"]),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_it(override, parts):
@@ -105,9 +129,13 @@ def test_a_bad_value_is_one_line_that_names_it(override, parts):
     [
         ("data: {num_frame: 3}", "data.num_frames"),
         ("data: [1]", "section"),
+        ("data:", "section"),
+        ("data: {root: [1]}", "data.root takes a value of type str"),
+        ("data: {root: '${nowhere}'}", "'nowhere' not found"),
         ("- 1\n- 2", "no recipe"),
         ("a: [", "cannot be read"),
         ("", "ok"),
+        ("data: {root: }\nmodel: {weights: null}", "ok"),
         ("base: nowhere.yaml", "nowhere.yaml"),
         ("base: recipe.yaml", "its own base"),
     ],
@@ -147,10 +175,8 @@ def test_a_saved_config_is_the_same_recipe(recipe, tmp_path):
 
 def test_help_explains_every_key():
     text = describe_schema()
-    for section, kind in typing.get_type_hints(Config).items():
-        for entry in dataclasses.fields(kind):
-            assert entry.metadata["text"]
-            assert re.search(rf"^  {section}\.{entry.name} \(", text, re.MULTILINE)
-            for choice in entry.metadata["choices"]:
-                assert choice in text
+    for entry in keys_of(Config):
+        assert entry.rules["text"]
+        assert re.search(rf"^  {re.escape(entry.path)} \(", text, re.MULTILINE)
+        assert all(choice in text for choice in entry.rules["choices"])
     assert max(map(len, text.splitlines())) <= 100

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -10,35 +9,27 @@ import torch
 
 from backbones.common.errors import UserError
 from revvideo.config import load_config
+from revvideo.data.loader import ResumableLoader, ResumableSampler
 from revvideo.data.mixing import Mixing
-from revvideo.data.sampler import ResumableSampler, ShardSampler
-from revvideo.data.videos import PaddedBatches, ResumableLoader, VideoData
+from revvideo.data.videos import VideoData
 from revvideo.run import main
+from revvideo.scan import main as scan
 from revvideo.training.metrics import VideoScores, accuracy
 from revvideo.training.module import Batch, VideoModule
 from tests.revvideo.tiny_set import arguments, build_set
 
 
-@pytest.mark.parametrize("size", [1, 5, 7, 8])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("batch_size", [1, 2, 4])
-def test_every_video_is_tested_once_in_equally_many_steps(size, world_size, batch_size):
-    count = math.ceil(math.ceil(size / world_size) / batch_size)
-    seen, steps = [], set()
-    for rank in range(world_size):
-        shard = ShardSampler(size, rank=rank, world_size=world_size)
-        batches = list(PaddedBatches(shard, batch_size, count))
-        steps.add(len(batches))
-        assert all(len(batch) <= batch_size for batch in batches)
-        seen += [index for batch in batches for index, _ in batch]
-    assert sorted(seen) == list(range(size))
-    assert steps == {count}
+class Positions(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, key: tuple[int, int]) -> int:
+        return key[1]
 
 
 def loader(batches_per_step: int = 1, workers: int = 0) -> ResumableLoader:
-    keys = {index: index for index in range(11)}
     return ResumableLoader(
-        _Keys(keys),
+        Positions(),
         batch_size=4 // batches_per_step,
         sampler=ResumableSampler(11, 4, seed=1),
         batches_per_step=batches_per_step,
@@ -46,17 +37,6 @@ def loader(batches_per_step: int = 1, workers: int = 0) -> ResumableLoader:
         num_workers=workers,
         persistent_workers=workers > 0,
     )
-
-
-class _Keys(torch.utils.data.Dataset):
-    def __init__(self, keys: dict[int, int]) -> None:
-        self.keys = keys
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, key: tuple[int, int]) -> int:
-        return key[1]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -130,11 +110,9 @@ def test_videos_without_a_label_are_not_counted(tmp_path):
 
 
 def test_the_manifests_of_a_scan_save_opening_videos_again(tmp_path, monkeypatch):
-    from revvideo.scan import main as scan
-
     root = build_set(tmp_path / "set", train=0, val=3)
     assert scan([str(root), "--split", "val"]) == 0
-    monkeypatch.setattr("revvideo.scan.probe", _must_not_be_called)
+    monkeypatch.setattr("revvideo.data.scan.probe", _must_not_be_called)
     config = load_config(
         "configs/video/demo/motion.yaml",
         [f"data.root={root}", f"train.output_dir={tmp_path / 'out'}"],

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 
 from revvideo.data.clips import ClipDataset, RandomClip, UniformClips, collate
 from revvideo.data.decode import Video, probe
+from revvideo.data.loader import TestBatches
 from revvideo.data.manifest import Manifest, VideoRecord, load_manifest
-from revvideo.data.sampler import ShardSampler
-from revvideo.scan import scan
+from revvideo.data.scan import scan
 from tests.revvideo.make_videos import cut, damage, encode
 from tests.revvideo.test_decode import full_decode
 
@@ -196,8 +196,7 @@ def read(manifest: Manifest, rank: int, world: int) -> tuple[list[tuple[str, flo
     records = manifest.readable
     loader = DataLoader(
         ClipDataset(records, manifest.root, UniformClips(4, 2, clips=2), frames_as_they_are),
-        batch_size=2,
-        sampler=ShardSampler(len(records), rank=rank, world_size=world),
+        batch_sampler=TestBatches(len(records), 2, rank=rank, world_size=world),
         collate_fn=collate,
         num_workers=1,
     )

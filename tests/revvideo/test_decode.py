@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from revvideo import packets
+from revvideo.data import packets
 from revvideo.data.clips import RandomClip, UniformClips
 from revvideo.data.decode import Video, probe
 from revvideo.errors import VideoError
@@ -237,6 +237,14 @@ def test_bad_index(make: Callable[[str], Path]) -> None:
 
 def test_a_colon_in_the_name(tmp_path: Path) -> None:
     assert probe(encode(tmp_path / "a:b%03d.mp4", 3)).frames == 3
+
+
+def test_metadata_that_are_no_text(tmp_path: Path) -> None:
+    path = encode(tmp_path / "video.mp4", 3, title="XXXX")
+    content = path.read_bytes()
+    assert content.count(b"XXXX") == 1
+    path.write_bytes(content.replace(b"XXXX", b"\xff\xe9XX"))
+    assert probe(path).frames == 3
 
 
 def test_not_a_video(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import pytest
 
 from backbones.common.errors import UserError
 from revvideo.data.layouts import find_videos, splits_of
-from tests.revvideo.make_videos import encode, encode_sound
 
 
 def touch(root: Path, *names: str) -> None:
@@ -42,16 +41,14 @@ def test_folders(tmp_path: Path) -> None:
     assert splits_of(tmp_path) == ["train", "val"]
 
 
-def test_folders_name_files_of_sound_or_pictures_with_another_extension(tmp_path: Path) -> None:
-    encode(tmp_path / "train" / "a" / "video.mp4", 3).rename(tmp_path / "train" / "a" / "video.txt")
-    encode_sound(tmp_path / "train" / "a" / "sound.m4a")
-    touch(tmp_path, "train/a/good.mp4")
-    (tmp_path / "train" / "a" / "about.json").write_text("{}")
-    (tmp_path / "train" / "a" / "about.txt").write_text("text\n" * 50)
-    (tmp_path / "train" / "a" / "done").touch()
+def test_files_of_folders_that_are_no_videos_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch(tmp_path, "train/a/a.mp4", "train/a/a.json", "train/b/b.json", "train/b/done")
     _, entries = find_videos(tmp_path, "train")
-    names = [Path(path).name for path, _ in entries]
-    assert names == ["good.mp4", "sound.m4a", "video.txt"]
+    assert entries == [("train/a/a.mp4", 0)]
+    (message,) = caplog.messages
+    assert "train: passed over" in message and "2 with '.json', 1 with ''" in message
 
 
 def test_folders_with_a_list_of_files(tmp_path: Path) -> None:
@@ -172,5 +169,5 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 def test_a_class_that_the_model_does_not_have(tmp_path: Path) -> None:
     touch(tmp_path, "val/archery2/a.mp4")
-    with pytest.raises(UserError, match=r"'archery2' .* none of the 2 classes .*near: archery\)"):
+    with pytest.raises(UserError, match=r"'archery2' .* none of the 2 classes .*such as archery:"):
         find_videos(tmp_path, "val", classes=["archery", "bowling"])

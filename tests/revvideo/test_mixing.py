@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from revvideo.config import AugmentConfig
 from revvideo.data.mixing import Mixing
+from revvideo.settings import AugmentConfig
 
 CLASSES = 6
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 import backbones
-from revvideo.config import OptimConfig
+from revvideo.settings import OptimConfig
 from revvideo.training.optim import build_optimizer, lr_factor, param_groups
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import chain
 
 import pytest
@@ -9,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from backbones.common.errors import UserError
 from backbones.common.seeds import seed_of
-from revvideo.data.sampler import ResumableSampler, ShardSampler
+from revvideo.data.loader import ResumableSampler, TestBatches
 
 Keys = list[tuple[int, int]]
 
@@ -17,7 +18,7 @@ Keys = list[tuple[int, int]]
 def of_epochs(sampler: ResumableSampler, epochs: int) -> Keys:
     keys: Keys = []
     for epoch in range(epochs):
-        sampler.set_epoch(epoch)
+        sampler.epoch = epoch
         keys += sampler
     return keys
 
@@ -38,7 +39,7 @@ def test_an_epoch_is_whole_batches() -> None:
     sampler = ResumableSampler(23, 4)
     assert sampler.steps_per_epoch == 5 and len(sampler) == 20
     for epoch in range(3):
-        sampler.set_epoch(epoch)
+        sampler.epoch = epoch
         assert len(list(sampler)) == len(sampler)
     assert len(DataLoader(range(23), batch_size=4, sampler=sampler)) == 5
 
@@ -62,10 +63,10 @@ def test_resumes_in_the_middle_of_an_epoch(rank: int, world: int) -> None:
     whole = of_epochs(ResumableSampler(47, 4, seed=1, rank=rank, world_size=world), 4)
     per_epoch = len(whole) // 4
     resumed = ResumableSampler(47, 4, seed=1, rank=rank, world_size=world)
-    resumed.set_epoch(2)
+    resumed.epoch = 2
     resumed.start_step = 3
     assert list(resumed) == whole[2 * per_epoch + 12 : 3 * per_epoch]
-    resumed.set_epoch(3)
+    resumed.epoch = 3
     assert list(resumed) == whole[3 * per_epoch :]  # it applies once
     assert len(resumed) == per_epoch
 
@@ -84,9 +85,16 @@ def test_too_few_videos(size: int, batch: int, world: int) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 2, 9, 10, 11])
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_every_video_is_tested_once(size: int, world: int) -> None:
-    shards = [list(ShardSampler(size, rank=rank, world_size=world)) for rank in range(world)]
-    for rank, shard in enumerate(shards):
-        assert len(ShardSampler(size, rank=rank, world_size=world)) == len(shard)
-    assert max(map(len, shards)) - min(map(len, shards)) <= 1
-    assert sorted(chain.from_iterable(shards)) == [(i, i) for i in range(size)]
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_every_video_is_tested_once_in_equally_many_steps(
+    size: int, world: int, batch: int
+) -> None:
+    samplers = [TestBatches(size, batch, rank=rank, world_size=world) for rank in range(world)]
+    shards = [list(sampler) for sampler in samplers]
+    steps = math.ceil(math.ceil(size / world) / batch)
+    assert {len(sampler) for sampler in samplers} == {len(shard) for shard in shards} == {steps}
+    sizes = [sum(map(len, shard)) for shard in shards]
+    assert max(sizes) - min(sizes) <= 1
+    batches = list(chain.from_iterable(shards))
+    assert all(len(keys) <= batch for keys in batches)
+    assert sorted(chain.from_iterable(batches)) == [(i, i) for i in range(size)]

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from backbones.common.errors import UserError
-from revvideo import scan as scan_module
-from revvideo.data.manifest import Manifest, VideoRecord, load_manifest
-from revvideo.scan import describe, main, scan
+from revvideo.data import scan as scan_module
+from revvideo.data.manifest import Manifest, VideoRecord, describe, load_manifest
+from revvideo.data.scan import scan
+from revvideo.scan import main
 from tests.revvideo.make_videos import cut, encode, encode_sound
 
 # What the scan must find in the set below, and why.
@@ -25,7 +26,6 @@ PROBLEMS = {
     "train/b/cut.mp4": "is cut off after ",
     "train/b/cut_index.mp4": "is cut off: the index",
     "train/b/text.mp4": "is not a video",
-    "train/b/video.txt": "is a video, but its extension '.txt' is not that of one: rename it",
 }
 GOOD = ["train/a/good.mp4", "train/a/short.mkv", "train/b/good.avi"]
 
@@ -46,7 +46,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cut(whole, b / "cut.mp4", 0.7)
     cut(encode(root / "index_last.mp4"), b / "cut_index.mp4", 0.7)
     (b / "text.mp4").write_text("hello\n" * 100)
-    encode(root / "video.mp4", 5).rename(b / "video.txt")
     encode(root / "val" / "b" / "v.mp4", 5)
     return root
 
@@ -92,7 +91,6 @@ def test_manifest_is_read_as_it_was_written(root: Path, tmp_path: Path) -> None:
     path = tmp_path / "new" / "manifest.csv"
     manifest = scan(root, "train", workers=0, manifest_path=path)
     assert load_manifest(path) == manifest
-    assert manifest.path(manifest.readable[0]).is_file()
     lines = path.read_text().splitlines()
     assert lines[0].startswith('# {"format"')
     assert len(list(csv.DictReader(lines[1:]))) == len(GOOD) + len(PROBLEMS)
@@ -132,7 +130,7 @@ def test_labels_follow_the_classes_also_of_known_files(root: Path, tmp_path: Pat
 def test_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(root), "--workers", "0"]) == 0
     shown = capsys.readouterr().out
-    assert "train: 3 of 11 videos can be used: 2 classes" in shown
+    assert "train: 3 of 10 videos can be used: 2 classes" in shown
     assert "val: 1 of 1 videos can be used: 2 classes" in shown  # those of train
     for path, reason in PROBLEMS.items():
         assert f"{path}: {reason}" in shown
@@ -157,7 +155,8 @@ def test_bad_arguments(
     message: str,
 ) -> None:
     monkeypatch.chdir(root)
-    assert main([*arguments, "--workers", "0"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--workers", "0"])
     lines = capfd.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and re.match(message, lines[0]), lines
 

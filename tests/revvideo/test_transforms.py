@@ -11,8 +11,8 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torchvision import tv_tensors
 
-from revvideo.config import AugmentConfig, DataConfig, TestConfig
 from revvideo.data.transforms import TestTransform, TrainTransform, _RandAugment
+from revvideo.settings import AugmentConfig, DataConfig, TestConfig
 
 DATA = DataConfig(crop_size=24)
 RAND_AUGMENT = "rand-m7-n4-mstd0.5-inc1"

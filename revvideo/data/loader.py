@@ -1,4 +1,4 @@
-"""Which videos each process reads, in training and in testing.
+"""Which videos each process reads, in training and in testing, and where it goes on after a stop.
 
 torch's ``DistributedSampler`` repeats videos where they do not divide evenly among the processes,
 and starts an interrupted epoch over.
@@ -7,9 +7,10 @@ and starts an interrupted epoch over.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from backbones.common.errors import UserError
 from backbones.common.seeds import seed_of
@@ -23,8 +24,6 @@ class ResumableSampler(Sampler[tuple[int, int]]):
     video comes once before any comes again. An epoch of the trainer is ``steps_per_epoch`` global
     batches; videos beyond the last full batch of an epoch open the next one.
 
-    Use it as ``DataLoader(dataset, batch_size, sampler=sampler)``, and call ``set_epoch``.
-
     Args:
         size: of the dataset.
         batch_size: videos in a batch of one process.
@@ -33,6 +32,7 @@ class ResumableSampler(Sampler[tuple[int, int]]):
 
     Attributes:
         steps_per_epoch: equal on every process.
+        epoch: counted from 0, that the next iteration goes through.
         start_step: how many steps of the epoch the next iteration passes over: set it to resume in
             the middle of an epoch. It applies once; epochs after that start at their beginning.
 
@@ -57,10 +57,6 @@ class ResumableSampler(Sampler[tuple[int, int]]):
         self.epoch = 0
         self.start_step = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, counted from 0, that the next iteration goes through."""
-        self.epoch = epoch
-
     def __len__(self) -> int:
         """Videos of this process in a whole epoch."""
         return self.steps_per_epoch * self.batch_size
@@ -83,22 +79,64 @@ class ResumableSampler(Sampler[tuple[int, int]]):
         return torch.randperm(self.size, generator=generator).tolist()
 
 
-class ShardSampler(Sampler[tuple[int, int]]):
-    """``(index, index)`` for testing: every video once over all processes, and none twice.
+class ResumableLoader(DataLoader[Any]):
+    """A loader whose state is the number of steps it has given batches for.
 
-    Shards differ by one video where they must: gather results at the end, and synchronise nothing
-    in between.
+    Lightning saves that state with each checkpoint. Its own count of epochs reaches the sampler
+    only after the workers have started on the wrong one.
+
+    Args:
+        batches_per_step: of the optimizer; a checkpoint falls between two steps.
+        arguments: as for ``DataLoader``; ``sampler`` is a :class:`ResumableSampler`.
+    """
+
+    def __init__(self, *arguments: Any, batches_per_step: int, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.batches_per_step = batches_per_step
+        self.batches = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        sampler = self.sampler
+        assert isinstance(sampler, ResumableSampler)
+        sampler.epoch, given = divmod(self.batches, len(self))
+        sampler.start_step = given // self.batches_per_step
+        for batch in super().__iter__():
+            self.batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """What Lightning puts into a checkpoint."""
+        return {"steps": self.batches // self.batches_per_step}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue where :meth:`state_dict` was taken."""
+        self.batches = state_dict["steps"] * self.batches_per_step
+
+
+class TestBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of ``(index, index)`` for testing: every video once over all processes, none twice.
+
+    Every process makes the same number of steps, as a sharded model needs; where it has fewer
+    videos, its last batches are smaller or empty. Gather results at the end.
 
     Args:
         size: of the dataset.
+        batch_size: videos in a batch of one process.
         rank, world_size: this process, and the number of processes.
     """
 
-    def __init__(self, size: int, *, rank: int = 0, world_size: int = 1) -> None:
+    __test__ = False  # no test case, whatever pytest takes its name for
+
+    def __init__(self, size: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
         self._indices = range(rank, size, world_size)
+        self._batch_size = batch_size
+        largest = -(-size // world_size)
+        self._count = -(-largest // batch_size)
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return self._count
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((index, index) for index in self._indices)
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for start in range(0, self._count * self._batch_size, self._batch_size):
+            indices = self._indices[start : start + self._batch_size]
+            yield [(index, index) for index in indices]
