@@ -12,10 +12,14 @@ is one already, only files that have changed since, or could not be used, are op
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+
+if not __package__:  # run by path: this folder came first, where `models`, `data`, … hide others'
+    sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]
+
+import argparse
+from collections.abc import Sequence
 from typing import get_args
 
 from backbones.common.console import make_parser, not_negative, run_command
@@ -31,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with status 2 for what the user can fix, after a line on stderr.
     """
-    summary, _, examples = (__doc__ or "").partition("\n\n")
-    parser = make_parser("revvideo.scan", summary, examples)
+    parser = make_parser("python -m revvideo.scan", __doc__)
     add = parser.add_argument
     add("data", nargs="+", type=Path, metavar="DATA", help="folder of a set of videos")
     add("--split", nargs="+", help="train, val, ... (those of train, val and test that are there)")

@@ -2,8 +2,7 @@
 
 PyTorchVideo's ``LabeledVideoDataset`` is an iterable: its length is wrong with several workers, it
 repeats or loses videos under DDP, and it puts another video in the place of one that does not
-decode. Its clip samplers give times, not frames, and draw from Python's global generator; those
-here give the numbers of frames.
+decode. Its clip samplers give times, those here the numbers of frames.
 """
 
 from __future__ import annotations

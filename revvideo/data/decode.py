@@ -1,9 +1,8 @@
 """Chosen frames of a video file, decoded with PyAV.
 
-PyTorchVideo's ``EncodedVideo`` is not used. It finds frames by time, seeks by a margin that is
-too small for some files, and drops frames whose timestamps repeat; it converts every frame of a
-clip to RGB floats where a clip with a stride needs one in four; it decodes a file without a
-duration in its header from end to end; it ignores rotation; and it hides the decoder's errors.
+PyTorchVideo's ``EncodedVideo`` seeks by a margin that is too small for some files, drops frames
+whose timestamps repeat, converts every frame of a clip where a stride needs one in four, ignores
+rotation, and hides the decoder's errors.
 """
 
 from __future__ import annotations
@@ -20,9 +19,7 @@ import av
 import numpy as np
 import torch
 from av.buffer import Buffer
-from av.container import InputContainer
 from av.packet import Packet
-from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
@@ -92,7 +89,8 @@ class Video:
         self._path = path
         self._threads = 1 if get_worker_info() is not None else 0
         self._converter = VideoReformatter()
-        self._container, self._stream, self._codec = _open(path, self._threads)
+        self._container, self._stream = open_video(path, self._threads)
+        self._codec = self._stream.codec_context
         try:
             self._index = read_index(self._container, self._stream)
             self.truncated = self._index.truncated
@@ -231,12 +229,12 @@ class Video:
     def _all_frames(self) -> Iterator[VideoFrame]:
         """Decode from the start on. Raises VideoError after the last frame before damage."""
         # Opened anew, which is a sure way to the start. One thread: with several, errors come late.
-        container, stream, codec = _open(self._path, threads=1)
+        container, stream = open_video(self._path, threads=1)
         count = 0
         try:
             packets = (packet for packet in container.demux(stream) if packet.size)
             for packet in chain(packets, [None]):  # None: no more comes, give what is held back
-                for frame in codec.decode(packet):
+                for frame in stream.codec_context.decode(packet):
                     yield frame
                     count += 1
         except av.error.FFmpegError as error:
@@ -254,16 +252,6 @@ class Video:
         matrix = cast(Buffer | None, frame.side_data.get("DISPLAYMATRIX"))
         picture = rgb.to_ndarray()
         return picture if matrix is None else _upright(picture, bytes(matrix))
-
-
-def _open(
-    path: str | os.PathLike[str], threads: int
-) -> tuple[InputContainer, VideoStream, VideoCodecContext]:
-    container, stream = open_video(path)
-    codec = stream.codec_context
-    codec.thread_count = threads
-    codec.thread_type = "NONE" if threads == 1 else "AUTO"
-    return container, stream, codec
 
 
 def _upright(picture: np.ndarray, display_matrix: bytes) -> np.ndarray:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_type_hints
 
-from backbones.common.errors import UserError
+from backbones.common.errors import UserError, error_line
 from backbones.common.files import replacing
 
 _FORMAT = "revvideo manifest 1"
@@ -108,10 +108,11 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
                 for row in csv.DictReader(file)
             ]
             return Manifest(Path(header["root"]), list(header["classes"]), records)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: write it with `python -m revvideo.scan`") from None
     except OSError as error:
-        raise UserError(f"the manifest {path} cannot be read ({error.strerror})") from error
+        raise UserError(
+            f"the manifest {path} cannot be read ({error_line(error)}): write it with "
+            "`python -m revvideo.scan`"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is no manifest ({error}): delete it, and scan the videos again"

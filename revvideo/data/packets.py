@@ -64,20 +64,20 @@ class PacketIndex:
         raise AssertionError("a reliable index starts with a keyframe that is shown first")
 
 
-def open_video(path: str | os.PathLike[str]) -> tuple[InputContainer, VideoStream]:
+def open_video(path: str | os.PathLike[str], threads: int) -> tuple[InputContainer, VideoStream]:
     """Open a file with PyAV. Returns the container and its video stream; others are not read.
+
+    Args:
+        path: of the file.
+        threads: of the decoder; 0 for one per core.
 
     Raises:
         VideoError: the file is missing or empty, or is no video.
     """
     path = Path(path)
-    if not path.exists():
-        raise VideoError("file is missing")
-    if not path.is_file():
-        raise VideoError("is not a file")
-    if not path.stat().st_size:
-        raise VideoError("file is empty")
     try:
+        if not path.stat().st_size:
+            raise VideoError("file is empty")
         # "file:" keeps a colon in a name from being taken for a protocol.
         container = av.open(f"file:{path.absolute()}", **_OPTIONS)
     except (av.error.FFmpegError, OSError) as error:
@@ -90,11 +90,15 @@ def open_video(path: str | os.PathLike[str]) -> tuple[InputContainer, VideoStrea
     for other in container.streams:
         if other is not stream:
             other.discard = av.stream.Discard.all
+    stream.codec_context.thread_count = threads
+    stream.codec_context.thread_type = "NONE" if threads == 1 else "AUTO"
     return container, stream
 
 
 def _why_not_open(path: Path, error: Exception) -> VideoError:
     reason = error_line(error)
+    if isinstance(error, FileNotFoundError):
+        return VideoError("file is missing")
     if not isinstance(error, av.error.InvalidDataError):
         return VideoError(f"does not open ({reason})")
     with path.open("rb") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -82,13 +83,10 @@ class _Files(Dataset[VideoRecord]):
     def __getitem__(self, index: int) -> VideoRecord:
         name, label = self.entries[index]
         path = self.root / name
-        try:
+        record = VideoRecord(name, label)
+        with suppress(OSError):  # opening it says so again
             status = path.stat()
-        except OSError as error:
-            missing = isinstance(error, FileNotFoundError)
-            problem = "file is missing" if missing else error_line(error)
-            return VideoRecord(name, label, problem=problem)
-        record = VideoRecord(name, label, size=status.st_size, mtime_ns=status.st_mtime_ns)
+            record = replace(record, size=status.st_size, mtime_ns=status.st_mtime_ns)
         known = self.known.get(name)
         if known and (known.size, known.mtime_ns) == (record.size, record.mtime_ns):
             return replace(known, label=label)

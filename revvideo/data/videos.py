@@ -131,19 +131,20 @@ class VideoData(pl.LightningDataModule):
     def loader_batch_size(self) -> int:
         """Videos in a training batch of one process, which is a part of a step if accumulating."""
         optim = self.config.optim
-        parts = self._world_size * optim.accumulate
+        processes = self._process()["world_size"]
+        parts = processes * optim.accumulate
+        shared = f"{processes} processes x optim.accumulate={optim.accumulate}"
         if optim.batch_size % parts:
             raise UserError(
-                f"optim.batch_size={optim.batch_size} is no multiple of {self._world_size} "
-                f"processes x optim.accumulate={optim.accumulate}: use "
+                f"optim.batch_size={optim.batch_size} is no multiple of {shared}: use "
                 f"{-(-optim.batch_size // parts) * parts}"
             )
         videos, augment = optim.batch_size // parts, self.config.augment
         if videos == 1 and (augment.mixup or augment.cutmix):
             raise UserError(
-                f"optim.batch_size={optim.batch_size} over {self._world_size} processes x "
-                f"optim.accumulate={optim.accumulate} is one video at a time, which has none to "
-                "be mixed with: lower optim.accumulate, or set augment.mixup=0 augment.cutmix=0"
+                f"optim.batch_size={optim.batch_size} over {shared} is one video at a time, which "
+                "has none to be mixed with: lower optim.accumulate, or set augment.mixup=0 "
+                "augment.cutmix=0"
             )
         return videos
 
@@ -171,9 +172,7 @@ class VideoData(pl.LightningDataModule):
         data, test = self.config.data, self.config.test
         views = UniformClips(data.num_frames, data.stride, clips)
         dataset = self._dataset(self._val, views, TestTransform(test, data, crops))
-        batches = TestBatches(
-            len(dataset), test.batch_size, rank=self._rank, world_size=self._world_size
-        )
+        batches = TestBatches(len(dataset), test.batch_size, **self._process())
         return DataLoader(dataset, batch_sampler=batches, **self._workers())
 
     def _dataset(self, manifest: Manifest, clips: Any, transform: Any) -> ClipDataset:
@@ -187,13 +186,9 @@ class VideoData(pl.LightningDataModule):
         )
 
     def _train_sampler(self) -> ResumableSampler:
-        return ResumableSampler(
-            len(self._train.usable),
-            self.loader_batch_size * self.config.optim.accumulate,
-            seed=self.config.train.seed,
-            rank=self._rank,
-            world_size=self._world_size,
-        )
+        videos = self.loader_batch_size * self.config.optim.accumulate
+        seed = self.config.train.seed
+        return ResumableSampler(len(self._train.usable), videos, seed=seed, **self._process())
 
     def _workers(self) -> dict[str, Any]:
         workers = self.config.data.workers
@@ -210,10 +205,8 @@ class VideoData(pl.LightningDataModule):
     def _manifest_path(self, split: str) -> Path:
         return default_manifest(self.config.train.output_dir, split)
 
-    @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer else 0
-
-    @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
+    def _process(self) -> dict[str, int]:
+        """The place of this one among all."""
+        if self.trainer is None:
+            return {"rank": 0, "world_size": 1}
+        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}

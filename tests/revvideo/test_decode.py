@@ -261,7 +261,7 @@ def test_not_a_video(tmp_path: Path) -> None:
     encode_sound(tmp_path / "sound.mp4")
     reasons = {
         "missing.mp4": "file is missing",
-        "folder.mp4": "is not a file",
+        "folder.mp4": "does not open",
         "empty.mp4": "file is empty",
         "text.mp4": "is not a video",
         "sound.mp4": "has no video stream, only sound",
