@@ -4,8 +4,7 @@
 
 A vision transformer of ViT-B width on images of 224 pixels in float32. `held` is everything that is
 alive between the forward and the backward pass apart from parameters and input, counted on
-shape-only tensors, so that 96 stored blocks need no memory here either. For the reversible policy
-the same is measured too, on real tensors: the bytes that autograd holds.
+shape-only tensors, so that 96 stored blocks need no memory here either.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-from backbones import MemoryPolicy, create_model, set_memory
-from backbones.memory.saved_bytes import saved_bytes
+from backbones import MemoryPolicy, create_model
 from backbones.memory.simulation import Simulation
 from benchmarks.measuring import RESULTS, Json, facts, parser_of, say, write
 
@@ -37,21 +35,9 @@ def count(model: str, depth: int, batch: int, size: int) -> dict[str, int]:
         images = torch.empty(batch, 3, size, size)
     simulation = Simulation(trunk, images, "cpu")
     return {
-        name: simulation.step(policy, int(share * depth)).held_bytes
+        name: simulation.held_bytes(policy, int(share * depth))
         for name, (policy, share) in SETTINGS.items()
     }
-
-
-def measure(model: str, depth: int, batch: int, size: int) -> int:
-    """Bytes that autograd holds after a real forward pass of the reversed model, input left out."""
-    trunk = create_model(model, depth=depth, img_size=size, num_classes=0).train()
-    set_memory(trunk, "reversible")
-    images = torch.randn(batch, 3, size, size)
-    with saved_bytes(ignore=trunk) as held:
-        loss = trunk(images).square().mean()
-    found = held.bytes - images.untyped_storage().nbytes()
-    del loss
-    return found
 
 
 def run(args: argparse.Namespace) -> Json:
@@ -63,10 +49,6 @@ def run(args: argparse.Namespace) -> Json:
     for batch in args.batches:
         say(f"batch {batch}")
         by_batch.append(count(args.model, args.depth, batch, args.img_size))
-    measured = {}
-    for depth in args.measured_depths:
-        say(f"{depth} blocks, real tensors")
-        measured[depth] = measure(args.model, depth, args.batch, args.img_size)
     return {
         "model": args.model,
         "img_size": args.img_size,
@@ -82,7 +64,6 @@ def run(args: argparse.Namespace) -> Json:
             "batch": args.batches,
             "held": {name: [held[name] for held in by_batch] for name in SETTINGS},
         },
-        "reversible_measured": measured,
     }
 
 
@@ -96,7 +77,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--batch", type=int, default=4, help="images, for the depths (4)")
     add("--batches", type=int, nargs="+", default=[1, 8, 32, 64], help="images")
     add("--depth", type=int, default=24, help="blocks, for the batches (24)")
-    add("--measured-depths", type=int, nargs="*", default=[24, 96], help="with real tensors")
     add("--output", type=Path, default=RESULTS / "memory.json", help="JSON file")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
@@ -105,8 +85,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("bytes held, MB, by depth:", *args.depths)
     for name, held in results["depths"]["held"].items():
         print(f"  {name:26}", *(f"{value / 1e6:8.1f}" for value in held))
-    for depth, value in results["reversible_measured"].items():
-        print(f"  reversible, {depth} blocks, measured: {value / 1e6:.2f} MB")
     print(f"wrote {args.output}")
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch._inductor.utils import fresh_cache
 
 from backbones import create_model, fit_memory, set_memory
-from backbones.memory.real_steps import free_bytes
+from backbones.memory.budget import free_bytes
 from backbones.memory.simulation import Simulation
 from benchmarks.contestants import COMPILED, EAGER, Contestant
 from benchmarks.measuring import (

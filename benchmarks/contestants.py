@@ -6,7 +6,7 @@ attention kernel with the same parameters; only what is kept for the backward pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 )
 
 from backbones import compile_blocks, set_memory
-from backbones.engine.policies import MemoryManaged
+from backbones.engine.policies import blocks_of
 
 Contestant = Callable[[nn.Module], None]
 
@@ -35,11 +35,6 @@ _MATRIX_PRODUCTS = {
 }
 
 
-def blocks_of(model: nn.Module) -> Iterator[MemoryManaged]:
-    """The blocks of a model, first to last."""
-    return (module for module in model.modules() if isinstance(module, MemoryManaged))
-
-
 def _keep_matrix_products(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> Any:
     if operator in _MATRIX_PRODUCTS:
         return CheckpointPolicy.MUST_SAVE
@@ -50,7 +45,7 @@ def _selective(model: nn.Module) -> None:
     """torch's selective checkpointing of each block: matrix products are kept, the rest is not."""
     set_memory(model, "store")
     contexts = partial(create_selective_checkpoint_contexts, _keep_matrix_products)
-    for block in blocks_of(model):
+    for block in blocks_of(model).values():
         block.forward = partial(  # type: ignore[method-assign]
             checkpoint, block.forward, use_reentrant=False, context_fn=contexts
         )
@@ -59,7 +54,7 @@ def _selective(model: nn.Module) -> None:
 def _memory_budget(model: nn.Module, budget: float = 0.5) -> None:
     """torch.compile of each block, which may keep this share of what it would keep."""
     set_memory(model, "store")
-    for block in blocks_of(model):
+    for block in blocks_of(model).values():
         block.forward = _Budgeted(block.forward, budget)  # type: ignore[method-assign]
 
 
@@ -81,7 +76,7 @@ class _Budgeted:
 
 def _policy(name: Any, share_stored: float = 0.0, compiled: bool = False) -> Contestant:
     def apply(model: nn.Module) -> None:
-        set_memory(model, name, round(share_stored * len(list(blocks_of(model)))))
+        set_memory(model, name, round(share_stored * len(blocks_of(model))))
         if compiled:
             compile_blocks(model)
 

@@ -43,11 +43,7 @@ def _memory(results: Json) -> Iterator[str]:
         [name, *(f"{value / 1e6:.1f}" for value in held)] for name, held in part["held"].items()
     ]
     yield table(["blocks", *part["depth"]], rows)
-    measured = (
-        f"{value / 1e6:.2f} MB at {depth} blocks"
-        for depth, value in results["reversible_measured"].items()
-    )
-    yield f"Reversible, measured on real tensors: {', '.join(measured)}. {origin(results)}"
+    yield origin(results)
     yield "![Memory against batch](images/memory_batch.png)"
 
 

@@ -28,11 +28,11 @@ from pathlib import Path
 
 import torch
 
+from backbones.commands.real_steps import Trial
 from backbones.common.console import show_progress
 from backbones.common.errors import UserError, optional_import
 from backbones.engine.policies import MemoryPolicy
-from backbones.memory.budget import largest_that_fits, parse_budget, readable
-from backbones.memory.real_steps import Trial, free_bytes
+from backbones.memory.budget import free_bytes, largest_that_fits, parse_budget, readable
 from backbones.memory.simulation import Simulation
 from backbones.registry import build
 

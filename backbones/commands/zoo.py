@@ -15,8 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbones.common.console import show_progress
-from backbones.engine.policies import blocks_of, set_memory
-from backbones.memory.saved_bytes import saved_bytes
+from backbones.memory.simulation import Simulation
 from backbones.registry import MODELS, build, input_shape, list_models
 
 __all__ = ["ZooEntry", "add_arguments", "describe", "run", "zoo_table"]
@@ -31,7 +30,7 @@ _NOTES = """\
 GFLOPs: multiply-accumulates of convolutions, linear layers and attention, as the papers count.
 top-1: published, ImageNet-1k (rev_mvit_base_16x4: Kinetics-400); of vit_*, the paper's own ViTs.
 stored, reversed: activations held for the backward pass, per image or clip in float32, under the
-"store" and the "reversible" memory policy, without parameters (1 MB = 1e6 bytes)."""
+"store" and the "reversible" memory policy, without parameters and input (1 MB = 1e6 bytes)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,8 +59,8 @@ class ZooEntry:
         input_shape: of the sample that was measured, (3, H, W) or (3, T, H, W).
         top1: the published accuracy in percent, or None.
         released: whether ``pretrained=True`` finds weights.
-        stored_bytes: what autograd holds for one sample between forward and backward under
-            ``"store"``, in float32, without the parameters.
+        stored_bytes: what waits for the backward pass of one sample under ``"store"``, in float32
+            on a GPU, without parameters and input.
         reversible_bytes: the same under ``"reversible"``; None for a model that cannot be reversed.
     """
 
@@ -76,9 +75,7 @@ class ZooEntry:
 
 
 def describe(name: str) -> ZooEntry:
-    """Measure one model on the meta device, where it takes neither memory nor arithmetic.
-
-    The attention of that device saves a little more for the backward pass than fused kernels do.
+    """Count what one model does and holds, on tensors that have a shape and no memory.
 
     Raises:
         ValueError: unknown name.
@@ -86,17 +83,10 @@ def describe(name: str) -> ZooEntry:
     with torch.device("meta"):
         model = build(name)
         x = torch.empty(1, *input_shape(model))
-    set_memory(model, "store")
-    with saved_bytes(ignore=model) as held, FlopCounterMode(display=False) as operations:
-        y = model(x)
-    stored = held.bytes
-    reversible = None
-    if any(block.invertible for block in blocks_of(model).values()):
-        set_memory(model, "reversible")
-        with saved_bytes(ignore=model) as held:
-            y = model(x)  # the name keeps the graph alive, and with it what is held
-        reversible = held.bytes
-    del y
+    with FlopCounterMode(display=False) as operations, torch.no_grad():
+        model(x)
+    simulation = Simulation(model, x, "cuda")
+    can_reverse = simulation.saving_policy == "reversible"
     return ZooEntry(
         name=name,
         parameters=sum(param.numel() for param in model.parameters()),
@@ -104,8 +94,8 @@ def describe(name: str) -> ZooEntry:
         input_shape=tuple(x.shape[1:]),
         top1=MODELS[name].top1,
         released=MODELS[name].weights is not None,
-        stored_bytes=stored,
-        reversible_bytes=reversible,
+        stored_bytes=simulation.held_bytes("store"),
+        reversible_bytes=simulation.held_bytes("reversible") if can_reverse else None,
     )
 
 

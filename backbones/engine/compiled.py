@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from backbones.engine.policies import MemoryManaged
+from backbones.engine.policies import blocks_of
 
 __all__ = ["compile_blocks"]
 
@@ -46,7 +46,7 @@ def compile_blocks(
             (``torch._dynamo.exc``); there is no compiler for the device
             (``torch._inductor.exc``). Nothing falls back silently.
     """
-    blocks = [block for block in module.modules() if isinstance(block, MemoryManaged)]
+    blocks = blocks_of(module).values()
     if not blocks:
         raise ValueError(f"{type(module).__name__} holds no block that could be compiled")
     how: dict[str, Any] = {"fullgraph": True, "dynamic": dynamic, "backend": backend}

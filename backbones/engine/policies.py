@@ -11,27 +11,90 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, get_args
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-__all__ = ["MemoryManaged", "MemoryPolicy", "blocks_of", "set_memory"]
+__all__ = ["Block", "MemoryPolicy", "add_branch", "blocks_of", "set_memory"]
 
 MemoryPolicy = Literal["store", "checkpoint", "reversible"]
 
+Output = TypeVar("Output")
 
-class MemoryManaged(nn.Module):
-    """A block of two branches whose activation memory is a policy. See :func:`set_memory`."""
 
-    f: nn.Module
-    g: nn.Module
+class Block(nn.Module):
+    """Two residual branches, whose activation memory is a policy. See :func:`set_memory`.
+
+    What runs in ``forward``, and how the branches are joined, is the subclass's; under which
+    policy it runs is decided here, in :meth:`run`.
+
+    Args:
+        f: the first branch, attention with its norm.
+        g: the second branch, the MLP with its norm.
+        drop_path: the probability that a sample skips both branches in training, in [0, 1).
+
+    Raises:
+        ValueError: ``drop_path`` outside [0, 1).
+    """
+
     invertible: ClassVar[bool] = False
     memory_policy: MemoryPolicy = "store"
 
+    def __init__(self, f: nn.Module, g: nn.Module, drop_path: float = 0.0) -> None:
+        super().__init__()
+        if not 0.0 <= drop_path < 1.0:
+            raise ValueError(f"drop_path must be in [0, 1), got {drop_path}")
+        self.f = f
+        self.g = g
+        self.drop_path = float(drop_path)
 
-def blocks_of(module: nn.Module) -> dict[str, MemoryManaged]:
+    def draw_mask(self, x: Tensor) -> Tensor | None:
+        """Draw the stochastic-depth mask of one forward pass (Huang et al., 2016).
+
+        Args:
+            x: (B, …), any floating dtype. Only its shape, dtype and device are used.
+
+        Returns:
+            (B, 1, …) in ``x``'s dtype: 0 for a dropped sample, ``1 / (1 - drop_path)`` for a kept
+            one. None if nothing is ever dropped (and then no random number is drawn).
+        """
+        if self.drop_path == 0.0 or not self.training:
+            return None
+        keep = 1.0 - self.drop_path
+        return x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+
+    def run(
+        self,
+        piece: Callable[..., Output],
+        *args: Any,
+        reverse: Callable[[], Output] | None = None,
+    ) -> Output:
+        """``piece(*args)``, a piece of the forward pass, under the policy that is in force.
+
+        Args:
+            reverse: computes the same and keeps nothing, for blocks that can be inverted.
+        """
+        if self.memory_policy == "store" or not torch.is_grad_enabled():
+            return piece(*args)
+        if self.memory_policy == "checkpoint":
+            return checkpoint(piece, *args, use_reentrant=False)
+        return piece(*args) if reverse is None else reverse()
+
+    def extra_repr(self) -> str:
+        return f"drop_path={self.drop_path}, memory_policy={self.memory_policy!r}"
+
+
+def add_branch(x: Tensor, branch: Tensor, mask: Tensor | None) -> Tensor:
+    """``x + mask * branch``, in the wider of the dtypes of ``x`` and ``branch``."""
+    return x + branch if mask is None else torch.addcmul(x, branch, mask)
+
+
+def blocks_of(module: nn.Module) -> dict[str, Block]:
     """The blocks inside ``module`` by name, first to last, transitions between stages included."""
-    return {name: m for name, m in module.named_modules() if isinstance(m, MemoryManaged)}
+    return {name: m for name, m in module.named_modules() if isinstance(m, Block)}
 
 
 def set_memory(module: nn.Module, policy: MemoryPolicy, stored_blocks: int = 0) -> None:

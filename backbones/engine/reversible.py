@@ -6,8 +6,10 @@ The coupling is that of RevNet (Gomez et al., 2017) as used by Reversible Vision
     forward   y1 = x1 + f(x2)        inverse   x2 = y2 - g(y1)
               y2 = x2 + g(y1)                  x1 = y1 - f(x2)
 
-Each block is one autograd node with the block's parameters among its inputs, so that gradients
-arrive block by block, as autograd, hooks and DistributedDataParallel expect them.
+From top to bottom: a block, a sequence of blocks, and the autograd node that a reversed block is.
+Each has a node of its own with the block's parameters among its inputs, so that gradients arrive
+block by block, as autograd, hooks and DistributedDataParallel expect them. What other policies do
+is in ``policies.py``; how a branch is run again, with gradients, in ``second_run.py``.
 """
 
 from __future__ import annotations
@@ -17,56 +19,140 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from backbones.engine.ambient import AutocastState, RandomState
-from backbones.engine.policies import MemoryManaged, MemoryPolicy
-from backbones.engine.second_run import Branch, parameters_of
+from backbones.engine.policies import Block, MemoryPolicy, add_branch
+from backbones.engine.second_run import AutocastState, Branch, RandomState, parameters_of
 
-__all__ = ["ReversibleBlock", "ReversibleSequence", "add_branch", "drop_path_mask"]
+__all__ = ["ReversibleBlock", "ReversibleSequence"]
 
 
-def drop_path_mask(x: Tensor, rate: float, training: bool) -> Tensor | None:
-    """Draw the stochastic-depth mask of one block (Huang et al., 2016).
+class ReversibleBlock(Block):
+    """Two residual branches coupled so that the block can be inverted.
+
+    ``y1 = x1 + m f(x2)``, ``y2 = x2 + m g(y1)``, where the drop-path mask ``m`` is drawn once per
+    sample and block and shared by both branches, as in the original implementation.
 
     Args:
-        x: (B, …), any floating dtype. Only its shape, dtype and device are used.
-        rate: the probability that a sample skips the block, in [0, 1).
-        training: outside training nothing is dropped.
+        f: any module that maps a tensor to one of the same shape: attention with its norm.
+        g: likewise: the MLP with its norm. Neither holds a residual connection, changes its input
+            in place, depends on a state that changes between calls (batch-norm statistics would
+            be updated twice), or trains a tensor that is not a parameter of its own.
+        drop_path: the probability that a sample skips the block in training, in [0, 1).
 
-    Returns:
-        (B, 1, …) in ``x``'s dtype: 0 for a dropped sample, ``1 / (1 - rate)`` for a kept one.
-        None if nothing is ever dropped (and then no random number is drawn).
+    Attributes:
+        memory_policy: ``"reversible"`` until :func:`backbones.set_memory` says otherwise.
+
+    Raises:
+        ValueError: ``drop_path`` outside [0, 1).
     """
-    if rate == 0.0 or not training:
-        return None
-    keep = 1.0 - rate
-    return x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+
+    invertible: ClassVar[bool] = True
+    memory_policy: MemoryPolicy = "reversible"
+
+    def forward(
+        self,
+        x1: Tensor,
+        x2: Tensor,
+        behind: _Relay | None = None,
+        ahead: _Relay | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Map the two streams, of one shape (B, …), to two of the same shape.
+
+        ``behind`` and ``ahead`` connect the blocks of a :class:`ReversibleSequence` in the
+        backward pass. A block that is called alone keeps its own outputs.
+
+        Raises:
+            RuntimeError: a branch trains a tensor that is not a parameter, under ``"reversible"``.
+        """
+        mask = self.draw_mask(x1)
+
+        def reverse() -> tuple[Tensor, Tensor]:
+            params = parameters_of(self)
+            streams = _ReversedBlock.apply(self, mask, behind, ahead, x1, x2, *params)
+            return cast(tuple[Tensor, Tensor], streams)
+
+        return self.run(self._couple, x1, x2, mask, reverse=reverse)
+
+    def _couple(self, x1: Tensor, x2: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        y1 = add_branch(x1, self.f(x2), mask)
+        y2 = add_branch(x2, self.g(y1), mask)
+        return y1, y2
+
+    def inverse(self, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
+        """Rebuild the block's inputs ``(x1, x2)`` from its outputs.
+
+        Raises:
+            RuntimeError: in training mode with drop path, whose mask is not known any more.
+        """
+        if self.training and self.drop_path > 0.0:
+            raise RuntimeError("inverse() does not know the drop-path mask: call .eval() first")
+        x2 = y2 - self.g(y1)
+        x1 = y1 - self.f(x2)
+        return x1, x2
 
 
-def add_branch(x: Tensor, branch: Tensor, mask: Tensor | None) -> Tensor:
-    """``x + mask * branch``, in the wider of the dtypes of ``x`` and ``branch``."""
-    return x + branch if mask is None else torch.addcmul(x, branch, mask)
+class ReversibleSequence(nn.Module):
+    """Reversible blocks one after the other, of which only the last keeps its outputs.
 
+    Each block follows its own ``memory_policy`` (:func:`backbones.set_memory`). Going backwards,
+    a reversed block rebuilds its inputs, which are the outputs of the block before it. The outputs
+    of a block with a forward hook are kept too (two tensors), since a loss may be put on them.
 
-class _Relay:
-    """Where a node of the backward pass leaves the inputs it rebuilt for the node before it."""
+    Args:
+        blocks: the blocks, first to last. Their streams have one shape throughout.
+    """
 
-    def __init__(self) -> None:
-        self._streams: tuple[Tensor, Tensor] | None = None
+    def __init__(self, blocks: Iterable[ReversibleBlock]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
 
-    def leave(self, x1: Tensor, x2: Tensor) -> None:
-        self._streams = (x1, x2)
+    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        """Map two streams of one shape (B, …) to two of the same shape.
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        if self._streams is None:
-            raise RuntimeError(
-                "the gradient of a loss reached a reversible block without passing the blocks "
-                "behind it, so its outputs cannot be rebuilt. Take intermediate outputs with a "
-                "forward hook on the block, or give the block the 'store' policy."
+        Under autocast the streams are kept in float32 and only the branches run in the autocast
+        dtype: streams in half precision would make the rebuilt inputs drift.
+
+        Raises:
+            ValueError: the streams differ in shape.
+        """
+        if x1.shape != x2.shape:
+            raise ValueError(
+                f"the two streams must have one shape, got {tuple(x1.shape)} and {tuple(x2.shape)}"
             )
-        streams, self._streams = self._streams, None
-        return streams
+        if AutocastState.capture(x1.device).enabled:
+            x1, x2 = _at_least_float32(x1), _at_least_float32(x2)
+        blocks = [cast(ReversibleBlock, block) for block in self.blocks]
+        behind: _Relay | None = None
+        # Not strict: of no blocks, nothing follows the last.
+        for block, following in zip(blocks, [*blocks[1:], None], strict=False):
+            ahead = None if following is None or _ends_run(block, following) else _Relay()
+            x1, x2 = block(x1, x2, behind, ahead)
+            behind = ahead
+        return x1, x2
+
+    def inverse(self, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
+        """Rebuild the sequence's inputs ``(x1, x2)`` from its outputs, last block first.
+
+        Raises:
+            RuntimeError: in training mode with drop path.
+        """
+        for block in reversed(self.blocks):
+            y1, y2 = cast(ReversibleBlock, block).inverse(y1, y2)
+        return y1, y2
+
+
+def _ends_run(block: ReversibleBlock, following: ReversibleBlock) -> bool:
+    """Whether nobody will rebuild this block's outputs for it, so that it must keep them itself."""
+    return (
+        block.memory_policy != "reversible"
+        or following.memory_policy != "reversible"
+        or bool(block._forward_hooks)
+        or bool(following._forward_pre_hooks)
+    )
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class _ReversedBlock(torch.autograd.Function):
@@ -151,141 +237,21 @@ def _subtract_branch(y: Tensor, branch: Tensor, mask: Tensor | None) -> Tensor:
     return torch.addcmul(y, branch, mask, value=-1)
 
 
-class ReversibleBlock(MemoryManaged):
-    """Two residual branches coupled so that the block can be inverted.
+class _Relay:
+    """Where a node of the backward pass leaves the inputs it rebuilt for the node before it."""
 
-    ``y1 = x1 + m f(x2)``, ``y2 = x2 + m g(y1)``, where the drop-path mask ``m`` is drawn once per
-    sample and block and shared by both branches, as in the original implementation.
+    def __init__(self) -> None:
+        self._streams: tuple[Tensor, Tensor] | None = None
 
-    Args:
-        f: any module that maps a tensor to one of the same shape: attention with its norm.
-        g: likewise: the MLP with its norm. Neither holds a residual connection, changes its input
-            in place, depends on a state that changes between calls (batch-norm statistics would
-            be updated twice), or trains a tensor that is not a parameter of its own.
-        drop_path: the probability that a sample skips the block in training, in [0, 1).
+    def leave(self, x1: Tensor, x2: Tensor) -> None:
+        self._streams = (x1, x2)
 
-    Attributes:
-        memory_policy: ``"reversible"`` until :func:`backbones.set_memory` says otherwise.
-
-    Raises:
-        ValueError: ``drop_path`` outside [0, 1).
-    """
-
-    invertible: ClassVar[bool] = True
-    memory_policy: MemoryPolicy = "reversible"
-
-    def __init__(self, f: nn.Module, g: nn.Module, drop_path: float = 0.0) -> None:
-        super().__init__()
-        if not 0.0 <= drop_path < 1.0:
-            raise ValueError(f"drop_path must be in [0, 1), got {drop_path}")
-        self.f = f
-        self.g = g
-        self.drop_path = float(drop_path)
-
-    def forward(
-        self,
-        x1: Tensor,
-        x2: Tensor,
-        behind: _Relay | None = None,
-        ahead: _Relay | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Map the two streams, of one shape (B, …), to two of the same shape.
-
-        ``behind`` and ``ahead`` connect the blocks of a :class:`ReversibleSequence` in the
-        backward pass. A block that is called alone keeps its own outputs.
-
-        Raises:
-            RuntimeError: a branch trains a tensor that is not a parameter, under ``"reversible"``.
-        """
-        mask = drop_path_mask(x1, self.drop_path, self.training)
-        if self.memory_policy == "store" or not torch.is_grad_enabled():
-            return self._couple(x1, x2, mask)
-        if self.memory_policy == "checkpoint":
-            return checkpoint(self._couple, x1, x2, mask, use_reentrant=False)
-        params = parameters_of(self)
-        streams = _ReversedBlock.apply(self, mask, behind, ahead, x1, x2, *params)
-        return cast(tuple[Tensor, Tensor], streams)
-
-    def _couple(self, x1: Tensor, x2: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        y1 = add_branch(x1, self.f(x2), mask)
-        y2 = add_branch(x2, self.g(y1), mask)
-        return y1, y2
-
-    def inverse(self, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
-        """Rebuild the block's inputs ``(x1, x2)`` from its outputs.
-
-        Raises:
-            RuntimeError: in training mode with drop path, whose mask is not known any more.
-        """
-        if self.training and self.drop_path > 0.0:
-            raise RuntimeError("inverse() does not know the drop-path mask: call .eval() first")
-        x2 = y2 - self.g(y1)
-        x1 = y1 - self.f(x2)
-        return x1, x2
-
-    def extra_repr(self) -> str:
-        return f"drop_path={self.drop_path}, memory_policy={self.memory_policy!r}"
-
-
-class ReversibleSequence(nn.Module):
-    """Reversible blocks one after the other, of which only the last keeps its outputs.
-
-    Each block follows its own ``memory_policy`` (:func:`backbones.set_memory`). Going backwards,
-    a reversed block rebuilds its inputs, which are the outputs of the block before it. The outputs
-    of a block with a forward hook are kept too (two tensors), since a loss may be put on them.
-
-    Args:
-        blocks: the blocks, first to last. Their streams have one shape throughout.
-    """
-
-    def __init__(self, blocks: Iterable[ReversibleBlock]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        """Map two streams of one shape (B, …) to two of the same shape.
-
-        Under autocast the streams are kept in float32 and only the branches run in the autocast
-        dtype: streams in half precision would make the rebuilt inputs drift.
-
-        Raises:
-            ValueError: the streams differ in shape.
-        """
-        if x1.shape != x2.shape:
-            raise ValueError(
-                f"the two streams must have one shape, got {tuple(x1.shape)} and {tuple(x2.shape)}"
+    def take(self) -> tuple[Tensor, Tensor]:
+        if self._streams is None:
+            raise RuntimeError(
+                "the gradient of a loss reached a reversible block without passing the blocks "
+                "behind it, so its outputs cannot be rebuilt. Take intermediate outputs with a "
+                "forward hook on the block, or give the block the 'store' policy."
             )
-        if AutocastState.capture(x1.device).enabled:
-            x1, x2 = _at_least_float32(x1), _at_least_float32(x2)
-        blocks = [cast(ReversibleBlock, block) for block in self.blocks]
-        behind: _Relay | None = None
-        # Not strict: of no blocks, nothing follows the last.
-        for block, following in zip(blocks, [*blocks[1:], None], strict=False):
-            ahead = None if following is None or _ends_run(block, following) else _Relay()
-            x1, x2 = block(x1, x2, behind, ahead)
-            behind = ahead
-        return x1, x2
-
-    def inverse(self, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
-        """Rebuild the sequence's inputs ``(x1, x2)`` from its outputs, last block first.
-
-        Raises:
-            RuntimeError: in training mode with drop path.
-        """
-        for block in reversed(self.blocks):
-            y1, y2 = cast(ReversibleBlock, block).inverse(y1, y2)
-        return y1, y2
-
-
-def _ends_run(block: ReversibleBlock, following: ReversibleBlock) -> bool:
-    """Whether nobody will rebuild this block's outputs for it, so that it must keep them itself."""
-    return (
-        block.memory_policy != "reversible"
-        or following.memory_policy != "reversible"
-        or bool(block._forward_hooks)
-        or bool(following._forward_pre_hooks)
-    )
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        streams, self._streams = self._streams, None
+        return streams

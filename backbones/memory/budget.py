@@ -8,21 +8,23 @@ engine does, not a formula about it.
 from __future__ import annotations
 
 import re
+import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from backbones.engine.policies import MemoryPolicy, set_memory
-from backbones.memory.real_steps import free_bytes
 from backbones.memory.simulation import Simulation, StepMemory, nbytes
 
 __all__ = [
     "MemoryPlan",
     "fit_memory",
+    "free_bytes",
     "largest_that_fits",
     "parse_budget",
     "predict_memory",
@@ -104,7 +106,7 @@ def fit_memory(
             ``"auto"`` on a CPU; no block in ``model`` whose memory can be managed.
     """
     device = _device_of(model)
-    limit = parse_budget(budget, device) if budget != "auto" else _free_bytes(model, device)
+    limit = parse_budget(budget, device) if budget != "auto" else _auto_budget(model, device)
     plan = largest_that_fits(Simulation(model, example_input, device.type, autocast), limit)
     set_memory(model, plan.policy, plan.stored_blocks)
     return plan
@@ -133,7 +135,7 @@ def parse_budget(budget: int | str, device: torch.device | None = None) -> int:
         ValueError: not such a string; not positive; ``"auto"`` for a device that is no GPU.
     """
     if budget == "auto":
-        return _free_bytes(None, device or torch.device("cpu"))
+        return _auto_budget(None, device or torch.device("cpu"))
     match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([KMGT]i?)?B?\s*", str(budget), re.IGNORECASE)
     size = 0
     if match:
@@ -178,7 +180,7 @@ def _device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-def _free_bytes(model: nn.Module | None, device: torch.device) -> int:
+def _auto_budget(model: nn.Module | None, device: torch.device) -> int:
     """What "auto" stands for: memory that is free, or that the model has taken out of it."""
     if device.type != "cuda" or not torch.cuda.is_available():
         raise ValueError(
@@ -190,6 +192,23 @@ def _free_bytes(model: nn.Module | None, device: torch.device) -> int:
         grads = (p.grad for p in model.parameters() if p.grad is not None)
         free += sum(map(nbytes, chain(model.parameters(), model.buffers(), grads)))
     return int(_AUTO_SHARE * free)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had on a device; ``sys.maxsize`` where the system does not tell.
+
+    It tells of GPUs, and of the main memory under Linux.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What the caching allocator keeps for later is free too.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return sys.maxsize
+    kilobytes = dict(line.split()[:2] for line in lines)["MemAvailable:"]
+    return 1024 * int(kilobytes)
 
 
 def readable(size: int) -> str:

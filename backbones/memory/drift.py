@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.common.errors import first_line
-from backbones.engine.policies import MemoryManaged, set_memory
+from backbones.engine.policies import blocks_of, set_memory
 from backbones.engine.reversible import ReversibleBlock, ReversibleSequence
 
 __all__ = ["WARNING_THRESHOLD", "BlockDrift", "DriftReport", "Precision", "probe_drift"]
@@ -136,7 +136,7 @@ def probe_drift(
     members = {block for sequence in sequences for block in sequence.blocks}
     blocks = {
         block: name
-        for name, block in model.named_modules()
+        for name, block in blocks_of(model).items()
         if isinstance(block, ReversibleBlock) and block in members
     }
     if not blocks:
@@ -170,11 +170,7 @@ def probe_drift(
 def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
     """A context in eval mode, that leaves modes, policies and random generators as they were."""
     modes = {module: module.training for module in model.modules()}
-    policies = {
-        module: module.memory_policy
-        for module in model.modules()
-        if isinstance(module, MemoryManaged)
-    }
+    policies = {block: block.memory_policy for block in blocks_of(model).values()}
     model.eval()
     try:
         # Attention without dropout draws nothing, but a user's module may.

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from typing import Any, cast
 
@@ -20,9 +21,8 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import flop_registry
 
-from backbones.engine.policies import MemoryManaged, MemoryPolicy, set_memory
+from backbones.engine.policies import Block, MemoryPolicy, blocks_of, set_memory
 
 __all__ = ["Simulation", "StepMemory", "nbytes"]
 
@@ -72,6 +72,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
     """
 
     def __init__(self, parts: Sequence[str], fake: FakeTensorMode) -> None:
+        from torch.utils.flop_counter import flop_registry  # here, because it imports triton
+
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self.part = parts[0]
         self.live = dict.fromkeys(parts, 0)
@@ -79,6 +81,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
         self.operations = 0
         self.timeline: list[tuple[int, int]] = []
         self._fake = fake
+        self._count_of = flop_registry
         self._total = self._highest = 0
         self._part_of: dict[int, str] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
@@ -95,7 +98,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.add(tensor)
-        if count := flop_registry.get(getattr(func, "_overloadpacket", None)):
+        if count := self._count_of.get(getattr(func, "_overloadpacket", None)):
             self.operations += count(*args, **kwargs, out_val=out)
         self.timeline.append((self.operations, self._total))
         return out
@@ -176,15 +179,13 @@ def _as_on_a_gpu() -> Iterator[None]:
             setattr(F, name, function)
 
 
-def _stages(model: nn.Module) -> dict[nn.Module, str]:
+def _stages(model: nn.Module) -> dict[Block, str]:
     """The stage that each block belongs to.
 
     Stages are the children of the innermost module that holds all blocks, or that module itself
     where its children are the blocks.
     """
-    blocks = {
-        name: block for name, block in model.named_modules() if isinstance(block, MemoryManaged)
-    }
+    blocks = blocks_of(model)
     paths = [name.split(".") for name in blocks]
     levels = zip(*paths, strict=False)
     depth = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
@@ -239,28 +240,32 @@ class Simulation:
         self.autocast = autocast
         self._stage_of = _stages(self.model)
         self.blocks = len(self._stage_of)
-        invertible = any(isinstance(b, MemoryManaged) and b.invertible for b in self._stage_of)
+        invertible = any(block.invertible for block in self._stage_of)
         self.saving_policy: MemoryPolicy = "reversible" if invertible else "checkpoint"
         set_memory(self.model, self.saving_policy)  # says what is wrong, if there are no blocks
         self._forward_parts = ["stem", *dict.fromkeys(self._stage_of.values()), "head"]
         self._known: dict[tuple[MemoryPolicy, int], StepMemory] = {}
-        trained = [param for param in self.model.parameters() if param.requires_grad]
+        self._trained = [param for param in self.model.parameters() if param.requires_grad]
         # The multi-tensor kernels, which AdamW takes on a GPU, need another copy of the parameters.
-        self.optimizer = torch.optim.AdamW(trained, foreach=not self._on_cpu)
+        self.optimizer = torch.optim.AdamW(self._trained, foreach=not self._on_cpu)
+
+    @cached_property
+    def _update(self) -> _Counter:
+        """The optimizer's step, the same behind every backward pass."""
         with self._fake:
-            for param in trained:
+            for param in self._trained:
                 param.grad = torch.empty_like(param)
-        self.optimizer.step()  # makes its state
-        # The same after every backward pass.
-        self._update = self._counter = self._new_counter()
-        for param in trained:
+        self.optimizer.step()  # makes the state
+        counter = self._counter = self._new_counter()
+        for param in self._trained:
             self._count_gradient(param)
             # Any, because the method has no types.
             cast(Any, param).register_post_accumulate_grad_hook(self._count_gradient)
-        self._update.part = "working set"
-        with self._update:
+        counter.part = "working set"
+        with counter:
             self.optimizer.step()
         self.optimizer.zero_grad()
+        return counter
 
     def _new_counter(self) -> _Counter:
         """A counter of what is there before the forward pass."""
@@ -290,17 +295,29 @@ class Simulation:
             self._known[key] = self._step()
         return self._known[key]
 
+    def held_bytes(self, policy: MemoryPolicy, stored_blocks: int = 0) -> int:
+        """Those of :meth:`step`, sooner: it ends where the backward pass would begin."""
+        set_memory(self.model, policy, stored_blocks)
+        return sum(self._passes(backward=False)[1].values())
+
     def _step(self) -> StepMemory:
+        update = self._update
+        counter, held = self._passes(backward=True)
+        self.optimizer.zero_grad()
+        timeline = [(counter.operations, size) for _, size in update.timeline]
+        peak = max(counter.peak, update.peak, key=lambda parts: sum(parts.values()))
+        return StepMemory(peak, held, counter.operations, counter.timeline + timeline)
+
+    def _passes(self, backward: bool) -> tuple[_Counter, dict[str, int]]:
+        """Forward, and backward if wanted: what was counted, and what was held between them."""
         counter = self._counter = self._new_counter()
         with self._ambient(), counter, torch.enable_grad():
             loss = self._forward(counter)
             held = {part: counter.live[part] for part in self._forward_parts}
             counter.part = "working set"
-            torch.autograd.backward(loss)
-        self.optimizer.zero_grad()
-        update = [(counter.operations, size) for _, size in self._update.timeline]
-        peak = max(counter.peak, self._update.peak, key=lambda parts: sum(parts.values()))
-        return StepMemory(peak, held, counter.operations, counter.timeline + update)
+            if backward:
+                torch.autograd.backward(loss)
+        return counter, held
 
     def _ambient(self) -> AbstractContextManager[None]:
         return nullcontext() if self._on_cpu else _as_on_a_gpu()
@@ -311,7 +328,8 @@ class Simulation:
         *_, last = self._stage_of
 
         def enter(module: nn.Module, _args: Any) -> None:
-            counter.part = self._stage_of.get(module, counter.part)
+            if isinstance(module, Block):
+                counter.part = self._stage_of[module]
 
         def leave(module: nn.Module, _args: Any, _output: Any) -> None:
             if module is last:

@@ -1,4 +1,4 @@
-"""Decomposed relative positions inside fused attention, without an N x N bias.
+"""Attention over a grid of tokens: windows of it, and relative positions without an N x N bias.
 
 MViTv2 (arXiv 2112.01526, section 4.1) and ViTDet (arXiv 2203.16527) add to the logit of a query at
 (t, h, w) and a key at (t', h', w') what the query makes of the distance along each axis::
@@ -15,21 +15,154 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import sqrt
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GridAttention", "rel_pos_attention", "relative_rows", "resize_table"]
+__all__ = [
+    "Attention",
+    "GridAttention",
+    "from_windows",
+    "rel_pos_attention",
+    "relative_rows",
+    "resize_table",
+    "to_windows",
+]
 
-# Kernels load 16 bytes at once: where a width is no multiple of this many halves, some refuse, and
-# the N x N weights would come back through the kernel that is not fused.
-_WIDTH_MULTIPLE = 8
 
-# Numbers in the widened queries, or keys, of the heads that are attended to at once: 8 MiB in half
-# precision. Values, outputs and the gradients of all four are as wide, and the latter need not be
-# there for every head at the same time.
-_AT_ONCE = 2**22
+class GridAttention(nn.Module):
+    """What all attention here has in common: the fused kernel, and where tokens are to each other.
+
+    Args:
+        head_dim: channels of a head.
+        attn_drop: dropout on the attention weights.
+        rel_pos_sides: (T, H, W) of the grid that the tables of relative positions are made for, of
+            the finer one where queries and keys differ; 0 for an axis whose distances do not
+            count; None for no relative positions.
+
+    Attributes:
+        rel_pos_t, rel_pos_h, rel_pos_w: (2 side - 1, head_dim), zeros at first; or None.
+    """
+
+    rel_pos_t: Tensor | None
+    rel_pos_h: Tensor | None
+    rel_pos_w: Tensor | None
+
+    def __init__(
+        self, head_dim: int, attn_drop: float, rel_pos_sides: tuple[int, int, int] | None
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.attn_drop = attn_drop
+        for axis, side in zip("thw", rel_pos_sides or (0, 0, 0), strict=True):
+            table = nn.Parameter(torch.zeros(2 * side - 1, head_dim)) if side else None
+            self.register_parameter(f"rel_pos_{axis}", table)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, heads, …, head_dim) each -> (B, heads, N, head_dim), with N queries.
+
+        With relative positions, what stands between is T, H, W; the keys' may differ.
+        """
+        dropout = self.attn_drop if self.training else 0.0
+        tables = (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
+        if any(table is not None for table in tables):
+            return rel_pos_attention(q, k, v, tables, dropout)
+        q, k, v = (x.flatten(2, -2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+
+
+class Attention(GridAttention):
+    """Multi-head self-attention over the grid, or within windows of it.
+
+    Args:
+        dim: channels of a token.
+        num_heads: heads; divides ``dim``.
+        qkv_bias: whether the projections to q, k and v have a bias.
+        attn_drop: dropout on the attention weights.
+        proj_drop: dropout on the output.
+        window_size: side of the windows in tokens; 0 for attention over the whole grid.
+        rel_pos_sides: (T, H, W) that tables of relative positions are made for, of a window where
+            there are windows, T = 0 for images; None for no relative positions.
+
+    Raises:
+        ValueError: ``dim`` is no multiple of ``num_heads``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        window_size: int = 0,
+        rel_pos_sides: tuple[int, int, int] | None = None,
+    ) -> None:
+        if dim % num_heads:
+            raise ValueError(f"embed_dim {dim} is not divisible by num_heads {num_heads}")
+        super().__init__(dim // num_heads, attn_drop, rel_pos_sides)
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, …, C) -> (B, …, C); every dimension between is one of the token grid.
+
+        Windows and relative positions need all of it, (B, T, H, W, C).
+        """
+        if not self.window_size:
+            return self._attend_to_all(x)
+        windows = self._attend_to_all(to_windows(x, self.window_size))
+        return from_windows(windows, *x.shape[2:4])
+
+    def _attend_to_all(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).view(*x.shape[:-1], 3, self.num_heads, self.head_dim)
+        # Each (B, heads, …, head_dim).
+        q, k, v = (part.movedim(-2, 1) for part in qkv.unbind(-3))
+        out = self.attend(q, k, v).transpose(1, 2).reshape(x.shape)
+        return cast(Tensor, self.proj_drop(self.proj(out)))
+
+
+def to_windows(x: Tensor, size: int) -> Tensor:
+    """Cut a grid into windows that do not overlap.
+
+    A grid whose sides are no multiples of ``size`` is padded with zeros below and on the right. As
+    in ViTDet nothing tells these tokens from others afterwards.
+
+    Args:
+        x: (B, T, H, W, C).
+        size: side of a window in tokens.
+
+    Returns:
+        (B ceil(H / size) ceil(W / size), T, size, size, C), row by row within each sample.
+    """
+    batch, time, height, width, channels = x.shape
+    pad_h, pad_w = -height % size, -width % size
+    if pad_h or pad_w:
+        x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
+    x = x.view(batch, time, (height + pad_h) // size, size, (width + pad_w) // size, size, channels)
+    return x.permute(0, 2, 4, 1, 3, 5, 6).reshape(-1, time, size, size, channels)
+
+
+def from_windows(windows: Tensor, height: int, width: int) -> Tensor:
+    """Undo :func:`to_windows`, the padding included.
+
+    Args:
+        windows: (B ceil(height / size) ceil(width / size), T, size, size, C).
+        height, width: of the grid that was cut, in tokens.
+
+    Returns:
+        (B, T, height, width, C).
+    """
+    _, time, size, _, channels = windows.shape
+    rows, columns = -(-height // size), -(-width // size)
+    x = windows.reshape(-1, rows, columns, time, size, size, channels).permute(0, 3, 1, 4, 2, 5, 6)
+    x = x.reshape(-1, time, rows * size, columns * size, channels)
+    return x[:, :, :height, :width]
 
 
 def resize_table(table: Tensor, rows: int) -> Tensor:
@@ -60,6 +193,16 @@ def relative_rows(table: Tensor, q_side: int, k_side: int) -> Tensor:
     q_step, k_step = max(k_side / q_side, 1.0), max(q_side / k_side, 1.0)
     distance = steps[:q_side, None] * q_step - steps[:k_side] * k_step + (k_side - 1) * k_step
     return table[distance.long()]
+
+
+# Kernels load 16 bytes at once: where a width is no multiple of this many halves, some refuse, and
+# the N x N weights would come back through the kernel that is not fused.
+_WIDTH_MULTIPLE = 8
+
+# Numbers in the widened queries, or keys, of the heads that are attended to at once: 8 MiB in half
+# precision. Values, outputs and the gradients of all four are as wide, and the latter need not be
+# there for every head at the same time.
+_AT_ONCE = 2**22
 
 
 def rel_pos_attention(
@@ -129,44 +272,3 @@ def _places(k: Tensor, axes: Sequence[int]) -> Tensor:
         marks.append(mark.expand(*grid, -1))
     places = torch.cat(marks, dim=-1).flatten(0, 2)
     return F.pad(places, (0, -(k.shape[-1] + places.shape[-1]) % _WIDTH_MULTIPLE))
-
-
-class GridAttention(nn.Module):
-    """What all attention here has in common: the fused kernel, and where tokens are to each other.
-
-    Args:
-        head_dim: channels of a head.
-        attn_drop: dropout on the attention weights.
-        rel_pos_sides: (T, H, W) of the grid that the tables of relative positions are made for, of
-            the finer one where queries and keys differ; 0 for an axis whose distances do not
-            count; None for no relative positions.
-
-    Attributes:
-        rel_pos_t, rel_pos_h, rel_pos_w: (2 side - 1, head_dim), zeros at first; or None.
-    """
-
-    rel_pos_t: Tensor | None
-    rel_pos_h: Tensor | None
-    rel_pos_w: Tensor | None
-
-    def __init__(
-        self, head_dim: int, attn_drop: float, rel_pos_sides: tuple[int, int, int] | None
-    ) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self.attn_drop = attn_drop
-        for axis, side in zip("thw", rel_pos_sides or (0, 0, 0), strict=True):
-            table = nn.Parameter(torch.zeros(2 * side - 1, head_dim)) if side else None
-            self.register_parameter(f"rel_pos_{axis}", table)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, heads, …, head_dim) each -> (B, heads, N, head_dim), with N queries.
-
-        With relative positions, what stands between is T, H, W; the keys' may differ.
-        """
-        dropout = self.attn_drop if self.training else 0.0
-        tables = (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
-        if any(table is not None for table in tables):
-            return rel_pos_attention(q, k, v, tables, dropout)
-        q, k, v = (x.flatten(2, -2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)

@@ -10,17 +10,13 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from backbones.engine.policies import MemoryManaged
-from backbones.engine.reversible import add_branch, drop_path_mask
-from backbones.models.attention import GridAttention
-from backbones.models.windows import from_windows, to_windows
+from backbones.engine.policies import Block, add_branch
+from backbones.models.attention import Attention, GridAttention
 
 __all__ = [
     "MLP",
     "NORM_EPS",
-    "Attention",
     "AttentionBranch",
     "ConvEmbed",
     "MLPBranch",
@@ -166,60 +162,6 @@ class SpaceTimePositionEmbedding(nn.Module):
         return cast(Tensor, self.spatial(x)) + temporal[:, :, None, None]
 
 
-class Attention(GridAttention):
-    """Multi-head self-attention over the grid, or within windows of it.
-
-    Args:
-        dim: channels of a token.
-        num_heads: heads; divides ``dim``.
-        qkv_bias: whether the projections to q, k and v have a bias.
-        attn_drop: dropout on the attention weights.
-        proj_drop: dropout on the output.
-        window_size: side of the windows in tokens; 0 for attention over the whole grid.
-        rel_pos_sides: (T, H, W) that tables of relative positions are made for, of a window where
-            there are windows, T = 0 for images; None for no relative positions.
-
-    Raises:
-        ValueError: ``dim`` is no multiple of ``num_heads``.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        qkv_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        window_size: int = 0,
-        rel_pos_sides: tuple[int, int, int] | None = None,
-    ) -> None:
-        if dim % num_heads:
-            raise ValueError(f"embed_dim {dim} is not divisible by num_heads {num_heads}")
-        super().__init__(dim // num_heads, attn_drop, rel_pos_sides)
-        self.num_heads = num_heads
-        self.window_size = window_size
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, …, C) -> (B, …, C); every dimension between is one of the token grid.
-
-        Windows and relative positions need all of it, (B, T, H, W, C).
-        """
-        if not self.window_size:
-            return self._attend_to_all(x)
-        windows = self._attend_to_all(to_windows(x, self.window_size))
-        return from_windows(windows, *x.shape[2:4])
-
-    def _attend_to_all(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).view(*x.shape[:-1], 3, self.num_heads, self.head_dim)
-        # Each (B, heads, …, head_dim).
-        q, k, v = (part.movedim(-2, 1) for part in qkv.unbind(-3))
-        out = self.attend(q, k, v).transpose(1, 2).reshape(x.shape)
-        return cast(Tensor, self.proj_drop(self.proj(out)))
-
-
 class LayerNorm(nn.LayerNorm):
     """The layer norm that a branch starts with, in the dtype that autocast wants behind it.
 
@@ -289,34 +231,20 @@ class MLPBranch(nn.Module):
         return cast(Tensor, self.mlp(self.norm(x)))
 
 
-class ResidualBlock(MemoryManaged):
+class ResidualBlock(Block):
     """The ordinary transformer block of one stream, ``x += m f(x); x += m g(x)``.
 
     The non-reversible twin of :class:`ReversibleBlock`: same branches, and one drop-path mask
     ``m`` for both, so that a comparison of the two isolates the coupling.
     """
 
-    def __init__(self, f: nn.Module, g: nn.Module, drop_path: float = 0.0) -> None:
-        super().__init__()
-        if not 0.0 <= drop_path < 1.0:
-            raise ValueError(f"drop_path must be in [0, 1), got {drop_path}")
-        self.f = f
-        self.g = g
-        self.drop_path = float(drop_path)
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, …) -> (B, …)."""
-        mask = drop_path_mask(x, self.drop_path, self.training)
-        if self.memory_policy == "checkpoint" and torch.is_grad_enabled():
-            return checkpoint(self._add_branches, x, mask, use_reentrant=False)
-        return self._add_branches(x, mask)
+        return self.run(self._add_branches, x, self.draw_mask(x))
 
     def _add_branches(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = add_branch(x, self.f(x), mask)
         return add_branch(x, self.g(x), mask)
-
-    def extra_repr(self) -> str:
-        return f"drop_path={self.drop_path}, memory_policy={self.memory_policy!r}"
 
 
 def init_weights(module: nn.Module) -> None:

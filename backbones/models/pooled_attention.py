@@ -11,10 +11,8 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from backbones.engine.policies import MemoryManaged
-from backbones.engine.reversible import add_branch, drop_path_mask
+from backbones.engine.policies import Block, add_branch
 from backbones.models.attention import GridAttention
 from backbones.models.layers import MLP, NORM_EPS, AttentionBranch, MLPBranch
 
@@ -149,7 +147,7 @@ class PooledAttentionBranch(AttentionBranch):
     attn: PooledAttention
 
 
-class StageTransition(MemoryManaged):
+class StageTransition(Block):
     """The block that opens a stage: fewer tokens, more channels, one stream out.
 
     With ``h`` the input, fused where it comes in two streams, ``r`` the same brought to the new
@@ -189,36 +187,31 @@ class StageTransition(MemoryManaged):
         fusion: Fusion | None = None,
         drop_path: float = 0.0,
     ) -> None:
-        super().__init__()
-        if not 0.0 <= drop_path < 1.0:
-            raise ValueError(f"drop_path must be in [0, 1), got {drop_path}")
+        super().__init__(f, g, drop_path)
         dim, dim_out = f.attn.dim, f.attn.dim_out
         if fusion is not None:  # in a reversible model, whose policy is "reversible" at first
             self.memory_policy = "checkpoint"
         self.fusion = fusion
         self.fuse = MLP(dim, 2 * dim) if fusion == "concat_linear_2" else None
         self.res_proj = nn.Linear(dim, dim_out) if dim != dim_out else None
-        self.f = f
-        self.g = g
-        self.drop_path = float(drop_path)
+        # Saved optimizers know parameters by their number: the branches' come last.
+        for name in ("f", "g"):
+            self._modules[name] = self._modules.pop(name)
 
     def forward(self, *streams: Tensor) -> Tensor:
         """One stream or two, (B, T, H, W, C) each -> (B, T', H', W', C')."""
-        mask = drop_path_mask(streams[0], self.drop_path, self.training)
-        if self.memory_policy == "checkpoint" and torch.is_grad_enabled():
-            # One after the other, so that the backward pass never has the activations of both. The
-            # streams apart, because the block behind keeps these same two tensors: fused out here
-            # they would be held a second time.
-            x = checkpoint(self._add_attention, mask, *streams, use_reentrant=False)
-            return checkpoint(self._add_mlp, mask, x, use_reentrant=False)
-        return self._add_mlp(mask, self._add_attention(mask, *streams))
+        mask = self.draw_mask(streams[0])
+        # One after the other, so that with checkpoints the backward pass never has the activations
+        # of both. The streams apart, because the block behind keeps these same two tensors: fused
+        # out here they would be held a second time.
+        x = self.run(self._add_attention, mask, *streams)
+        return self.run(self._add_mlp, mask, x)
 
     def _add_attention(self, mask: Tensor | None, *streams: Tensor) -> Tensor:
-        if self.fuse is not None and self.memory_policy == "checkpoint":
-            # Once more on its own: its activations are large, and needed last.
-            h = checkpoint(self._fuse, *streams, use_reentrant=False)
-        else:
+        if self.fuse is None:
             h = self._fuse(*streams)
+        else:  # once more on its own: its activations are large, and needed last
+            h = self.run(self._fuse, *streams)
         r = h if self.res_proj is None else self.res_proj(h)
         return add_branch(self.f.attn.pool_like_queries(r), self.f(h), mask)
 
@@ -236,7 +229,4 @@ class StageTransition(MemoryManaged):
         return x if self.fuse is None else x + self.fuse(x)
 
     def extra_repr(self) -> str:
-        return (
-            f"fusion={self.fusion!r}, drop_path={self.drop_path}, "
-            f"memory_policy={self.memory_policy!r}"
-        )
+        return f"fusion={self.fusion!r}, {super().extra_repr()}"

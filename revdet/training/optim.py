@@ -9,7 +9,7 @@ from detectron2.solver.build import get_default_optimizer_params, reduce_param_g
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from backbones.engine.policies import MemoryManaged
+from backbones.engine.policies import blocks_of
 from revdet.models import find_trunk
 
 logger = logging.getLogger("revdet")
@@ -67,7 +67,7 @@ def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
     if decay == 1:
         return {name: 1.0 for name, _ in model.named_parameters()}
     prefix, trunk = find_trunk(model)
-    blocks = [name for name, module in trunk.named_modules() if isinstance(module, MemoryManaged)]
+    blocks = [*blocks_of(trunk)]
     layers = {f"{prefix}{name}.": index for index, name in enumerate(["patch_embed", *blocks])}
     layers[f"{prefix}pos_embed."] = 0
 

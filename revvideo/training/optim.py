@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from backbones.engine.policies import MemoryManaged
+from backbones.engine.policies import blocks_of
 from revvideo.settings import OptimConfig
 
 _AFTER_THE_BLOCKS = ("norm.", "head.")
@@ -48,7 +48,7 @@ def param_groups(
     ``lr``, the last block ``lr * layer_decay``, the one before ``lr * layer_decay**2``, …, and the
     patch embedding with the positions comes after the first block.
     """
-    blocks = [name for name, module in model.named_modules() if isinstance(module, MemoryManaged)]
+    blocks = [*blocks_of(model)]
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

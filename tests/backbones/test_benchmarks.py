@@ -110,13 +110,11 @@ def test_gpu_benchmark_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_cpu_benchmarks(tmp_path: Path) -> None:
     small = ["--model", "rev_vit_tiny", "--img-size", "32", "--output", str(tmp_path / "out.json")]
-    depths = ["--depths", "1", "2", "--batches", "1", "2", "--measured-depths", "2"]
+    depths = ["--depths", "1", "2", "--batches", "1", "2"]
     bench_memory.main([*small, *depths, "--depth", "2"])
     found = json.loads((tmp_path / "out.json").read_text())
     held = found["depths"]["held"]
     assert held["reversible"][0] == held["reversible"][1] < held["store"][0] < held["store"][1]
-    # Autograd's bytes are all but the odd ends of what is alive.
-    assert 0.9 < found["reversible_measured"]["2"] / held["reversible"][0] <= 1.0
 
     parts = ["--only", "eager", "overhead"]
     bench_speed.main([*small, "--depth", "4", "--rounds", "2", "--batch", "2", *parts])

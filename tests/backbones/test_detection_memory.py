@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from backbones import MemoryPolicy, create_model, set_memory
-from backbones.memory.saved_bytes import saved_bytes
 from benchmarks.bench_detection_memory import OURS, count_bytes, count_shapes
+from tests.backbones.saved_bytes import saved_bytes
 
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": (

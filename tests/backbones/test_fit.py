@@ -14,12 +14,12 @@ from torch.autograd.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import MemoryPolicy, create_model, fit_memory, set_memory
-from backbones.engine.policies import MemoryManaged
+from backbones.commands.real_steps import Trial
+from backbones.engine.policies import blocks_of
 from backbones.memory.budget import largest_that_fits, parse_budget, predict_memory
-from backbones.memory.real_steps import Trial
-from backbones.memory.saved_bytes import saved_bytes
 from backbones.memory.simulation import Simulation
 from backbones.models.layers import ResidualBlock
+from tests.backbones.saved_bytes import saved_bytes
 
 # Small, but with activations and a working set that are no trifle beside the parameters.
 MODELS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -42,7 +42,7 @@ def make(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def policies_of(model: nn.Module) -> list[MemoryPolicy]:
-    return [b.memory_policy for b in model.modules() if isinstance(b, MemoryManaged)]
+    return [block.memory_policy for block in blocks_of(model).values()]
 
 
 @cache

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from backbones import MemoryPolicy, RevViT, create_model, set_memory
-from backbones.memory.saved_bytes import saved_bytes
 from tests.backbones.helpers import loss_of, make_sequence
+from tests.backbones.saved_bytes import saved_bytes
 
 SHAPE = (2, 50, 8)  # what autograd holds at this size is activations, not odds and ends
 STREAM = 2 * 50 * 8 * 8  # bytes of one float64 stream

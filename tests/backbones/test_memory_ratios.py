@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from backbones import MemoryPolicy, create_model, set_memory
-from backbones.memory.saved_bytes import saved_bytes
+from tests.backbones.saved_bytes import saved_bytes
 
 
 def held_bytes(name: str, policy: MemoryPolicy, batch: int = 1, **options: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import MViT, ReversibleBlock, RevMViT, create_model
-from backbones.engine.policies import MemoryManaged
+from backbones.engine.policies import blocks_of
 from backbones.models.layers import MLPBranch, SpaceTimePositionEmbedding
 from backbones.models.pooled_attention import PooledAttentionBranch, StageTransition
 
@@ -159,7 +159,7 @@ def test_strides_of_keys_and_values(name: str, strides: tuple[int, ...]) -> None
         model = create_model(name)
     kernel = (3 if model.clips else 1, 3, 3)
     for stage, stride in zip(model.stages, strides, strict=True):
-        attentions = [block.f.attn for block in stage.modules() if isinstance(block, MemoryManaged)]
+        attentions = [block.f.attn for block in blocks_of(stage).values()]
         for attention in attentions:
             for pool in (attention.pool_k, attention.pool_v):
                 assert pool.stride == (1, stride, stride) and pool.kernel_size == kernel

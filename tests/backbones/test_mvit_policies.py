@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from backbones import MemoryPolicy, MViT, RevMViT, create_model, set_memory
-from backbones.engine.policies import MemoryManaged
-from backbones.memory.saved_bytes import saved_bytes
+from backbones.engine.policies import blocks_of
 from backbones.models.pooled_attention import Fusion, StageTransition
 from tests.backbones.helpers import assert_grads_near
+from tests.backbones.saved_bytes import saved_bytes
 from tests.backbones.test_mvit import SMALL, SMALL_CLIP, random_model, small_input
 
 # Every way to save memory; with 3 stored blocks some are reversed, some stored, some checkpointed.
@@ -128,7 +128,7 @@ def test_autocast(arguments: dict[str, Any]) -> None:
 
 def test_set_memory_counts_transitions() -> None:
     model = RevMViT(**SMALL)
-    blocks = [block for block in model.modules() if isinstance(block, MemoryManaged)]
+    blocks = [*blocks_of(model).values()]
     reversed_and_not = ["reversible", "checkpoint", "reversible", "checkpoint"] + 2 * ["reversible"]
     assert [block.memory_policy for block in blocks] == reversed_and_not, "of a new model"
     assert [isinstance(block, StageTransition) for block in blocks] == [
@@ -140,11 +140,10 @@ def test_set_memory_counts_transitions() -> None:
         set_memory(model, "reversible", k)
         policies = [block.memory_policy for block in blocks]
         assert policies == reversed_and_not[: 6 - k] + ["store"] * k
-    assert {block.memory_policy for block in MViT(**SMALL).modules() if hasattr(block, "f")} == {
-        "store"
-    }
+    twin = MViT(**SMALL)
+    assert {block.memory_policy for block in blocks_of(twin).values()} == {"store"}
     with pytest.raises(ValueError, match="MViT has no reversible blocks"):
-        set_memory(MViT(**SMALL), "reversible")
+        set_memory(twin, "reversible")
 
 
 def held_bytes(model: nn.Module, inputs: Tensor, policy: MemoryPolicy) -> int:

@@ -21,7 +21,7 @@ from backbones import (
     set_memory,
 )
 from backbones.__main__ import main
-from backbones.engine.policies import MemoryManaged
+from backbones.engine.policies import blocks_of
 from backbones.memory.drift import WARNING_THRESHOLD, BlockDrift, DriftReport
 from backbones.models.layers import MLPBranch
 from tests.backbones.helpers import assert_grads_near, make_sequence
@@ -111,7 +111,7 @@ def test_everything_is_as_it_was() -> None:
     set_memory(model, "checkpoint", stored_blocks=1)
     model.get_submodule("blocks.blocks.1").eval()
     model(images()).sum().backward()
-    managed = [module for module in model.modules() if isinstance(module, MemoryManaged)]
+    managed = blocks_of(model).values()
 
     def state() -> list[object]:
         return [

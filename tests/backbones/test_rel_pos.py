@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from backbones import MViT, RevMViT, rel_pos, set_memory
-from backbones.models.attention import rel_pos_attention, relative_rows
-from backbones.models.layers import Attention
+from backbones import MViT, RevMViT, set_memory
+from backbones.models import attention
+from backbones.models.attention import Attention, rel_pos_attention, relative_rows
 from backbones.models.pooled_attention import PooledAttention
 from tests.backbones.helpers import SAVERS, assert_grads_near
 
@@ -106,7 +106,7 @@ def outputs_and_grads(attention: Any, tensors: list[Tensor | None]) -> list[Tens
 @pytest.mark.parametrize("at_once", (2**22, 500), ids=("all heads at once", "in rounds"))
 @pytest.mark.parametrize("case", CASES)
 def test_dense_formula(case: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rel_pos, "_AT_ONCE", at_once)
+    monkeypatch.setattr(attention, "_AT_ONCE", at_once)
     tensors = make_tensors(case)
     fused = outputs_and_grads(rel_pos_attention, tensors)
     for ours, theirs in zip(fused, outputs_and_grads(dense, tensors), strict=True):

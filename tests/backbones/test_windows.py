@@ -20,8 +20,7 @@ from backbones import (
     save_weights,
     set_memory,
 )
-from backbones.models.layers import Attention
-from backbones.models.windows import from_windows, to_windows
+from backbones.models.attention import Attention, from_windows, to_windows
 from tests.backbones.helpers import SAVERS, assert_grads_near, assert_near
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "rev_vit_tiny.pyth"

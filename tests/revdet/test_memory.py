@@ -10,11 +10,11 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 import backbones
-from backbones.engine.policies import MemoryManaged
+from backbones.engine.policies import blocks_of
 from backbones.memory.budget import predict_memory
-from backbones.memory.saved_bytes import saved_bytes
 from revdet.config import load_config
 from revdet.training.budget import ShapeOnlyDetector, fit_detector_memory, largest_image
+from tests.backbones.saved_bytes import saved_bytes
 from tests.revdet.conftest import DEMO
 from tests.revdet.test_recipes import SIDE, small
 
@@ -61,8 +61,8 @@ def test_a_budget_is_kept_by_storing_as_many_blocks_as_fit():
     budget = generous.predicted_bytes - 1
     plan = fit_detector_memory(model, SHAPE, budget + 1000, held_besides=1000)
     assert plan.predicted_bytes <= plan.budget == budget
-    blocks = [m for m in model.modules() if isinstance(m, MemoryManaged)]
-    assert [block.memory_policy for block in blocks] == ["reversible", "store"]
+    policies = [block.memory_policy for block in blocks_of(model).values()]
+    assert policies == ["reversible", "store"]
 
 
 def test_budgets_that_cannot_be_kept():

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,24 +12,7 @@ from torch import Tensor, nn
 from backbones.common.console import show_progress
 from backbones.engine.policies import MemoryPolicy, set_memory
 
-__all__ = ["Trial", "free_bytes"]
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can be had on a device; ``sys.maxsize`` where the system does not tell.
-
-    It tells of GPUs, and of the main memory under Linux.
-    """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        # What the caching allocator keeps for later is free too.
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return sys.maxsize
-    kilobytes = dict(line.split()[:2] for line in lines)["MemAvailable:"]
-    return 1024 * int(kilobytes)
+__all__ = ["Trial"]
 
 
 class Trial:

@@ -1,0 +1,39 @@
+"""What ``import backbones`` brings along: torch, and nothing that torch does not bring itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import backbones
+
+
+def modules_of(*imported: str) -> set[str]:
+    """The modules of a new process after these imports, in which every warning is an error."""
+    code = f"import sys, {', '.join(imported)}; print(*sys.modules)"
+    command = [sys.executable, "-W", "error", "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert not run.stderr
+    return set(run.stdout.split())
+
+
+def packages(modules: set[str]) -> set[str]:
+    return {module.partition(".")[0] for module in modules}
+
+
+def test_the_library_brings_itself_alone() -> None:
+    added = modules_of("torch, backbones") - modules_of("torch")
+    assert "backbones.memory.simulation" in added
+    assert packages(added) - sys.stdlib_module_names == {"backbones"}
+    assert not {"argparse", "backbones.common.console"} & added
+
+
+def test_the_commands_need_torch_and_nothing_above_it() -> None:
+    names = ("zoo", "memory", "drift", "evaluate", "predict")
+    added = modules_of("torch", *(f"backbones.commands.{name}" for name in names))
+    added -= modules_of("torch", "torch.utils.flop_counter")
+    assert packages(added) - sys.stdlib_module_names == {"backbones"}
+
+
+def test_public_names_exist() -> None:
+    assert all(hasattr(backbones, name) for name in backbones.__all__)
