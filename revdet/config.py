@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from backbones.common.settings import (
     unknown_key,
     verbatim,
 )
-from revdet.settings import SECTIONS
+from revdet.data.datasets import name_own_data
+from revdet.settings import SECTIONS, nodes_of
 
 # What train_net.py needs from a recipe.
 REQUIRED = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
@@ -53,20 +54,23 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
             near ones), or a value of the wrong type or out of bounds.
     """
     cfg = _read(path)
-    for where, node in _nodes(cfg):
+    for where, node in nodes_of(cfg):
+        if isinstance(node, ListConfig):
+            continue
         target = node.get("_target_")
         if isinstance(target, str):
             node["_target_"] = MOVED.get(target, target)
         known = _parameters(node)
         for key in node:
             if known is not None and key != "_target_" and key not in known:
-                raise _unknown(f"{where}.{key}".lstrip("."), known, f"config {path}")
+                raise _unknown(f"{where}.{key!s}".lstrip("."), known, f"config {path}")
     for name in SECTIONS:
         cfg[name] = _typed(name, cfg.get(name, {}), f"config {path}")
     for override in overrides:
         _apply(cfg, override)
     for name, section in SECTIONS.items():
         check_values(cfg[name], section, name)
+    name_own_data(cfg)
     return cfg
 
 
@@ -88,16 +92,6 @@ def _read(path: str) -> DictConfig:
     return cfg
 
 
-def _nodes(node: object, where: str = "") -> Iterator[tuple[str, DictConfig]]:
-    """Every dictionary of a config with its path, but those that only refer to another place."""
-    if isinstance(node, DictConfig):
-        yield where, node
-    if OmegaConf.is_config(node):
-        for key in node if isinstance(node, DictConfig) else range(len(node)):
-            if not OmegaConf.is_interpolation(node, key):
-                yield from _nodes(node[key], f"{where}.{key}".lstrip("."))
-
-
 def _typed(name: str, given: Any, where: str) -> DictConfig:
     """A typed section: the defaults and what a recipe gives, of which names and types are right."""
     try:
@@ -108,10 +102,11 @@ def _typed(name: str, given: Any, where: str) -> DictConfig:
         key = f"{name}.{error.full_key or ''}".rstrip(".")
         raise UserError(f"{where}: {key}: {first_line(error)}") from error
     # Plain again, because a typed node would be saved as a Python object.
-    return OmegaConf.create(OmegaConf.to_container(merged))
+    return DictConfig(OmegaConf.to_container(merged))
 
 
 def _apply(cfg: DictConfig, override: str) -> None:
+    value: Any
     if override.startswith(("+", "~")):
         raise UserError(f"override {override!r}: write key=value, without '+' or '~'")
     key, text = split_override(override)

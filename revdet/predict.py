@@ -42,8 +42,7 @@ from tqdm import tqdm
 from backbones.common.console import config_parser
 from backbones.common.errors import UserError, error_line
 from revdet.config import load_config
-from revdet.data.catalog import register_datasets
-from revdet.data.own_data import categories_of
+from revdet.data.classes import categories_of
 from revdet.prediction.media import (
     UnreadableError,
     VideoReader,
@@ -121,7 +120,6 @@ def run(args: argparse.Namespace) -> None:
     videos = [path for path in inputs if is_video(path)]
     if videos:
         import_av()
-    register_datasets()
     cfg = load_config(args.config, args.overrides)
     predictions = Predictions(Path(args.output), categories_of(cfg))
     detector = Detector(cfg, args.weights, device=device, threshold=args.threshold)

@@ -6,8 +6,11 @@ are Detectron2's own: their keys are the arguments of what they build.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from backbones.common.settings import describe, key
 
@@ -99,3 +102,17 @@ SECTIONS = {"train": TrainConfig, "dataset": DatasetConfig}
 def settings_help() -> str:
     """Every key of the typed sections."""
     return "\n".join(describe(section, name) for name, section in SECTIONS.items())
+
+
+def own_keys(node: Any) -> list[Any]:
+    """The keys or indices of a config node whose values stand there: no ``${…}``."""
+    keys = range(len(node)) if OmegaConf.is_list(node) else node
+    return [key for key in keys if not OmegaConf.is_interpolation(node, key)]
+
+
+def nodes_of(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """A config node and every section and list below it, each with its path."""
+    yield path, node
+    for name in own_keys(node):
+        if OmegaConf.is_config(node[name]):
+            yield from nodes_of(node[name], f"{path}.{name}".lstrip("."))

@@ -57,8 +57,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from backbones.common.console import config_parser
 from backbones.common.errors import UserError
 from revdet.config import load_config
-from revdet.data.catalog import register_datasets
-from revdet.data.own_data import use_own_data, use_prepared_data
+from revdet.data.normalise import use_normalised
 from revdet.settings import settings_help
 from revdet.training.build import build_model
 from revdet.training.checkpoint import Checkpointer
@@ -106,9 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns the exit status: 2 for what the user can fix."""
     args = parse_args(argv)
     try:
-        register_datasets()
         cfg = load_config(args.config, args.overrides)
-        use_own_data(cfg)
         device = preflight(cfg, args)
         launch(
             run,
@@ -142,9 +139,8 @@ def _fail(error: Exception) -> int:
 
 def run(cfg: DictConfig, device: str, args: argparse.Namespace) -> None:
     """What each process does."""
-    register_datasets()
-    use_prepared_data(cfg)
     _set_up_output(cfg, args)
+    use_normalised(cfg, evaluation_only=args.eval_only)
     if cfg.train.deterministic:
         _be_deterministic()
     seed_all_rng(cfg.train.seed)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pycocotools import mask as rle
 
 from backbones.common.errors import UserError
+from backbones.common.files import replacing
 
 # What cannot be trained on: the run stops, or leaves it out and counts it.
 BROKEN = {
@@ -39,19 +39,13 @@ NOTED = {
 BORDER = 2.0  # px that a box may reach over the border before it is worth a word
 
 
-@dataclass
-class Findings:
-    """What is wrong with a dataset: for each kind of ``BROKEN`` and ``NOTED``, one line each."""
+# What is found in a dataset: for each kind of BROKEN and NOTED a list of lines.
+Findings = dict[str, list[str]]
 
-    lines: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, kind: str, line: str) -> None:
-        """Note one thing of a kind."""
-        self.lines[kind].append(line)
-
-    def counts(self, kinds: dict[str, str]) -> dict[str, int]:
-        """How many there are of each of the kinds that there are."""
-        return {kind: len(self.lines[kind]) for kind in kinds if self.lines.get(kind)}
+def counts(findings: Findings, kinds: Mapping[str, str]) -> dict[str, int]:
+    """How many there are of each of the kinds that there are."""
+    return {kind: len(findings[kind]) for kind in kinds if kind in findings}
 
 
 def read_coco(path: Path) -> dict[str, Any]:
@@ -89,6 +83,26 @@ def read_coco(path: Path) -> dict[str, Any]:
     return content
 
 
+def write_coco(path: Path, content: dict[str, Any]) -> None:
+    """Write a COCO-format file, all of it or nothing; makes its folder.
+
+    One entry at a time: as one text, COCO's own would take as much memory again.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        for number, (key, value) in enumerate(content.items()):
+            file.write(f"{',' if number else '{'}\n{json.dumps(key)}: ")
+            if isinstance(value, list):
+                file.write("[")
+                file.writelines(
+                    f"{',' if row else ''}\n{json.dumps(entry)}" for row, entry in enumerate(value)
+                )
+                file.write("]")
+            else:
+                file.write(json.dumps(value))
+        file.write("\n}\n")
+
+
 def categories_in(content: dict[str, Any]) -> list[dict[str, Any]]:
     """Id and name of each category, by id: the order of Detectron2's classes."""
     categories = sorted(content["categories"], key=lambda category: category["id"])
@@ -105,16 +119,16 @@ def sound_images(images: Sequence[dict[str, Any]], findings: Findings) -> list[d
     kept: dict[int, dict[str, Any]] = {}
     for number, image in enumerate(images):
         name = f"image {image.get('id', f'number {number} of the list')}"
-        sizes = image.get("width"), image.get("height")
+        sizes: list[Any] = [image.get("width"), image.get("height")]
         if (
             not _is_int(image.get("id"))
             or not isinstance(image.get("file_name"), str)
             or not all(_is_int(size) and size > 0 for size in sizes)
         ):
             keys = {key: image.get(key) for key in ("id", "file_name", "width", "height")}
-            findings.add("incomplete_image", f"{name}: {keys}")
+            findings["incomplete_image"].append(f"{name}: {keys}")
         elif image["id"] in kept:
-            findings.add("repeated_image", f"{name} ({image['file_name']})")
+            findings["repeated_image"].append(f"{name} ({image['file_name']})")
         else:
             kept[image["id"]] = image
     return list(kept.values())
@@ -149,9 +163,9 @@ def sound_annotations(
         image_id, category = annotation.get("image_id"), annotation.get("category_id")
         if not all(_is_int(value) for value in (annotation.get("id"), image_id, category)):
             keys = {key: annotation.get(key) for key in ("id", "image_id", "category_id")}
-            findings.add("incomplete_annotation", f"{name}: {keys}")
+            findings["incomplete_annotation"].append(f"{name}: {keys}")
         elif repr(image_id) not in listed:
-            findings.add("unknown_image", f"{name}: image {image_id}")
+            findings["unknown_image"].append(f"{name}: image {image_id}")
         elif image_id in kept_images:
             image = kept_images[image_id]
             name += f" of {image['file_name']}"
@@ -167,7 +181,7 @@ def sound_annotations(
                 if kind not in BROKEN and masks and not _has_mask(annotation, image):
                     kind, detail = "empty_mask", ""
             if kind:
-                findings.add(kind, name + detail)
+                findings[kind].append(name + detail)
             if kind not in BROKEN:
                 seen.add(annotation["id"])
                 kept.append(_completed(annotation, image))
@@ -241,7 +255,7 @@ def note_crowd_only(
     objects = Counter(a["image_id"] for a in annotations if not a.get("iscrowd"))
     for image in images:
         if crowds[image["id"]] and not objects[image["id"]]:
-            findings.add("crowd_only_image", f"image {image['id']} ({image['file_name']})")
+            findings["crowd_only_image"].append(f"image {image['id']} ({image['file_name']})")
 
 
 def _is_int(value: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from revdet.data.annotations import BROKEN, NOTED, Findings
+from revdet.data.annotations import BROKEN, NOTED, Findings, counts
 
 CLASSES_LISTED = 100
 
@@ -16,7 +16,7 @@ CLASSES_LISTED = 100
 def summarize(
     path: Path, content: dict[str, Any], cleaned: dict[str, Any], findings: Findings
 ) -> dict[str, Any]:
-    """What ``results.json`` says about a dataset, and ``lines``, all that was found.
+    """What ``results.json`` says about a dataset.
 
     Args:
         path: the annotation file.
@@ -40,9 +40,8 @@ def summarize(
         ],
         "left_out_images": len(content["images"]) - len(images),
         "left_out_annotations": len(content["annotations"]) - len(annotations),
-        "broken": findings.counts(BROKEN),
-        "noted": findings.counts(NOTED),
-        "lines": dict(findings.lines),
+        "broken": counts(findings, BROKEN),
+        "noted": counts(findings, NOTED),
     }
 
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from backbones.common.errors import UserError
 from backbones.memory.budget import parse_budget
-from revdet.data.checks import check_datasets
+from revdet.data.normalise import normalise
 from revdet.training.checkpoint import fetch_weights
 from revdet.training.hardware import (
     is_first_on_machine,
@@ -48,7 +48,7 @@ def preflight(cfg: DictConfig, args: argparse.Namespace) -> str:
             fetch_weights(args.weights)
         elif train.init_checkpoint and not _last_checkpoint(train.output_dir):
             fetch_weights(train.init_checkpoint)
-        check_datasets(cfg, evaluation_only=args.eval_only)
+        normalise(cfg, evaluation_only=args.eval_only)
     return device
 
 

@@ -22,9 +22,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from backbones.common.errors import UserError
-from revdet.data.checks import dataset_facts
+from revdet.data.datasets import dataset_facts, dataset_names
 from revdet.data.loader import ResumableBatchSampler
-from revdet.data.own_data import dataset_names
 from revdet.training.budget import apply_memory_budget
 from revdet.training.build import amp_dtype, build_optimizer
 from revdet.training.checkpoint import Checkpointer, load_initial_weights

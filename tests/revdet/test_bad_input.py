@@ -116,7 +116,9 @@ def test_an_argument_of_the_target_may_be_set_though_the_recipe_does_not_name_it
 
 def test_what_an_override_sets():
     typed = ["train.output_dir=2017_01", "dataset.val_images=007", "train.memory_budget=8000000000"]
-    cfg = load_config(DEMO, [*typed, "train.amp={enabled:true,dtype:float16}"])
+    cfg = load_config(
+        DEMO, [*typed, "dataset.val_json=7.json", "train.amp={enabled:true,dtype:float16}"]
+    )
     # A number where a name belongs is one: folders are called like that.
     assert (cfg.train.output_dir, cfg.dataset.val_images) == ("2017_01", "007")
     assert cfg.train.memory_budget == "8000000000"

@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import backbones
-from revdet.data.catalog import register_datasets
+from revdet.data.datasets import register_datasets
 from revdet.models import TrunkBackbone
 from revdet.training.evaluation import FasterCOCOEvaluator
 

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,17 @@ import numpy as np
 import pytest
 import torch
 from detectron2 import model_zoo
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 from pycocotools import mask as rle
 
 from revdet.config import load_config
 from revdet.data.annotations import BROKEN, Findings, sound_annotations, sound_images
-from revdet.data.checks import check_datasets
-from revdet.data.own_data import class_counts, cleaned_file, use_own_data
+from revdet.data.classes import class_counts, fit_recipe
+from revdet.data.datasets import dataset_names, register_datasets
+from revdet.data.normalise import normalise, use_normalised
 from tests.revdet.conftest import DEMO
 from tests.revdet.test_bad_input import error_of
 
@@ -97,7 +100,7 @@ def test_every_class_count_of_a_cascade_follows(own):
     cfg = load_config(DEMO, own.arguments())
     cfg.model = model_zoo.get_config("common/models/cascade_rcnn.py").model
     cfg.model.roi_heads.box_predictors[1].num_classes = 80  # not by reference
-    use_own_data(cfg)
+    fit_recipe(cfg, {"own_train": {"classes": own.content["categories"], "masks": True}})
     heads = cfg.model.roi_heads
     counts = [predictor.num_classes for predictor in heads.box_predictors]
     assert [*counts, heads.num_classes, heads.mask_head.num_classes] == [5] * 5
@@ -243,28 +246,46 @@ def test_broken_data_trains_to_the_end_when_told_to_skip(own, train_net, tmp_pat
     assert missing.name in [image["file_name"] for image in used["images"]]
 
 
-def test_a_cleaned_file_goes_when_the_data_are_whole_again(own, tmp_path):
+def test_a_run_reads_only_what_it_has_written(own, datasets_root, tmp_path):
+    source = datasets_root / "demo" / "train"
     cfg = load_config(DEMO, [*own.arguments(), f"train.output_dir={tmp_path / 'run'}"])
-    use_own_data(cfg)
-    stale = cleaned_file(cfg, "own_train")
-    stale.parent.mkdir(parents=True)
-    stale.write_text("{}")
-    check_datasets(cfg)
-    assert not stale.exists()
+    cfg.dataloader.test.dataset.names = "demo_val"
+    register_datasets()
+    known = MetadataCatalog.get("demo_val").as_dict()
+    normalise(cfg)
+    own.json.write_text("{}")
+    others = [copy.deepcopy(cfg) for _ in range(2)]
+    for other in others:  # of a process that has not read the data, and of another run
+        other.dataset.categories = []
+        other.model.roi_heads.num_classes = 80
+        use_normalised(other)
+        assert other.dataset.categories == cfg.dataset.categories
+        assert other.model.roi_heads.num_classes == 5
+        records = instantiate(other.dataloader.train.dataset)
+        for record in records:
+            record["file_name"] = record["file_name"].replace(str(own.images), str(source))
+        assert records == get_detection_dataset_dicts("demo_train", filter_empty=False)
+    assert not {*dataset_names(others[0])} & {*dataset_names(others[1])}
+    assert other.dataloader.evaluator.dataset_name == other.dataloader.test.dataset.names
+    assert MetadataCatalog.get("demo_val").as_dict() == known
+    assert dataset_names(cfg) == ["own_train", "demo_val"]
 
 
-def test_a_registered_dataset_can_be_skipped_through_and_is_whole_for_the_next_run(
-    own, train_net, tmp_path
-):
+def test_a_registered_dataset_can_be_skipped_through_and_stays_as_it_is(own, train_net, tmp_path):
     break_everything(own)
     own.arguments()
     register_coco_instances("mended", {"thing_colors": [(1, 2, 3)]}, str(own.json), own.images)
     arguments = [f"dataloader.{split}.dataset.names=mended" for split in ("train", "test")]
+    known = MetadataCatalog.get("mended").as_dict()
     try:
         assert train_net(tmp_path / "a", *arguments, "dataset.skip_broken=true", *ITERATION) == 0
-        assert len(DatasetCatalog.get("mended")) == 14
-        assert MetadataCatalog.get("mended").thing_colors == [(1, 2, 3)]
+        used = json.loads((tmp_path / "a" / "dataset" / "mended.json").read_text())
+        assert len(used["images"]) == 14
+        assert MetadataCatalog.get("mended").as_dict() == known
+        assert "names: mended" in (tmp_path / "a" / "config.yaml").read_text()
+        assert "mended" in json.loads((tmp_path / "a" / "results.json").read_text())["dataset"]
         assert train_net(tmp_path / "b", *arguments, *ITERATION) == 2
+        assert not (tmp_path / "b" / "dataset" / "mended.json").exists()
     finally:
         DatasetCatalog.remove("mended")
         MetadataCatalog.remove("mended")
@@ -325,11 +346,9 @@ def test_kinds_of_broken_annotations(kind, change):
         "annotations": [{**GOOD, **change}],
         "categories": [{"id": 2, "name": "cat"}],
     }
-    findings = Findings()
+    findings: Findings = defaultdict(list)
     kept = sound_annotations(content, [IMAGE], findings, masks=True)
-    assert {name: len(lines) for name, lines in findings.lines.items()} == (
-        {kind: 1} if kind else {}
-    )
+    assert {name: len(lines) for name, lines in findings.items()} == ({kind: 1} if kind else {})
     assert len(kept) == (kind not in BROKEN)
     for annotation in kept:
         assert annotation["iscrowd"] == 0
@@ -338,9 +357,9 @@ def test_kinds_of_broken_annotations(kind, change):
 
 def test_an_id_that_is_used_twice():
     content = {"images": [IMAGE], "annotations": [GOOD, GOOD], "categories": [{"id": 2}]}
-    findings = Findings()
+    findings: Findings = defaultdict(list)
     assert len(sound_annotations(content, [IMAGE], findings, masks=True)) == 1
-    assert findings.lines == {"repeated_annotation": ["annotation 7 of a.jpg"]}
+    assert findings == {"repeated_annotation": ["annotation 7 of a.jpg"]}
 
 
 @pytest.mark.parametrize(
@@ -353,9 +372,9 @@ def test_an_id_that_is_used_twice():
     ],
 )
 def test_kinds_of_broken_images(kind, change):
-    findings = Findings()
+    findings: Findings = defaultdict(list)
     assert sound_images([IMAGE, {**copy.deepcopy(IMAGE), **change}], findings) == [IMAGE]
-    assert list(findings.lines) == [kind]
+    assert list(findings) == [kind]
 
 
 @pytest.mark.parametrize(

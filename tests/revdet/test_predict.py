@@ -22,7 +22,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from revdet.config import load_config
-from revdet.data.own_data import categories_of
+from revdet.data.classes import categories_of
 from revdet.predict import main
 from revdet.prediction.media import VideoReader, VideoWriter
 from revdet.prediction.predictor import Detector, Frame, Preparation, batches

@@ -1,0 +1,130 @@
+"""The classes of the datasets of a recipe, and a model for just these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from omegaconf import DictConfig
+
+from backbones.common.errors import UserError
+from revdet.data.annotations import categories_in, has_masks, read_coco
+from revdet.data.datasets import OWN, dataset_names, register_datasets
+from revdet.settings import nodes_of, own_keys
+
+
+def describe_classes(content: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`fit_recipe` must know of a dataset, which its report has too.
+
+    Args:
+        content: as :func:`revdet.data.annotations.read_coco` returns it.
+    """
+    return {"classes": categories_in(content), "masks": has_masks(content)}
+
+
+def fit_recipe(cfg: DictConfig, described: Mapping[str, Mapping[str, Any]]) -> None:
+    """Make a recipe for the classes of its datasets, which are filled into ``dataset.categories``.
+
+    For the user's own training data, the number of classes is set wherever the model has one; for
+    registered datasets it must be right. Masks go where the user's own data have none.
+
+    Args:
+        cfg: the recipe, changed in place. Doing it twice changes nothing more.
+        described: what :func:`describe_classes` says about each of its datasets.
+
+    Raises:
+        UserError: the user's own files differ in their categories, or a dataset has another number
+            of them than the model.
+    """
+    own = [described[name] for name in OWN if name in described]
+    if len(own) == 2 and own[0]["classes"] != own[1]["classes"]:
+        train, val = ({c["id"]: c["name"] for c in facts["classes"]} for facts in own)
+        differ = sorted(k for k in train.keys() | val.keys() if train.get(k) != val.get(k))
+        raise UserError(
+            f"dataset.train_json and dataset.val_json differ in their categories (ids {differ[:10]}"
+            f"{' …' * (len(differ) > 10)}): give both files the same list of categories"
+        )
+    for name, facts in described.items():
+        number = len(facts["classes"])
+        for path, section in class_counts(cfg.model):
+            if name in OWN and cfg.dataset.train_json:
+                section.num_classes = number
+            elif section.num_classes != number:
+                key = ".".join(filter(None, ("model", path, "num_classes")))
+                raise UserError(
+                    f"the model has {section.num_classes} classes, but dataset {name!r} has "
+                    f"{number} categories: set {key}={number}"
+                )
+    if not all(facts["masks"] for facts in own):
+        _boxes_only(cfg)
+    for facts in described.values():
+        cfg.dataset.categories = facts["classes"]
+        break
+
+
+def categories_of(cfg: DictConfig) -> list[dict[str, Any]]:
+    """Id and name of each class of a recipe, in the model's order.
+
+    They are those that a run has saved in its config, or those of the dataset: its annotation file
+    need not be there if Detectron2 knows its classes, as it knows COCO's.
+
+    Args:
+        cfg: the recipe. One that is to learn own data is changed as by :func:`fit_recipe`.
+
+    Raises:
+        UserError: the classes cannot be found out, or the model has another number of them.
+    """
+    if not cfg.dataset.categories:
+        files = {name: cfg.dataset[f"{split}_json"] for name, split in OWN.items()}
+        own = {name: describe_classes(read_coco(Path(f))) for name, f in files.items() if f}
+        fit_recipe(cfg, own)
+        if not own:
+            cfg.dataset.categories = _registered_classes(dataset_names(cfg)[0])
+    categories = [dict(category) for category in cfg.dataset.categories]
+    for _, section in class_counts(cfg.model):
+        if section.num_classes != len(categories):
+            raise UserError(
+                f"the model has {section.num_classes} classes, but {len(categories)} are named in "
+                "the dataset: use the config.yaml of the run that made the weights"
+            )
+    return categories
+
+
+def _registered_classes(name: str) -> list[dict[str, Any]]:
+    register_datasets()
+    metadata = MetadataCatalog.get(name)
+    if "thing_dataset_id_to_contiguous_id" in metadata.as_dict():
+        ids = sorted(metadata.thing_dataset_id_to_contiguous_id)
+        names = metadata.thing_classes
+        return [{"id": i, "name": name} for i, name in zip(ids, names, strict=True)]
+    if name in DatasetCatalog.list() and Path(metadata.get("json_file", "")).is_file():
+        return categories_in(read_coco(Path(metadata.json_file)))
+    raise UserError(
+        f"the classes are not known, because dataset {name!r} is not here: give the "
+        "config.yaml of the run as --config, or dataset.train_json and the others"
+    )
+
+
+def class_counts(model: DictConfig) -> Iterator[tuple[str, DictConfig]]:
+    """Every place in a model's config, its trunk aside, that says how many classes there are.
+
+    Yields:
+        The path of the section below ``model`` and the section, which has ``num_classes``. What
+        only refers to another place is left out: it follows.
+    """
+
+    for path, node in nodes_of(model):
+        in_trunk = path.partition(".")[0] == "backbone"
+        if not in_trunk and "num_classes" in own_keys(node):
+            yield path, node
+
+
+def _boxes_only(cfg: DictConfig) -> None:
+    """Take the masks out of a recipe: head, ground truth and metric."""
+    heads = cfg.model.get("roi_heads", {})
+    for key in ("mask_in_features", "mask_pooler", "mask_head"):
+        heads.pop(key, None)
+    cfg.dataloader.train.mapper.update(use_instance_mask=False, recompute_boxes=False)
+    cfg.dataloader.evaluator.tasks = ["bbox"]

@@ -1,0 +1,121 @@
+"""Which datasets a recipe names: in Detectron2's catalog, or as files of the user's own."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from omegaconf import DictConfig
+
+from backbones.common.errors import UserError
+
+# What the user's own data are called, in loaders and in results: dataset.train_json and val_json.
+OWN = {"own_train": "train", "own_val": "val"}
+
+# What the report says about a dataset that is not for results.json.
+NOT_FACTS = ("classes", "masks", "lines")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A COCO-format dataset as the user has it: its annotation file, and where its images are."""
+
+    name: str
+    annotations: Path
+    images: Path
+
+
+def datasets_root() -> Path:
+    """Where datasets are looked for: ``$DETECTRON2_DATASETS``, or ``./datasets``."""
+    return Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
+
+
+def register_datasets() -> None:
+    """Register ``demo_train`` and ``demo_val``. Detectron2 registers COCO and others itself."""
+    root = datasets_root() / "demo"
+    for split in ("train", "val"):
+        name = f"demo_{split}"
+        if name not in DatasetCatalog.list():
+            annotations = root / "annotations" / f"instances_{split}.json"
+            register_coco_instances(name, {}, str(annotations), str(root / split))
+
+
+def name_own_data(cfg: DictConfig) -> None:
+    """Let the loaders of a recipe name the files of its ``dataset`` section, if it has any.
+
+    Raises:
+        UserError: only a part of the files is given.
+    """
+    given = cfg.dataset
+    for split in OWN.values():
+        if bool(given[f"{split}_json"]) != bool(given[f"{split}_images"]):
+            known, other = ("json", "images") if given[f"{split}_json"] else ("images", "json")
+            raise UserError(
+                f"dataset.{split}_{known} is set, but not dataset.{split}_{other}: set both"
+            )
+    if given.train_json and not given.val_json:
+        raise UserError(
+            "dataset.train_json is set, but not dataset.val_json: set dataset.val_json and "
+            "dataset.val_images too, to the training data if there is no other"
+        )
+    loaders = {"own_train": cfg.dataloader.train, "own_val": cfg.dataloader.test}
+    for name, split in OWN.items():
+        if given[f"{split}_json"]:
+            loaders[name].dataset.names = name
+
+
+def dataset_names(cfg: DictConfig, *, evaluation_only: bool = False) -> list[str]:
+    """The datasets of both loaders, or of the test loader alone, each once."""
+    given = [] if evaluation_only else [cfg.dataloader.train.dataset.names]
+    given.append(cfg.dataloader.test.dataset.names)
+    listed = [[names] if isinstance(names, str) else names for names in given]
+    return list(dict.fromkeys(name for names in listed for name in names))
+
+
+def sources(cfg: DictConfig, *, evaluation_only: bool = False) -> list[Source]:
+    """The datasets of a recipe that are in COCO format; others, as LVIS, are left as they are.
+
+    Raises:
+        UserError: a dataset is not registered.
+    """
+    register_datasets()
+    found = []
+    for name in dataset_names(cfg, evaluation_only=evaluation_only):
+        if split := OWN.get(name):
+            files = cfg.dataset[f"{split}_json"], cfg.dataset[f"{split}_images"]
+        elif name in DatasetCatalog.list():
+            metadata = MetadataCatalog.get(name)
+            if metadata.get("evaluator_type") != "coco" or "json_file" not in metadata.as_dict():
+                continue
+            files = metadata.json_file, metadata.image_root
+        else:
+            near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise UserError(f"dataset {name!r} is not registered{hint}")
+        found.append(Source(name, Path(files[0]), Path(files[1])))
+    return found
+
+
+def file_of(cfg: DictConfig, name: str) -> Path:
+    """Where a run has a dataset as it reads it, and ``"report"``, what all of them hold."""
+    return Path(cfg.train.output_dir) / "dataset" / f"{name}.json"
+
+
+def read_report(cfg: DictConfig) -> dict[str, dict[str, Any]]:
+    """What the report of a run says about each dataset of its recipe; empty if there is none."""
+    file = file_of(cfg, "report")
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def dataset_facts(cfg: DictConfig) -> dict[str, dict[str, Any]]:
+    """The report of a run for ``results.json``: in numbers."""
+    return {
+        name: {key: value for key, value in facts.items() if key not in NOT_FACTS}
+        for name, facts in read_report(cfg).items()
+    }

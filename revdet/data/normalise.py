@@ -1,0 +1,241 @@
+"""Datasets, normalised: read once, looked through by decoding, and written as the run reads them.
+
+What is behind this, from the training loader to the pictures, knows only the files that are
+written here, in ``OUTPUT_DIR/dataset``: ``NAME.json`` for each dataset, and ``report.json``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from backbones.common.errors import UserError, error_line
+from backbones.common.files import write_json
+from backbones.common.images import read_image
+from revdet.data.annotations import (
+    BROKEN,
+    NOTED,
+    Findings,
+    note_crowd_only,
+    read_coco,
+    sound_annotations,
+    sound_images,
+    write_coco,
+)
+from revdet.data.classes import describe_classes, fit_recipe
+from revdet.data.datasets import (
+    OWN,
+    Source,
+    dataset_names,
+    datasets_root,
+    file_of,
+    read_report,
+    sources,
+)
+from revdet.data.tables import class_rows, class_table, dataset_table, summarize
+from revdet.settings import nodes_of, own_keys
+
+LISTED = 20  # lines of each kind that are printed; the report has all
+
+logger = logging.getLogger("revdet")
+
+# Datasets that have been registered by use_normalised in this process, in all its runs.
+_registered = itertools.count(1)
+
+
+def normalise(cfg: DictConfig, *, evaluation_only: bool = False) -> None:
+    """Look through the datasets of a recipe and write them as :func:`use_normalised` takes them.
+
+    Prints what they hold, and writes it with all that is found to ``report.json``. What is broken
+    stops the run or, with ``dataset.skip_broken``, is left out. Makes the recipe for the classes
+    of the datasets, as :func:`revdet.data.classes.fit_recipe` does.
+
+    Args:
+        cfg: the recipe.
+        evaluation_only: leave the training set alone.
+
+    Raises:
+        UserError: a dataset is not registered, its annotation file is missing or not COCO JSON,
+            it has another number of classes than the model, something in it is broken and is not
+            to be skipped, or nothing is left.
+    """
+    names: dict[tuple[Path, Path], list[str]] = defaultdict(list)
+    contents = {}
+    for source in sources(cfg, evaluation_only=evaluation_only):
+        files = source.annotations, source.images
+        if files not in names:  # training and validation may be the same
+            contents[files] = _read(source)
+        names[files].append(source.name)
+    described = {
+        name: describe_classes(contents[files]) for files in names for name in names[files]
+    }
+    earlier = read_report(cfg)
+    fit_recipe(cfg, {**_described(cfg, earlier), **described})
+    masks = bool(OmegaConf.select(cfg, "dataloader.train.mapper.use_instance_mask"))
+    report, classes, findings = {}, {}, {}
+    for files, alike in names.items():
+        content = contents.pop(files)  # COCO's fills the memory
+        found: Findings = defaultdict(list)
+        progress = f"checking {alike[0]}" if cfg.train.check_data else None
+        cleaned = _cleaned(content, *files, found, masks=masks, progress=progress)
+        findings[" and ".join(alike)] = found
+        for name in alike:
+            facts = summarize(files[0], content, cleaned, found)
+            report[name] = {**facts, **described[name], "lines": found}
+            classes[name] = class_rows(cleaned)
+            if cfg.dataset.skip_broken or not facts["broken"]:
+                # Without the list, as COCO's test sets are, there are no scores.
+                kept = {k: v for k, v in cleaned.items() if v or k != "annotations"}
+                write_coco(file_of(cfg, name), kept)
+    known = {**earlier, **report}
+    write_json(
+        file_of(cfg, "report"), {name: known[name] for name in dataset_names(cfg) if name in known}
+    )
+    if report:
+        logger.info("datasets:\n%s\n%s", dataset_table(report), class_table(classes))
+        logger.info(
+            f"the model learns {len(cfg.dataset.categories)} classes"
+            f"{'' if masks else ', boxes only: no masks in the recipe or in the annotations'}"
+        )
+    for name, lines in findings.items():
+        _list_findings(name, lines)
+    _stop_or_go_on(cfg, report)
+
+
+def use_normalised(cfg: DictConfig, *, evaluation_only: bool = False) -> None:
+    """Let a recipe read its datasets as :func:`normalise` has written them for this run.
+
+    They are registered in this process under names of their own, which take the place of the
+    user's in the recipe, and a process that has not called :func:`normalise` itself learns from
+    the report what the recipe is made for. Save the recipe before, for it to say what the user
+    said.
+    """
+    fit_recipe(cfg, _described(cfg, read_report(cfg)))
+    renamed = {}
+    for source in sources(cfg, evaluation_only=evaluation_only):
+        name = f"{source.name} (normalised, {next(_registered)})"
+        colors = {}
+        if source.name in DatasetCatalog.list():
+            metadata = MetadataCatalog.get(source.name).as_dict()
+            colors = {key: value for key, value in metadata.items() if key == "thing_colors"}
+        file = file_of(cfg, source.name)
+        register_coco_instances(name, colors, str(file), str(source.images))
+        renamed[source.name] = name
+    for _, node in nodes_of(cfg.dataloader):  # the evaluator may name them too
+        for key in own_keys(node):
+            if isinstance(node[key], str):
+                node[key] = renamed.get(node[key], node[key])
+
+
+def _described(cfg: DictConfig, report: dict[str, Any]) -> dict[str, Any]:
+    """What a report says about the classes, which those of earlier versions do not."""
+    names = [name for name in dataset_names(cfg) if "classes" in report.get(name, {})]
+    return {name: report[name] for name in names}
+
+
+def _read(source: Source) -> dict[str, Any]:
+    if source.name in OWN:
+        if not source.images.is_dir():
+            split = OWN[source.name]
+            raise UserError(f"dataset.{split}_images={source.images} is no folder: check the path")
+    elif not source.annotations.is_file():
+        raise UserError(
+            f"dataset {source.name!r} needs {source.annotations}, which does not exist: set the "
+            "environment variable DETECTRON2_DATASETS to the folder that holds your datasets "
+            f"(now: {datasets_root().absolute()}); `make demo` builds those named demo_…"
+        )
+    return read_coco(source.annotations)
+
+
+def _cleaned(
+    content: dict[str, Any],
+    path: Path,
+    folder: Path,
+    findings: Findings,
+    *,
+    masks: bool,
+    progress: str | None,
+) -> dict[str, Any]:
+    """The content of an annotation file without what is broken, which is added to the findings."""
+    images = sound_images(content["images"], findings)
+    images = _files_that_can_be_used(images, folder, findings, progress=progress)
+    if len(findings.get("missing_image", ())) == len(content["images"]):
+        raise UserError(
+            f"no image of {path} is in {folder}: check the folder that its file names start from"
+        )
+    annotations = sound_annotations(content, images, findings, masks=masks)
+    note_crowd_only(images, annotations, findings)
+    return {**content, "images": images, "annotations": annotations}
+
+
+def _files_that_can_be_used(
+    images: Sequence[dict[str, Any]], folder: Path, findings: Findings, *, progress: str | None
+) -> list[dict[str, Any]]:
+    """The images whose files are there and, if a progress bar is named, decode as training will."""
+
+    def problem(image: dict[str, Any]) -> tuple[str, str]:
+        path = folder / image["file_name"]
+        if not path.is_file():
+            return "missing_image", ""
+        if progress is None:
+            return "", ""
+        try:
+            width, height = read_image(path, upright=True).size
+        except Exception as error:  # a damaged file fails in any way
+            return "unreadable_image", f" ({error_line(error)})"
+        if (width, height) != (image["width"], image["height"]):
+            listed = f"{image['width']} x {image['height']}"
+            return "wrong_image_size", f" ({width} x {height} px, listed as {listed})"
+        return "", ""
+
+    kept = []
+    with ThreadPoolExecutor() as pool:
+        problems = tqdm(
+            pool.map(problem, images), total=len(images), desc=progress, disable=progress is None
+        )
+        for image, (kind, detail) in zip(images, problems, strict=True):
+            if kind:
+                file = folder / image["file_name"]
+                findings[kind].append(f"image {image['id']} ({file}){detail}")
+            else:
+                kept.append(image)
+    return kept
+
+
+def _list_findings(name: str, lines: dict[str, list[str]]) -> None:
+    for kind, what in {**BROKEN, **NOTED}.items():
+        if found := lines.get(kind):
+            more = f"\n    and {len(found) - LISTED} more" if len(found) > LISTED else ""
+            listing = "\n    ".join(found[:LISTED])
+            logger.warning(f"{name}: {len(found)} {kind} ({what}):\n    {listing}{more}")
+
+
+def _stop_or_go_on(cfg: DictConfig, report: dict[str, Any]) -> None:
+    file = file_of(cfg, "report")
+    for name, summary in report.items():
+        if broken := summary["broken"]:
+            counts = ", ".join(f"{number} {kind}" for kind, number in broken.items())
+            if not cfg.dataset.skip_broken:
+                raise UserError(
+                    f"dataset {name!r} is broken in {sum(broken.values())} places ({counts}), "
+                    f"listed above and in {file}: correct them, or set dataset.skip_broken=true to "
+                    "train without them"
+                )
+            logger.warning(
+                f"{name}: left out {summary['left_out_images']} images and "
+                f"{summary['left_out_annotations']} annotations ({counts}); {file} lists them"
+            )
+        if not summary["objects"]:
+            if name == dataset_names(cfg)[0]:
+                raise UserError(f"dataset {name!r} has no object to learn: check its annotations")
+            logger.warning(f"{name} has no object: there will be no score")
