@@ -1,1 +1,1 @@
-"""The two embedded datasets of ``make demo`` and the tests, made of photographs. Not installed."""
+"""Two small datasets made of the photographs that scikit-image ships: no download, seconds."""
