@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,11 +25,17 @@ SMALL = [
 
 @pytest.fixture(scope="session")
 def datasets_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that DETECTRON2_DATASETS points to, with 16 + 6 images in ``demo``."""
+    """A folder with 16 + 6 images in ``demo``."""
     root = tmp_path_factory.mktemp("datasets")
     build(root / "demo", train_images=16, val_images=6)
-    os.environ["DETECTRON2_DATASETS"] = str(root)
     return root
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _found_as_datasets(datasets_root: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(datasets_root))
+        yield
 
 
 @pytest.fixture

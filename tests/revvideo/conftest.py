@@ -1,25 +1,15 @@
-"""Settings of every test of video, and the difficult files."""
+"""The difficult files, a small set of videos, and the command run inside the test process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from revvideo.run import main
 from tests.revvideo.make_videos import KINDS
 from tests.revvideo.tiny_set import arguments, build_set
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> Iterator[None]:
-    """The models here are so small that a second thread only costs time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
