@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     }
     print("{model}, {weights}, {img_size} px, {precision}, {device}".format(**results))
     print(
-        f"{_score(results, 'top1')}, {_score(results, 'top5')} "
+        f"{_score(results, 1)}, {_score(results, 5)} "
         f"on {results['evaluated']:,} of {results['images']:,} images in {folders.root}"
     )
     name_unreadable(results["unreadable"], options.json)
@@ -71,10 +71,10 @@ def run(options: argparse.Namespace) -> None:
         write_json(options.json, results)
 
 
-def _score(results: dict[str, Any], top: str) -> str:
-    published = results[f"published_{top}"]
+def _score(results: dict[str, Any], k: int) -> str:
+    published = results[f"published_top{k}"]
     beside = "" if published is None else f" (published {published})"
-    return f"{results[top]:.2f} {top[:3]}-{top[3:]}{beside}"
+    return f"{results[f'top{k}']:.2f} top-{k}{beside}"
 
 
 def _note_order(folders: ClassFolders) -> None:

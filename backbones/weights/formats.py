@@ -86,22 +86,21 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> di
     }
     renames, blocks = _RENAMES[recognise(names.values())], [*blocks_of(model)]
     converted: dict[str, Tensor] = {}
-    separate: dict[str, dict[str, Tensor]] = {}
     for key, value in state_dict.items():
         name = _rename(names[key], renames, blocks)
-        match = re.fullmatch(r"(.*\battn)\.([qkv])\.(weight|bias)", name)
-        if match and (fused := f"{match[1]}.qkv.{match[3]}") in own:
-            parts, name = separate.setdefault(fused, {}), match[2]
-        else:
-            parts = converted
-        if name in parts:
+        if name in converted:
             raise WeightsError(f"the state dict holds {key} twice, under different prefixes")
-        parts[name] = value
-    for fused, parts in separate.items():
-        if fused in converted or parts.keys() != set("qkv"):
+        converted[name] = value
+    for fused in own:
+        start, qkv, end = fused.rpartition(".qkv.")
+        separate = [f"{start}.{part}.{end}" for part in "qkv"]
+        found = [name for name in separate if qkv and name in converted]
+        if not found:
+            continue
+        if len(found) < 3 or fused in converted:
             raise WeightsError(f"the state dict has no single set of q, k and v for {fused}")
         try:
-            converted[fused] = torch.cat([parts[part] for part in "qkv"])
+            converted[fused] = torch.cat([converted.pop(name) for name in separate])
         except RuntimeError as error:
             raise WeightsError(f"q, k and v for {fused} differ in shape") from error
     return converted
