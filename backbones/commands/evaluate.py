@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     folders = find_classes(options.data.expanduser())
-    model, how = prepare(options)
+    model = prepare(options)
     _note_order(folders)
     name = name_of(model)
     record = MODELS.get(name or "") if model.num_classes == IMAGENET_CLASSES else None
@@ -55,9 +55,9 @@ def run(options: argparse.Namespace) -> None:
         "classes": len(folders.classes),
         "img_size": options.img_size or input_shape(model)[-1],
         "precision": options.amp or "float32",
-        "device": str(how["device"]),
+        "device": options.device,
         "torch": torch.__version__,
-        **accuracy(model, folders, **how),
+        **accuracy(model, folders, options),
         "published_top1": record and record.top1,
         "published_top5": record and record.top5,
     }
@@ -142,12 +142,10 @@ def _some(names: Sequence[str]) -> str:
     return some_of([printable(name) for name in names])
 
 
-def accuracy(model: nn.Module, folders: ClassFolders, **how: Any) -> dict[str, Any]:
+def accuracy(
+    model: nn.Module, folders: ClassFolders, options: argparse.Namespace
+) -> dict[str, Any]:
     """Measure how often ``model`` is right on ``folders``.
-
-    Args:
-        model: in eval mode, with one output per class.
-        how: what :func:`backbones.commands.image_models.infer` takes, ``device`` at least.
 
     Returns:
         ``top1`` and ``top5``: percent of the evaluated images whose class has the largest logit, or
@@ -166,7 +164,7 @@ def accuracy(model: nn.Module, folders: ClassFolders, **how: Any) -> dict[str, A
     labels = torch.tensor(folders.labels)
     unreadable: dict[str, str] = {}
     first = among_five = evaluated = 0
-    for indices, logits in infer(model, folders.paths, unreadable, **how):
+    for indices, logits in infer(model, folders.paths, unreadable, options):
         ranked = logits.topk(min(5, logits.shape[1])).indices
         hits = ranked == labels[indices].unsqueeze(1)
         first += int(hits[:, 0].sum())

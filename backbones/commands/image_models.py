@@ -56,28 +56,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--json", metavar="FILE", type=Path, help="write the results there as well")
 
 
-def prepare(options: argparse.Namespace, head: bool = True) -> tuple[nn.Module, dict[str, Any]]:
-    """What the options of :func:`add_options` ask for, tried before the work starts.
+def prepare(options: argparse.Namespace, head: bool = True) -> nn.Module:
+    """The model of the options of :func:`add_options`, all of which are tried before the work.
 
     Args:
         head: whether the classes are wanted; without, the model returns pooled features.
 
     Returns:
-        the model with its weights, in eval mode, and the arguments of :func:`infer` that are
-        options.
+        the model with its weights, on its device, in eval mode.
 
     Raises:
         ValueError, OSError, ImportError: an option that cannot be met, weights that cannot be had
             or do not fit, a model of clips; one line says which.
     """
-    how: dict[str, Any] = {"device": parse_device(options.device)}
+    device = parse_device(options.device)
     if options.json:
         prepare_file(options.json)
-    how |= {key: getattr(options, key) for key in ("img_size", "batch_size", "workers", "amp")}
-    return _build_model(options, head), how
-
-
-def _build_model(options: argparse.Namespace, head: bool) -> nn.Module:
     name, weights = options.model, options.weights
     # Made for the size that will come, so that position embeddings are resized once.
     size = {"img_size": options.img_size} if options.img_size else {}
@@ -97,7 +91,7 @@ def _build_model(options: argparse.Namespace, head: bool) -> nn.Module:
         raise UserError(f"{weights} has no head, so it gives features but no classes")
     if not head:
         model.head = nn.Identity()  # what num_classes=0 has
-    return model.eval()
+    return model.eval().to(device)
 
 
 def _model_of_file(name: str | None, weights: str, size: dict[str, Any]) -> nn.Module:
@@ -132,24 +126,16 @@ def infer(
     model: nn.Module,
     paths: Sequence[str],
     unreadable: dict[str, str],
-    *,
-    device: torch.device,
-    img_size: int | None = None,
-    batch_size: int = 64,
-    workers: int = 0,
-    amp: str | None = None,
+    options: argparse.Namespace,
     upright: bool = False,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Run a model on image files, with a progress bar where stderr is a terminal.
 
-    The values do not depend on ``workers``. A file that cannot be read is left out of its batch.
-
     Args:
-        model: from images (B, 3, H, W) to (B, classes); is moved to ``device``.
-        paths: the files.
-        unreadable: takes the reason by the path of each file that cannot be read.
-        img_size: side of the crop in pixels; None for what the model is made for.
-        amp: ``"bfloat16"`` or ``"float16"`` for autocast.
+        model: of :func:`prepare`, from images (B, 3, H, W) to (B, classes).
+        paths: the files. One that cannot be read is left out of its batch.
+        unreadable: takes the reason by the path of each of those.
+        options: those of :func:`add_options`.
         upright: see :func:`backbones.common.images.read_image`.
 
     Yields:
@@ -157,13 +143,14 @@ def infer(
         each, in float32, on the CPU.
 
     Raises:
-        ValueError: too large a batch for the device's memory; an output that is not finite; or,
+        UserError: too large a batch for the device's memory; an output that is not finite; or,
             at the end, not a single image that could be read.
     """
-    height, width = input_shape(model)[-2:] if img_size is None else (img_size, img_size)
+    side, device = options.img_size, torch.device(options.device)
+    height, width = (side, side) if side else input_shape(model)[-2:]
     files = ImageFiles(paths, height, width, upright)
-    loader = image_loader(files, batch_size, workers, pin_memory=device.type == "cuda")
-    model = model.to(device)
+    on_gpu = device.type == "cuda"
+    loader = image_loader(files, options.batch_size, options.workers, pin_memory=on_gpu)
     tqdm = import_images("tqdm").tqdm
     with tqdm(total=len(files), unit="image", disable=None) as bar:
         for batch in loader:
@@ -171,13 +158,13 @@ def infer(
             bar.update(len(batch.images) + len(batch.unreadable))
             if not len(batch.images):
                 continue
-            values = _forward(model, batch.images.to(device, non_blocking=True), amp)
+            values = _forward(model, batch.images.to(device, non_blocking=True), options.amp)
             finite = values.isfinite().all(1)
             if not finite.all():
-                file = printable(paths[batch.indices[finite.logical_not()][0]])
-                remedy = "try another --amp, or none" if amp else "are the weights damaged?"
+                file = printable(paths[batch.indices[int(finite.int().argmin())]])
+                remedy = "try another --amp, or none" if options.amp else "are the weights damaged?"
                 raise UserError(f"the output for {file} is not finite; {remedy}")
-            yield batch.indices.tolist(), values
+            yield batch.indices, values
     if 0 < len(files) == len(unreadable):
         path, reason = next(iter(unreadable.items()))
         raise UserError(
@@ -187,11 +174,9 @@ def infer(
 
 def _forward(model: nn.Module, images: Tensor, amp: str | None) -> Tensor:
     dtype = None if amp is None else getattr(torch, amp)
+    autocast = torch.autocast(images.device.type, dtype, enabled=amp is not None)
     try:
-        with (
-            torch.inference_mode(),
-            torch.autocast(images.device.type, dtype, enabled=amp is not None),
-        ):
+        with torch.inference_mode(), autocast:
             values: Tensor = model(images)
         return values.float().cpu()
     except torch.OutOfMemoryError as error:

@@ -59,10 +59,10 @@ def run(options: argparse.Namespace) -> None:
     what = f"image ({', '.join(suffixes)})"
     found = find_files(options.images, lambda p: p.suffix.lower() in suffixes, what, option="")
     paths = [str(path) for path in found]
-    model, how = prepare(options, head=not options.features)
+    model = prepare(options, head=not options.features)
     unreadable: dict[str, str] = {}
     # Upright, because photographs often lie on their side in the file.
-    batches = infer(model, paths, unreadable, upright=True, **how)
+    batches = infer(model, paths, unreadable, options, upright=True)
     if options.features:
         _save_features(paths, batches, options.features)
     else:

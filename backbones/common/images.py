@@ -107,26 +107,17 @@ def read_image(path: str | os.PathLike[str], upright: bool = False) -> Image.Ima
 
 
 class Batch(NamedTuple):
-    """Some of the images of an :class:`ImageFiles`.
+    """Some of the images of an :class:`ImageFiles`."""
 
-    Attributes:
-        indices: (B,) int64, which files.
-        images: (B, 3, H, W) float32; (0,) if none could be read.
-        unreadable: the reason by the index of a file, for those that are not in the batch.
-    """
-
-    indices: Tensor
-    images: Tensor
-    unreadable: dict[int, str]
+    indices: list[int]  # which files
+    images: Tensor  # (B, 3, H, W) float32; (0,) if none could be read
+    unreadable: dict[int, str]  # the reason by the index of a file, for those that are left out
 
 
 class ImageFiles(Dataset[tuple[int, Tensor | str]]):
     """Pairs of an index and a prepared image, or the reason why that file cannot be read.
 
-    Args:
-        paths: the files.
-        height, width: see :func:`eval_transform`.
-        upright: see :func:`read_image`.
+    See :func:`eval_transform` for ``height`` and ``width``, :func:`read_image` for ``upright``.
     """
 
     def __init__(
@@ -165,9 +156,6 @@ def image_loader(
 
 
 def _collate(items: list[tuple[int, Tensor | str]]) -> Batch:
-    read = [(index, image) for index, image in items if isinstance(image, Tensor)]
-    return Batch(
-        torch.tensor([index for index, _ in read], dtype=torch.long),
-        torch.stack([image for _, image in read]) if read else torch.empty(0),
-        {index: reason for index, reason in items if isinstance(reason, str)},
-    )
+    read = {index: image for index, image in items if isinstance(image, Tensor)}
+    images = torch.stack([*read.values()]) if read else torch.empty(0)
+    return Batch([*read], images, {i: reason for i, reason in items if isinstance(reason, str)})

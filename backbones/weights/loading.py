@@ -63,10 +63,8 @@ class LoadReport:
         if others := [name for name in self.missing if not is_table(name)]:
             lines.append(f"left unchanged: {', '.join(others)}")
         if tables:
-            lines.append(
-                f"not in the file, unchanged: {len(tables)} tables of relative positions "
-                f"({some_of(sorted(tables))})"
-            )
+            count = f"{len(tables)} tables of relative positions"
+            lines.append(f"not in the file, unchanged: {count} ({some_of(sorted(tables))})")
         return "\n  ".join(lines)
 
 
@@ -116,12 +114,10 @@ def load_checkpoint(model: nn.Module, checkpoint: Checkpoint, source: str) -> Lo
         report.resized = resize_positions(tensors, model, grids, foreign=report.format != "own")
         report.resized |= resize_tables(tensors, own)
         _drop_head(tensors, own, report)
+        absent = [name for name in own if name not in tensors]
         has_tables = any(map(is_table, tensors))
         report.missing = [
-            name
-            for name in own
-            if name not in tensors
-            and (name.startswith(_HEAD) or (is_table(name) and not has_tables))
+            name for name in absent if name.startswith(_HEAD) or (is_table(name) and not has_tables)
         ]
         _check_names_and_shapes(tensors, own, report.missing)
     except WeightsError as error:

@@ -149,10 +149,6 @@ def test_what_is_no_image_is_one_line(
     (tmp_path / "nothing").mkdir()
     (tmp_path / "names.txt").write_text("one\ntwo\n")
     (tmp_path / "latin.txt").write_bytes(b"\xe9\n")
-    trunk = tmp_path / "trunk.safetensors"
-    backbones.save_weights(
-        backbones.create_model("rev_vit_tiny", img_size=32, depth=1, num_classes=0), trunk
-    )
     for arguments, message in (
         ([image, "nowhere.jpg", *own], "error: nowhere.jpg: no such file or folder"),
         ([str(tmp_path / "nothing"), *own], "nothing: holds no image (.jpg, "),
@@ -162,7 +158,6 @@ def test_what_is_no_image_is_one_line(
         ([image, *own, "--classes", str(tmp_path / "no.txt")], "no.txt"),
         ([image, *own, "--features", "x.safetensors"], "x.safetensors should end in .npz"),
         ([image, *own, "--features", "x.npz", "--json", "x.json"], "--features goes without"),
-        ([image, "--weights", str(trunk)], "has no head"),
     ):
         assert message in refused(["predict", *arguments, "--workers", "0"], capsys)
 
