@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -47,39 +47,23 @@ def run(options: argparse.Namespace) -> None:
     print(zoo_table(entries))
 
 
-@dataclass(frozen=True)
-class ZooEntry:
-    """One model of the zoo.
-
-    Attributes:
-        name: as :func:`backbones.create_model` takes it.
-        parameters: their number, with the published head.
-        macs: multiply-accumulates of one forward pass of one sample: convolutions, matrix
-            products and attention. Norms and what is element by element count as nothing.
-        input_shape: of the sample that was measured, (3, H, W) or (3, T, H, W).
-        top1: the published accuracy in percent, or None.
-        released: whether ``pretrained=True`` finds weights.
-        stored_bytes: what waits for the backward pass of one sample under ``"store"``, in float32
-            on a GPU, without parameters and input.
-        reversible_bytes: the same under ``"reversible"``; None for a model that cannot be reversed.
-    """
+class ZooEntry(NamedTuple):
+    """One model of the zoo."""
 
     name: str
-    parameters: int
-    macs: int
-    input_shape: tuple[int, ...]
-    top1: float | None
-    released: bool
-    stored_bytes: int
-    reversible_bytes: int | None
+    parameters: int  # their number, with the published head
+    macs: int  # of one sample: convolutions, matrix products and attention
+    input_shape: tuple[int, ...]  # of that sample, (3, H, W) or (3, T, H, W)
+    top1: float | None  # published, in percent
+    released: bool  # whether pretrained=True finds weights
+    stored_bytes: (
+        int  # for the backward pass of the sample, in float32 on a GPU, without parameters
+    )
+    reversible_bytes: int | None  # likewise; None for a model that cannot be reversed
 
 
 def describe(name: str) -> ZooEntry:
-    """Count what one model does and holds, on tensors that have a shape and no memory.
-
-    Raises:
-        ValueError: unknown name.
-    """
+    """Count what one model does and holds, on tensors that have a shape and no memory."""
     with torch.device("meta"):
         model = build(name)
         x = torch.empty(1, *input_shape(model))
