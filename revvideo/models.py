@@ -9,7 +9,10 @@ from torch import nn
 
 import backbones
 from backbones.common.errors import UserError
-from revvideo.config import Config
+from revvideo.settings import Config
+
+# Of so many classes, the best ones, predictions have names and scores.
+TOP_K = 5
 
 # The dtype of torch.autocast, by the names of train.precision; None for none.
 AUTOCAST: dict[str, torch.dtype | None] = {
@@ -22,9 +25,7 @@ AUTOCAST: dict[str, torch.dtype | None] = {
 def build_model(config: Config, num_classes: int = 0) -> nn.Module:
     """The network of a config with its memory policy, freshly initialised.
 
-    Args:
-        config: of the run.
-        num_classes: of the data, where ``model.num_classes`` leaves it open.
+    ``num_classes``, of the data, counts where ``model.num_classes`` leaves it open.
 
     Raises:
         UserError: a model that does not exist, takes no clips or not these arguments.

@@ -20,44 +20,27 @@ model.arguments.depth=8.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run by path: this folder came first, where `models`, `data`, … hide others'
+    sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]
+
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 
+from backbones.common.console import config_parser
 from backbones.common.errors import UserError
 from revvideo.config import describe_schema, load_config
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; see ``--help``."""
-    summary, _, examples = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="revvideo/run.py",
-        description=summary,
-        epilog=f"{examples}{describe_schema()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = config_parser("revvideo/run.py", f"{__doc__}{describe_schema()}", "configs/video")
     add = parser.add_argument
-    add(
-        "--config",
-        "--config-file",
-        dest="config",
-        required=True,
-        metavar="FILE",
-        help="the recipe: a file under configs/video, or the config.yaml of an earlier run",
-    )
-    add(
-        "--resume",
-        action="store_true",
-        help="continue from the last checkpoint in train.output_dir; start anew if there is none",
-    )
-    add(
-        "--eval-only",
-        action="store_true",
-        help="only test: model.weights if given here, else the last checkpoint",
-    )
-    add("overrides", nargs="*", metavar="key=value", help="override the recipe")
+    add("--resume", action="store_true", help="continue from the last checkpoint, if there is one")
+    add("--eval-only", action="store_true", help="test model.weights=…, or the last checkpoint")
     return parser.parse_intermixed_args(argv)
 
 
@@ -66,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         config = load_config(args.config, args.overrides)
-        # Late, because torch and Lightning take seconds to import: a misspelt key shows at once.
+        # Late, because Lightning takes seconds to import: a misspelt key shows at once.
         from revvideo.training.run import run
 
         weights = [o for o in args.overrides if o.startswith("model.weights=")]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from backbones.engine.policies import blocks_of
 from backbones.models.layers import NORM_EPS, init_weights
 
-__all__ = ["Trunk", "layer_decay_factors"]
+__all__ = ["Trunk", "layer_decay_factors", "layer_depths"]
 
 
 class Trunk(nn.Module):
@@ -76,23 +76,29 @@ class Trunk(nn.Module):
         return cast(Tensor, self.head(self.head_drop(pooled)))
 
 
+def layer_depths(trunk: nn.Module) -> dict[str, int]:
+    """How many layers lie between each parameter of a trunk and its head, by name.
+
+    With ``n`` blocks, counted through all stages and with their transitions: ``n + 1 - i`` for
+    block ``i`` from 1 on, ``n + 1`` for the patch and position embeddings, 0 for what follows the
+    blocks.
+    """
+    blocks = [f"{name}." for name in blocks_of(trunk)]
+    depths = {start: len(blocks) - index for index, start in enumerate(blocks)}
+    depths |= dict.fromkeys(("patch_embed.", "pos_embed."), len(blocks) + 1)
+    names = (name for name, _ in trunk.named_parameters())
+    return {name: next((depths[s] for s in depths if name.startswith(s)), 0) for name in names}
+
+
 def layer_decay_factors(trunk: nn.Module, decay: float) -> dict[str, float]:
     """The factor of the learning rate of every parameter of a trunk, by name.
 
-    As in BEiT (arXiv 2106.08254) and ViTDet (arXiv 2203.16527): with ``n`` blocks, counted through
-    all stages and with their transitions, block ``i`` from 1 on has ``decay ** (n + 1 - i)``, the
-    patch and position embeddings ``decay ** (n + 1)``, what follows the blocks 1.
+    As in BEiT (arXiv 2106.08254) and ViTDet (arXiv 2203.16527): ``decay`` to the power of its
+    :func:`layer_depths`.
 
     Raises:
         ValueError: ``decay`` outside (0, 1].
     """
     if not 0 < decay <= 1:
         raise ValueError(f"layer_decay must be in (0, 1], got {decay}")
-    blocks = [f"{name}." for name in blocks_of(trunk)]
-    depths = {start: len(blocks) - index for index, start in enumerate(blocks)}
-    depths |= dict.fromkeys(("patch_embed.", "pos_embed."), len(blocks) + 1)
-
-    def depth(name: str) -> int:
-        return next((depths[start] for start in depths if name.startswith(start)), 0)
-
-    return {name: float(decay ** depth(name)) for name, _ in trunk.named_parameters()}
+    return {name: float(decay**depth) for name, depth in layer_depths(trunk).items()}

@@ -1,10 +1,11 @@
-"""Pictures of clips and of predictions: sheets and strips of frames, scores over time."""
+"""Pictures of predictions: strips of frames, scores over time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,6 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from revvideo.data.decode import Video
+from revvideo.prediction.predictor import Windows
 
 CURVES = 6  # classes in a plot over time: those with the highest peaks
 Picture = np.ndarray  # uint8 (H, W, 3), RGB
@@ -33,59 +35,17 @@ def some_frames(video: Video, count: int, short_side: int = 180) -> Clip:
     return [(video.timestamps[i], picture) for i, picture in zip(numbers, pictures, strict=True)]
 
 
-def draw_sheet(rows: Mapping[str, Sequence[Clip]], title: str, output: Path) -> None:
-    """Draw clips side by side in rows, with the times on top.
-
-    Args:
-        rows: the name of each row and its clips, as many and as long in each; all clips of a column
-            have the same size and times.
-        title: above all.
-        output: the PNG to write.
-    """
-    first = next(iter(rows.values()))
-    # A narrow empty column between clips.
-    widths: list[float] = []
-    for clip in first:
-        widths += [*(picture.shape[1] / picture.shape[0] for _, picture in clip), 0.12]
-    widths.pop()
-    figure, axes = plt.subplots(
-        *(len(rows), len(widths)),
-        figsize=(1.0 * sum(widths) + 1.2, 1.05 * len(rows) + 0.4),
-        width_ratios=widths,
-        gridspec_kw={"wspace": 0.03, "hspace": 0.03},
-        squeeze=False,
-    )
-    for row, (name, clips) in enumerate(rows.items()):
-        line = axes[row]
-        cells = iter(line)
-        for number, clip in enumerate(clips):
-            if number:
-                next(cells).axis("off")
-            for time, picture in clip:
-                axis = next(cells)
-                _show(axis, picture)
-                if row == 0:
-                    axis.set_title(f"{time:.1f} s", fontsize=8, pad=3)
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
-    figure.suptitle(title, fontsize=10, y=0.96)
-    figure.savefig(output, dpi=90, bbox_inches="tight")
-    plt.close(figure)
-
-
-def _show(axis: Axes, picture: Picture) -> None:
+def _show(axis: Axes, time: float, picture: Picture) -> None:
     axis.imshow(picture)
+    axis.set_title(f"{time:.1f} s", fontsize=7, pad=2)
     axis.set(xticks=[], yticks=[])
-    for spine in axis.spines.values():
-        spine.set_visible(False)
+    axis.spines[:].set_visible(False)
 
 
 def draw_strip(clip: Clip, best: Sequence[tuple[str, float]], output: Path) -> None:
-    """Draw frames of a video with the best classes beside them.
+    """Draw frames of a video with its best classes beside them, as a PNG.
 
-    Args:
-        clip: some frames.
-        best: names of classes and their scores in [0, 1], the highest first.
-        output: the PNG to write.
+    ``best`` has their names and scores in [0, 1], the highest first.
     """
     height, width = clip[0][1].shape[:2]
     widths = [*([width / height] * len(clip)), 0.05, 1.6]
@@ -95,9 +55,8 @@ def draw_strip(clip: Clip, best: Sequence[tuple[str, float]], output: Path) -> N
         width_ratios=widths,
         gridspec_kw={"wspace": 0.03, "left": 0.01, "right": 0.99, "top": 0.72, "bottom": 0.02},
     )
-    for axis, (time, picture) in zip(axes, clip, strict=False):
-        _show(axis, picture)
-        axis.set_title(f"{time:.1f} s", fontsize=7, pad=2)
+    for axis, frame in zip(axes, clip, strict=False):
+        _show(axis, *frame)
     axes[-2].axis("off")
     bars = axes[-1]
     places = range(len(best))
@@ -112,44 +71,28 @@ def draw_strip(clip: Clip, best: Sequence[tuple[str, float]], output: Path) -> N
     plt.close(figure)
 
 
-def draw_curve(
-    times: Sequence[float],
-    scores: np.ndarray,
-    classes: Sequence[str],
-    clip: Clip,
-    output: Path,
-) -> None:
-    """Plot the highest scores of a long video over time, with some of its frames above.
+def draw_curve(windows: Windows, classes: Sequence[str], clip: Clip, output: Path) -> None:
+    """Plot the highest scores of a long video over time, as a PNG.
 
-    Args:
-        times: the middle of each window, in seconds, ascending.
-        scores: (windows, classes) in [0, 1].
-        classes: the names.
-        clip: frames, evenly spread over the video, from the first to the last.
-        output: the PNG to write.
+    Above them stands ``clip``: frames, evenly spread from the first to the last.
     """
+    times = [(start + end) / 2 for start, end in zip(windows.starts, windows.ends, strict=True)]
+    scores = windows.scores.numpy()
     drawn = np.argsort(-scores.max(axis=0), kind="stable")[:CURVES].tolist()
     colours = {label: f"C{rank}" for rank, label in enumerate(drawn)}
     begin, end = clip[0][0], clip[-1][0]
     edges = [begin, *((a + b) / 2 for a, b in pairwise(times)), end]
     figure = plt.figure(figsize=(11, 4.2))
+    margins: dict[str, Any] = {"left": 0.06, "right": 0.8, "top": 0.93, "bottom": 0.11}
     grid = figure.add_gridspec(
-        *(2, len(clip)),
-        height_ratios=(1, 3.2),
-        left=0.06,
-        right=0.8,
-        top=0.93,
-        bottom=0.11,
-        wspace=0.04,
-        hspace=0.06,
+        *(2, len(clip)), height_ratios=(1, 3.2), wspace=0.04, hspace=0.06, **margins
     )
-    for column, (time, picture) in enumerate(clip):
-        axis = figure.add_subplot(grid[0, column])
-        _show(axis, picture)
-        axis.set_title(f"{time:.1f} s", fontsize=8, pad=3)
+    for column, frame in enumerate(clip):
+        _show(figure.add_subplot(grid[0, column]), *frame)
     axis = figure.add_subplot(grid[1, :])
     for label in drawn:
         axis.plot(times, scores[:, label], color=colours[label], label=classes[label])
+    # Along the bottom, the colour of the best class.
     for (left, right), label in zip(pairwise(edges), scores.argmax(axis=1).tolist(), strict=True):
         axis.axvspan(left, right, ymax=0.04, color=colours.get(label, "grey"), lw=0)
     axis.set(xlabel="seconds", ylabel="score", ylim=(-0.05, 1.02), xlim=(begin, end))

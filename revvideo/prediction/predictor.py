@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from backbones.common.errors import UserError
-from revvideo.config import Config
 from revvideo.data.clips import KINETICS_FPS, ClipDataset, UniformClips, collate
 from revvideo.data.decode import Video
 from revvideo.data.loader import TestBatches
 from revvideo.data.manifest import VideoRecord
 from revvideo.data.transforms import TestTransform
-from revvideo.models import AUTOCAST
-from revvideo.training.checkpoint import load_run
-from revvideo.training.metrics import TOP_K
+from revvideo.models import AUTOCAST, TOP_K
+from revvideo.settings import Config
+from revvideo.training.weights import load_run
 
 LONG = 3.0  # clip lengths; scores over time say nothing about a video that is no longer
 MOST_WINDOWS = 240
 
 
-@dataclass(frozen=True)
-class Windows:
+class Windows(NamedTuple):
     """Scores of a video over time.
 
     Attributes:
@@ -41,18 +37,12 @@ class Windows:
     ends: list[float]
     scores: Tensor
 
-    @property
-    def middles(self) -> list[float]:
-        """When the middle of each window is."""
-        return [(a + b) / 2 for a, b in zip(self.starts, self.ends, strict=True)]
-
 
 class Predictor:
     """Scores videos as testing does: the softmax of each view, averaged.
 
     Args:
-        config: of the run.
-        weights: a checkpoint of the run.
+        config, weights: as for :func:`revvideo.training.weights.load_run`.
         device: to compute on.
         batch_size: clips that go through the model at a time.
 
@@ -63,10 +53,12 @@ class Predictor:
         UserError: weights that cannot be read or do not fit.
     """
 
-    def __init__(self, config: Config, weights: str, *, device: str, batch_size: int) -> None:
+    def __init__(
+        self, config: Config, weights: str, *, device: torch.device, batch_size: int
+    ) -> None:
         model, self.classes = load_run(weights, config)
         self.config = config
-        self.device = torch.device(device)
+        self.device = device
         self.batch_size = batch_size
         self._model = model.to(self.device)
         self._short_side = config.data.decode_short_side or None
@@ -93,11 +85,7 @@ class Predictor:
     def videos(
         self, paths: Sequence[Path], workers: int
     ) -> Iterator[tuple[Path, Tensor | None, str]]:
-        """Score whole videos.
-
-        Args:
-            paths: of the files.
-            workers: processes that decode; 0 for none but this.
+        """Score whole videos, decoded by ``workers`` processes besides this, or by this one.
 
         Yields:
             path, scores (classes,) or None, and "" or the reason why the file cannot be used.
@@ -160,19 +148,3 @@ class Predictor:
             starts += [video.timestamps[clip[0]] for clip in group]
             ends += [video.timestamps[clip[-1]] for clip in group]
         return Windows(starts, ends, torch.cat(scores))
-
-
-def choose_device(name: str) -> str:
-    """The device that ``name`` stands for: ``auto`` is a GPU if there is one.
-
-    Raises:
-        UserError: it cannot be used.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.ones(1, device=name)
-    except (AssertionError, RuntimeError) as error:  # torch built without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {name} cannot be used ({reason}): try --device cpu") from error
-    return name

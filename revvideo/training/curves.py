@@ -2,52 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 
-from revvideo.training.callbacks import read_metrics
+from revvideo.training.metrics import read_metrics
 
 matplotlib.use("Agg")  # no display on a training machine
 import matplotlib.pyplot as plt
 
+# Titles, the columns of metrics.csv, and what these are multiplied by.
+_PANELS: tuple[tuple[str, list[str], int], ...] = (
+    ("training loss", ["train/loss"], 1),
+    ("validation, top-1 and top-5 (%)", ["val/top1", "val/top5"], 1),
+    ("learning rate", ["lr"], 1),
+    ("waiting for data (%)", ["train/data_wait"], 100),
+)
+
 
 def draw_curves(metrics: Path, output: Path) -> None:
-    """Plot loss, learning rate, time spent waiting for data, and accuracy over the steps.
-
-    Args:
-        metrics: the ``metrics.csv`` of a run.
-        output: the PNG to write.
-    """
+    """Plot loss, accuracy, learning rate, and time spent waiting for data over the steps."""
     rows = read_metrics(metrics)
-    figure, axes = plt.subplots(1, 4, figsize=(18, 3.8))
-    for axis, title, names in zip(
-        axes,
-        (
-            "training loss",
-            "validation, top-1 and top-5 (%)",
-            "learning rate",
-            "waiting for data (%)",
-        ),
-        (["train/loss"], ["val/top1", "val/top5"], ["lr"], ["train/data_wait"]),
-        strict=True,
-    ):
+    figure, axes = plt.subplots(1, len(_PANELS), figsize=(18, 3.8))
+    for axis, (title, names, scale) in zip(axes, _PANELS, strict=True):
         for name in names:
-            steps, values = _series(rows, name)
-            scale = 100 if name == "train/data_wait" else 1
+            steps = [row["step"] for row in rows if name in row]
+            values = [scale * row[name] for row in rows if name in row]
             marker = "o" if name.startswith("val/") else None
-            axis.plot(steps, [scale * v for v in values], marker=marker, markersize=3, label=name)
+            axis.plot(steps, values, marker=marker, markersize=3, label=name)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    axes[1].set_ylim(0, 100)
+        if "%" in title:
+            axis.set_ylim(0, 100)
     axes[1].legend(fontsize=8)
-    axes[3].set_ylim(0, 100)
     figure.tight_layout()
     figure.savefig(output, dpi=110)
     plt.close(figure)
-
-
-def _series(rows: Sequence[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
-    points = [(row["step"], row[name]) for row in rows if name in row]
-    return [x for x, _ in points], [y for _, y in points]

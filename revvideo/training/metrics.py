@@ -1,78 +1,75 @@
-"""Scores of videos, gathered from all processes, and the accuracy that they make."""
+"""``metrics.csv``: a line for each logged step, written at once, and none of them twice."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import csv
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
 
-import torch
-from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.functional.classification import multiclass_accuracy
-from torchmetrics.utilities import dim_zero_cat
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
-TOP_K = 5
+from backbones.common.files import cut_lines, replacing
 
-
-class VideoScores(Metric):
-    """The scores of every video, from all processes, in the order of the manifest.
-
-    Call :meth:`update` at least once on each process, if need be with no video.
-    """
-
-    full_state_update = False
-    index: list[Tensor]
-    label: list[Tensor]
-    scores: list[Tensor]
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for name in ("index", "label", "scores"):
-            self.add_state(name, default=[], dist_reduce_fx="cat")
-
-    def update(self, index: Tensor, label: Tensor, scores: Tensor) -> None:
-        """Add videos: their (N,) indices and labels, and scores (N, num_classes)."""
-        self.index.append(index)
-        self.label.append(label)
-        self.scores.append(scores)
-
-    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Indices and labels (N,) and scores (N, num_classes) of all videos, by index."""
-        index, order = dim_zero_cat(self.index).sort()
-        if len(index) > 1 and bool((index[1:] == index[:-1]).any()):
-            raise RuntimeError("a video was tested twice")
-        return index, dim_zero_cat(self.label)[order], dim_zero_cat(self.scores)[order]
+_STEP = "step"  # the first column
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """Accuracy and what it was measured on.
+class MetricsLogger(Logger):
+    """Appends to the file of the sessions before, which Lightning's own logger deletes."""
 
-    Attributes:
-        top1, top5: in percent; top5 is of as many classes as there are, if they are fewer.
-        videos: how many were tested.
-        of: how many the set should have.
-    """
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._columns: list[str] = []
 
-    top1: float
-    top5: float
-    videos: int
-    of: int
+    @property
+    def name(self) -> str:
+        return self._path.name
 
-    def __str__(self) -> str:
-        return (
-            f"{self.top1:.1f} top-1, {self.top5:.1f} top-5 on {self.videos:,} of {self.of:,} videos"
-        )
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+        """Nothing: the run has a config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append a line; one with a new column adds it to the lines before."""
+        row = {_STEP: float(step or 0), **metrics}
+        if not self._columns and self._path.is_file():
+            with self._path.open() as file:
+                self._columns = next(csv.reader(file))
+        if new := [name for name in row if name not in self._columns]:
+            self._columns += new
+            before = read_metrics(self._path)
+            with replacing(self._path) as partial, partial.open("w") as file:
+                file.write(",".join(self._columns) + "\n")
+                self._write(file, before)
+        with self._path.open("a") as file:
+            self._write(file, [row])
+
+    def _write(self, file: TextIO, rows: Iterable[Mapping[str, float]]) -> None:
+        writer = csv.DictWriter(file, self._columns, lineterminator="\n")
+        writer.writerows({key: f"{value:.9g}" for key, value in row.items()} for row in rows)
 
 
-def accuracy(label: Tensor, scores: Tensor, of: int) -> Accuracy:
-    """Of (N,) labels and (N, num_classes) scores. NaN where there is no video."""
-    if not len(label):
-        return Accuracy(float("nan"), float("nan"), 0, of)
-    classes = scores.shape[1]
-    tops = [
-        multiclass_accuracy(scores, label, classes, average="micro", top_k=min(k, classes))
-        for k in (1, TOP_K)
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a ``metrics.csv``, each with what it holds; none where there is no file."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    # A kill may have cut the last one off; its step comes after the last checkpoint.
+    whole = [line for line in lines if line.endswith("\n")]
+    return [
+        {key: float(value) for key, value in row.items() if value} for row in csv.DictReader(whole)
     ]
-    top1, top5 = (100 * torch.stack(tops)).tolist()
-    return Accuracy(top1, top5, len(label), of)
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop what an interrupted session has logged from ``step`` on: it will be logged again."""
+
+    def stays(line: str) -> bool:
+        first = line.partition(",")[0]
+        return first == _STEP or float(first) < step
+
+    cut_lines(path, stays)

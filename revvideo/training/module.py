@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -16,30 +16,18 @@ from torch import Tensor, nn
 import backbones
 from backbones.common.errors import UserError
 from backbones.common.seeds import seed_of
-from revvideo.config import Config
 from revvideo.data.mixing import Mixing
 from revvideo.data.videos import VideoData
 from revvideo.models import AUTOCAST, build_model
-from revvideo.training.checkpoint import CLASSES, load_pretrained, require_complete
-from revvideo.training.metrics import VideoScores, accuracy
+from revvideo.settings import Config
+from revvideo.training.evaluation import Scores, accuracy, join_scores
 from revvideo.training.optim import build_optimizer
+from revvideo.training.weights import CLASSES, Weights, load_pretrained, require_complete
 
 logger = logging.getLogger("revvideo")
 
 
-class Batch(TypedDict):
-    """What the loaders give.
-
-    Attributes:
-        video: float (N, 3, T, H, W), the clips of one video one after the other.
-        label, index: (N,) of each clip; ``index`` counts the readable videos of the split.
-        problems: (path, reason) of each video that could not be read and is not among them.
-    """
-
-    video: Tensor
-    label: Tensor
-    index: Tensor
-    problems: list[tuple[str, str]]
+Batch = dict[str, Any]  # of revvideo.data.clips.collate
 
 
 class VideoModule(pl.LightningModule):
@@ -50,26 +38,23 @@ class VideoModule(pl.LightningModule):
 
     Args:
         config: of the run.
-        weights: to start from; "" for none.
-        complete: whether they must fit with their head, as they must to be tested.
+        weights: to start from or to test, or None; let go once they are in the network.
 
     Attributes:
         backbone: the network; there once the trainer has started.
         accuracy: of the last validation or test.
-        predictions: its (indices, labels, scores) by video, see :class:`VideoScores`.
+        predictions: the scores behind it.
         problems: the reason for each file that turned out to be unreadable, on this process.
         memory, stored_blocks: the memory policy, also where a budget has chosen it.
     """
 
     backbone: nn.Module
 
-    def __init__(self, config: Config, weights: str = "", *, complete: bool = False) -> None:
+    def __init__(self, config: Config, weights: Weights | None) -> None:
         super().__init__()
         self.config = config
         self.weights = weights
-        self.complete = complete
-        self.classes: list[str] = []
-        self.scores = VideoScores()
+        self._scores: list[Scores] = []
         self.problems: dict[str, str] = {}
         self.memory: str = config.train.memory
         self.stored_blocks = config.train.stored_blocks
@@ -77,25 +62,24 @@ class VideoModule(pl.LightningModule):
 
     @property
     def data(self) -> VideoData:
-        """The videos of the run."""
         return cast(VideoData, self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
         """Build the network; Lightning calls this, possibly more than once."""
         if hasattr(self, "backbone"):
             return
-        self.classes = self.data.classes
         # Here, because what has drawn before depends on the strategy.
         torch.manual_seed(self.config.train.seed)
-        model = build_model(self.config, len(self.classes))
-        if self.weights:
+        model = build_model(self.config, len(self.data.classes))
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        if self.weights is not None:
             report = load_pretrained(model, self.weights)
-            if self.complete:
+            self.weights = None
+            if not fitting:
                 require_complete(report)
             logger.info("%s", report)
         outputs = cast(nn.Linear, model.head).out_features
         _check_labels(self.data, outputs)
-        fitting = self.trainer.state.fn == TrainerFn.FITTING
         if self.config.train.memory_budget and fitting:
             self._fit_memory(model)
         self._mix = Mixing(self.config.augment, outputs)
@@ -108,7 +92,6 @@ class VideoModule(pl.LightningModule):
             fully_shard(model, mesh=self.device_mesh["data_parallel"])  # type: ignore[index]
 
     def _fit_memory(self, model: nn.Module) -> None:
-        """Choose the memory policy by the budget."""
         data, budget = self.config.data, self.config.train.memory_budget
         clips = self.data.loader_batch_size * self.config.augment.repeats
         size = (clips, 3, data.num_frames, data.crop_size, data.crop_size)
@@ -132,7 +115,6 @@ class VideoModule(pl.LightningModule):
         return cast(Tensor, self.backbone(video))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed what this step draws."""
         seed = self.config.train.seed
         torch.manual_seed(seed_of(seed, self.global_step, batch_idx, self.global_rank))
 
@@ -159,11 +141,9 @@ class VideoModule(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score the videos of a batch from one view each."""
         self._score(batch, views=1)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score the videos of a batch from all views."""
         self._score(batch, views=self.config.test.clips * self.config.test.crops)
 
     def _score(self, batch: Batch, views: int) -> None:
@@ -172,7 +152,7 @@ class VideoModule(pl.LightningModule):
         # A sharded model gathers its weights in each forward pass, on all processes at once.
         logits = self(video) if len(label) else self(self._blank_clip())[:0]
         scores = logits.float().softmax(dim=1).view(-1, views, logits.shape[1]).mean(dim=1)
-        self.scores.update(index[::views], label[::views], scores)
+        self._scores.append((index[::views], label[::views], scores))
 
     def _blank_clip(self) -> Tensor:
         data = self.config.data
@@ -180,32 +160,27 @@ class VideoModule(pl.LightningModule):
         return torch.zeros(shape, device=self.device)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the accuracy on all processes' videos."""
         self._conclude()
         self.log("val/top1", self.accuracy.top1, sync_dist=True)
         self.log("val/top5", self.accuracy.top5, sync_dist=True)
         self.log("val/videos", float(self.accuracy.videos), sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
-        """Keep the accuracy and the scores of all processes' videos."""
         self._conclude()
 
     def _conclude(self) -> None:
-        index, label, scores = self.scores.compute()
-        self.scores.reset()
-        # Of a single video, torchmetrics makes scalars.
-        index, label = index.view(-1), label.view(-1)
-        self.predictions = index, label, scores.view(len(index), -1)
+        self.predictions = _, label, scores = join_scores(self._scores)
+        self._scores.clear()
         self.accuracy = accuracy(label, scores, of=self.data.val_total)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with the recipe's schedule, step by step."""
         optim, per_epoch = self.config.optim, self.data.steps_per_epoch
+        steps = optim.epochs * per_epoch
         optimizer, scheduler = build_optimizer(
             self.backbone,
             optim,
             warmup_steps=round(optim.warmup_epochs * per_epoch),
-            total_steps=total_steps(self.config, per_epoch),
+            total_steps=min(steps, optim.max_steps or steps),
         )
         return {
             "optimizer": optimizer,
@@ -213,15 +188,8 @@ class VideoModule(pl.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the names of the classes and the config."""
-        checkpoint[CLASSES] = list(self.classes)
+        checkpoint[CLASSES] = list(self.data.classes)
         checkpoint["config"] = OmegaConf.to_yaml(OmegaConf.structured(self.config))
-
-
-def total_steps(config: Config, steps_per_epoch: int) -> int:
-    """Steps of the optimizer in a whole run."""
-    steps = config.optim.epochs * steps_per_epoch
-    return min(steps, config.optim.max_steps) if config.optim.max_steps else steps
 
 
 def _check_labels(data: VideoData, outputs: int) -> None:

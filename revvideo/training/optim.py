@@ -10,10 +10,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from backbones.engine.policies import blocks_of
+from backbones.models.trunk import layer_depths
 from revvideo.settings import OptimConfig
-
-_AFTER_THE_BLOCKS = ("norm.", "head.")
 
 
 def build_optimizer(
@@ -44,37 +42,22 @@ def param_groups(
     """Groups for an optimizer, with their own weight decay and learning rate.
 
     One-dimensional parameters (biases, norms) are not decayed. With layer decay (ELECTRA, arXiv
-    2003.10555, section 3.1, as ViTs are fine-tuned) the head and the last norm have the rate
-    ``lr``, the last block ``lr * layer_decay``, the one before ``lr * layer_decay**2``, …, and the
-    patch embedding with the positions comes after the first block.
+    2003.10555, section 3.1, as ViTs are fine-tuned) the learning rate falls from the head to the
+    patch embedding; see :func:`backbones.models.trunk.layer_depths`.
     """
-    blocks = [*blocks_of(model)]
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    depths = layer_depths(model)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        depth = _depth_below_head(name, blocks)
-        decays = parameter.ndim > 1
+        depth, decays = depths[name], parameter.ndim > 1
+        rate, decay = lr * layer_decay**depth, weight_decay if decays else 0.0
         group = groups.setdefault(
-            (depth, decays),
-            {
-                "params": [],
-                "lr": lr * layer_decay**depth,
-                "weight_decay": weight_decay if decays else 0.0,
-            },
+            (depth, decays), {"params": [], "lr": rate, "weight_decay": decay}
         )
         group["params"].append(parameter)
     # The head first: its learning rate is the one that is logged.
     return [groups[key] for key in sorted(groups)]
-
-
-def _depth_below_head(name: str, blocks: list[str]) -> int:
-    if name.startswith(_AFTER_THE_BLOCKS):
-        return 0
-    for index, block in enumerate(blocks):
-        if name.startswith(f"{block}."):
-            return len(blocks) - index
-    return len(blocks) + 1
 
 
 def lr_factor(step: int, *, warmup: int, total: int, start: float, end: float) -> float:

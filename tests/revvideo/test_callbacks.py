@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from revvideo.training.callbacks import MetricsLogger, read_metrics
+from revvideo.training.metrics import MetricsLogger, cut_metrics, read_metrics
 
 
 def test_a_new_column_is_added_to_the_lines_before(tmp_path: Path) -> None:
-    log = MetricsLogger(tmp_path / "metrics.csv", start_step=0)
+    log = MetricsLogger(tmp_path / "metrics.csv")
     log.log_metrics({"train/loss": 1.5}, step=0)
     log.log_metrics({"val/top1": 50.0}, step=1)
-    assert read_metrics(log.path) == [
+    assert read_metrics(tmp_path / "metrics.csv") == [
         {"step": 0, "train/loss": 1.5},
         {"step": 1, "val/top1": 50.0},
     ]
@@ -23,14 +23,15 @@ def test_a_new_column_is_added_to_the_lines_before(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [0, 1, 3, 4, 5, 11])
 def test_a_resumed_session_continues_whatever_a_kill_has_cut_off(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "metrics.csv"
-    first = MetricsLogger(path, start_step=0)
+    first = MetricsLogger(path)
     for step in range(3):
         first.log_metrics({"train/loss": 1.25, "lr": 1.5e-7}, step=step)
     content = path.read_text()
     assert content.endswith("2,1.25,1.5e-07\n")
     path.write_text(content[: len(content) - cut])
     assert len(read_metrics(path)) == (3 if cut == 0 else 2)
-    second = MetricsLogger(path, start_step=2)
+    cut_metrics(path, 2)
+    second = MetricsLogger(path)
     second.log_metrics({"train/loss": 0.5, "lr": 1e-7}, step=2)
     rows = read_metrics(path)
     assert [row["step"] for row in rows] == [0, 1, 2]

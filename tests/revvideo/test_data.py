@@ -14,7 +14,7 @@ from revvideo.data.mixing import Mixing
 from revvideo.data.videos import VideoData
 from revvideo.run import main
 from revvideo.scan import main as scan
-from revvideo.training.metrics import VideoScores, accuracy
+from revvideo.training.evaluation import accuracy, join_scores
 from revvideo.training.module import Batch, VideoModule
 from tests.revvideo.tiny_set import arguments, build_set
 
@@ -129,17 +129,18 @@ def _must_not_be_called(path: Path) -> None:
 
 
 def test_scores_come_in_the_order_of_the_videos_and_once():
-    scores = VideoScores()
-    scores.update(torch.tensor([3, 1]), torch.tensor([0, 1]), torch.eye(2))
-    scores.update(torch.tensor([], dtype=torch.int64), torch.tensor([]), torch.zeros(0, 2))
-    scores.update(torch.tensor([2]), torch.tensor([1]), torch.tensor([[0.9, 0.1]]))
-    index, label, values = scores.compute()
+    batches = [
+        (torch.tensor([3, 1]), torch.tensor([0, 1]), torch.eye(2)),
+        (torch.tensor([], dtype=torch.int64), torch.tensor([]), torch.zeros(0, 2)),
+        (torch.tensor([2]), torch.tensor([1]), torch.tensor([[0.9, 0.1]])),
+    ]
+    index, label, values = join_scores(batches)
     assert index.tolist() == [1, 2, 3] and label.tolist() == [1, 1, 0]
-    found = accuracy(label.long(), values, of=5)
+    found = accuracy(label, values, of=5)
     assert str(found) == "66.7 top-1, 100.0 top-5 on 3 of 5 videos"
-    scores.update(torch.tensor([1]), torch.tensor([1]), torch.ones(1, 2))
+    again = (torch.tensor([1]), torch.tensor([1]), torch.ones(1, 2))
     with pytest.raises(RuntimeError, match="tested twice"):
-        scores.compute()
+        join_scores([*batches, again])
 
 
 def test_top_five_counts_the_five_best():
@@ -154,14 +155,14 @@ def test_the_softmax_scores_of_the_views_of_a_video_are_averaged():
         def forward(self, video: torch.Tensor) -> torch.Tensor:
             return video[:, :2, 0, 0, 0]  # the first pixel of two channels stands for the logits
 
-    module = VideoModule(load_config("configs/video/demo/motion.yaml"))
+    module = VideoModule(load_config("configs/video/demo/motion.yaml"), None)
     module.backbone = Fixed()
     logits = torch.tensor([[9.0, 0.0], [0.0, 3.0], [2.0, 1.0], [0.0, 8.0]])
     video = torch.zeros(4, 3, 1, 1, 1)
     video[:, :2, 0, 0, 0] = logits
     index = torch.tensor([5, 5, 2, 2])
     module._score(Batch(video=video, label=index % 2, index=index, problems=[]), views=2)
-    found, label, scores = module.scores.compute()
+    found, label, scores = join_scores(module._scores)
     assert found.tolist() == [2, 5] and label.tolist() == [0, 1]
     expected = logits.softmax(dim=1).view(2, 2, 2).mean(dim=1).flip(0)
     torch.testing.assert_close(scores, expected)

@@ -9,15 +9,17 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from revvideo import labelled, pictures
 from revvideo.data.decode import Video
 from revvideo.errors import VideoError
+from revvideo.prediction import media, pictures
 from revvideo.prediction.media import write_labelled
-from revvideo.prediction.pictures import draw_curve, draw_sheet, draw_strip, some_frames
+from revvideo.prediction.pictures import draw_curve, draw_strip, some_frames
+from revvideo.prediction.predictor import Windows
 
 RED, GREEN, BLUE = (220, 20, 20), (20, 200, 20), (20, 20, 220)
 ENCODING = {"qp": "10", "preset": "ultrafast"}
@@ -33,7 +35,6 @@ def write_video(
     size: tuple[int, int] = (64, 48),
     *,
     rate: Fraction = Fraction(25),
-    sound: str = "",
     first: float = 0.0,
 ) -> Path:
     """A video that gets brighter, with frames at ``times`` after ``first`` seconds."""
@@ -42,19 +43,11 @@ def write_video(
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p" if size[0] % 2 == size[1] % 2 == 0 else "yuv444p"
         stream.codec_context.time_base = Fraction(1, 90_000)
-        audio = container.add_stream(sound, 16_000, layout="mono") if sound else None
         for number, time in enumerate(times):
             frame = av.VideoFrame.from_ndarray(plain([100 + number % 100] * 3, size))
             frame.pts, frame.time_base = round((first + time) * 90_000), Fraction(1, 90_000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-        if audio is not None:
-            wave = 0.3 * np.sin(np.arange(round(16_000 * times[-1])) * 2 * np.pi * 500 / 16_000)
-            frame = av.AudioFrame.from_ndarray(wave.astype(np.float32)[None], "fltp", "mono")
-            frame.sample_rate = 16_000
-            frame.pts, frame.time_base = round(first * 16_000), Fraction(1, 16_000)
-            container.mux(audio.encode(frame))
-            container.mux(audio.encode())
     return path
 
 
@@ -102,7 +95,9 @@ def test_a_curve_draws_the_classes_that_matter(tmp_path, figure):
     scores[:2, 3], scores[2:, 7], scores[1, 5] = 0.8, 0.6, 0.3
     classes = [f"class {i}" for i in range(10)]
     clip = [(time, plain(RED)) for time in (0.0, 2.0, 4.0)]
-    draw_curve(times, scores, classes, clip, tmp_path / "curve.png")
+    starts, ends = [time - 0.5 for time in times], [time + 0.5 for time in times]
+    windows = Windows(starts, ends, torch.from_numpy(scores))
+    draw_curve(windows, classes, clip, tmp_path / "curve.png")
     axis = figure().axes[-1]
     lines = {line.get_label(): line for line in axis.lines}
     assert len(lines) == pictures.CURVES < len(classes)
@@ -115,16 +110,6 @@ def test_a_curve_draws_the_classes_that_matter(tmp_path, figure):
     spans = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in axis.patches]
     assert spans == [(0, 1), (1, 2), (2, 3), (3, 4)]
     assert (tmp_path / "curve.png").stat().st_size > 5000
-
-
-def test_a_sheet_has_a_row_for_each_class(tmp_path, figure):
-    clips = [[(0.0, plain(RED)), (0.5, plain(GREEN))], [(0.0, plain(BLUE, (32, 48)))]]
-    draw_sheet({"left": clips, "right": clips}, "two classes", tmp_path / "sheet.png")
-    shown = [axis for axis in figure().axes if axis.images]
-    assert len(shown) == 6
-    assert [axis.get_ylabel() for axis in shown if axis.get_ylabel()] == ["left", "right"]
-    assert [axis.get_title() for axis in shown[:3]] == ["0.0 s", "0.5 s", "0.0 s"]
-    assert not any(axis.get_title() for axis in shown[3:])
 
 
 def test_some_frames_reach_from_the_first_to_the_last(tmp_path):
@@ -152,7 +137,7 @@ def test_some_frames_reach_from_the_first_to_the_last(tmp_path):
 def test_a_labelled_copy_keeps_the_times_of_the_frames(tmp_path, times, rate, first):
     source = write_video(tmp_path / "a.mkv", times, rate=rate, first=first)
     with Video(source) as video:
-        write_labelled(source, video, ["label"] * len(video), tmp_path / "b.mp4")
+        write_labelled(video, ["label"] * len(video), tmp_path / "b.mp4")
     copied, shown = decode(tmp_path / "b.mp4")
     assert shown == pytest.approx(times, abs=1.1e-3)  # Matroska counts milliseconds
     expected = [100 + i for i in range(len(times))]
@@ -163,7 +148,7 @@ def test_a_label_is_drawn_on_its_frames(tmp_path):
     source = write_video(tmp_path / "a.mp4", [i / 25 for i in range(30)], (320, 240))
     with Video(source) as video:
         labels = ["one label"] * 20 + ["another, longer label"] * 10
-        write_labelled(source, video, labels, tmp_path / "b.mp4")
+        write_labelled(video, labels, tmp_path / "b.mp4")
     copied, _ = decode(tmp_path / "b.mp4")
     band = [frame[-20:].astype(int) for frame in copied]
     assert all((part.max(axis=2) > 200).sum() > 60 for part in band), "white letters"
@@ -186,40 +171,20 @@ def test_a_label_is_drawn_on_its_frames(tmp_path):
 def test_the_size_of_a_copy(tmp_path, size, expected):
     source = write_video(tmp_path / "a.mkv", [0.0, 0.04], size)
     with Video(source) as video:
-        write_labelled(source, video, ["label"] * 2, tmp_path / "b.mp4")
+        write_labelled(video, ["label"] * 2, tmp_path / "b.mp4")
     assert decode(tmp_path / "b.mp4")[0][0].shape == (*expected[::-1], 3)
 
 
 def test_a_long_label_stays_inside(tmp_path):
     for size in ((240, 426), (320, 240)):
-        tag = np.asarray(labelled._tag("shredding paper, very slowly  100%", size))
+        tag = np.asarray(media._tag("shredding paper, very slowly  100%", size))
         columns = np.flatnonzero(tag[..., :3].any(axis=(0, 2)))
         assert columns[0] > 0 and columns[-1] < size[0] - 1
 
 
-@pytest.mark.parametrize(
-    ("codec", "suffix", "kept"),
-    [("aac", ".mp4", True), ("libmp3lame", ".mkv", True), ("pcm_s16le", ".mkv", False)],
-)
-def test_sound_comes_along_where_mp4_can_hold_it(tmp_path, codec, suffix, kept):
-    times = [i / 25 for i in range(50)]
-    source = write_video(tmp_path / f"a{suffix}", times, sound=codec, first=0.8)
-    with Video(source) as video:
-        write_labelled(source, video, ["label"] * 50, tmp_path / "b.mp4")
-    with av.open(str(tmp_path / "b.mp4")) as copy:
-        assert bool(copy.streams.audio) == kept
-        if kept:
-            frames = list(copy.decode(audio=0))
-            assert frames[0].time == pytest.approx(0, abs=0.1), "in step with the pictures"
-            sound = np.concatenate([frame.to_ndarray().ravel() for frame in frames])
-            assert len(sound) / 16_000 == pytest.approx(times[-1], abs=0.2)
-            assert np.abs(np.fft.rfft(sound[:16_000])).argmax() == pytest.approx(500, abs=3)
-    assert len(decode(tmp_path / "b.mp4")[1]) == 50
-
-
 def test_a_copy_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
     source = write_video(tmp_path / "a.mp4", [i / 25 for i in range(40)])
-    monkeypatch.setattr(labelled, "FRAMES_AT_ONCE", 16)
+    monkeypatch.setattr(media, "FRAMES_AT_ONCE", 16)
     with Video(source) as video:
         frames = video.frames
 
@@ -230,5 +195,5 @@ def test_a_copy_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
 
         monkeypatch.setattr(video, "frames", broken)
         with pytest.raises(VideoError, match="30 frames"):
-            write_labelled(source, video, ["label"] * 40, tmp_path / "b.mp4")
+            write_labelled(video, ["label"] * 40, tmp_path / "b.mp4")
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]

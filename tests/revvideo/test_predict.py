@@ -18,10 +18,14 @@ import pytest
 import torch
 
 from backbones.common.errors import UserError
+from backbones.common.files import find_files
 from revvideo.config import load_config
 from revvideo.data.decode import Video
-from revvideo.predict import drawing_names, find_inputs, frame_labels, main
+from revvideo.data.layouts import has_video_extension
+from revvideo.predict import main
+from revvideo.prediction.media import frame_labels
 from revvideo.prediction.predictor import MOST_WINDOWS, Predictor
+from revvideo.prediction.results import drawing_names
 from revvideo.run import main as train
 from tests.revvideo.tiny_set import arguments, build_set, write_video
 
@@ -161,7 +165,7 @@ def test_a_long_video_is_followed_over_time(predict, tmp_path):
 def test_a_window_has_the_scores_of_its_clip(trained, tmp_path):
     config = load_config(trained / "config.yaml")
     weights = str(trained / "checkpoints" / "last.ckpt")
-    predictor = Predictor(config, weights, device="cpu", batch_size=3)
+    predictor = Predictor(config, weights, device=torch.device("cpu"), batch_size=3)
     with Video(long_video(tmp_path / "long.mp4")) as video:
         windows = predictor.windows(video)
         frames = video.frames(range(len(video)))
@@ -181,7 +185,7 @@ def test_a_window_has_the_scores_of_its_clip(trained, tmp_path):
 def test_windows_are_not_too_many_and_a_short_video_has_none(trained, videos):
     config = load_config(trained / "config.yaml")
     weights = str(trained / "checkpoints" / "last.ckpt")
-    predictor = Predictor(config, weights, device="cpu", batch_size=64)
+    predictor = Predictor(config, weights, device=torch.device("cpu"), batch_size=64)
 
     class Fake:
         def __init__(self, seconds: float) -> None:
@@ -218,7 +222,9 @@ def test_inputs_are_files_folders_and_patterns(tmp_path):
     (output / "videos" / "copy.mp4").touch()
 
     def names(*arguments: str) -> list[str]:
-        found = find_inputs([str(tmp_path / a) for a in arguments], output)
+        found = find_files(
+            [str(tmp_path / a) for a in arguments], has_video_extension, "video", passed_over=output
+        )
         return [str(path.relative_to(tmp_path)) for path in found]
 
     assert names("") == ["a.mp4", "b.MKV", "deep/er/c.webm", "folder.mp4/d.avi"]
@@ -294,7 +300,7 @@ def test_what_was_found_is_kept_when_it_is_stopped(predict, videos, tmp_path, mo
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("revvideo.predict._look_closer", stop)
+    monkeypatch.setattr("revvideo.predict.look_closer", stop)
     with pytest.raises(KeyboardInterrupt):
         predict(videos / "val")
     content = json.loads((tmp_path / "out" / "predictions.json").read_text())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from revvideo.data.clips import ClipDataset
-from revvideo.training.callbacks import read_metrics
+from revvideo.training.metrics import read_metrics
 from revvideo.training.module import VideoModule
 from tests.revvideo import forked
 from tests.revvideo.tiny_set import RANDOM, arguments, losses, predictions

@@ -9,9 +9,16 @@ import torch
 
 import backbones
 from backbones.common.errors import UserError
+from backbones.weights.checkpoint import Checkpoint
 from revvideo.config import load_config
 from revvideo.models import build_model
-from revvideo.training.checkpoint import load_pretrained, load_run, require_complete
+from revvideo.training.weights import (
+    Weights,
+    load_pretrained,
+    load_run,
+    read_weights,
+    require_complete,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CLIPS = GOLDEN / "rev_mvit_video_tiny.pyth"
@@ -31,7 +38,7 @@ def test_a_still_clip_is_classified_as_its_image_is():
     images = backbones.from_pyslowfast(IMAGES).double().eval()
     expected = torch.load(IMAGES.with_suffix(".expected.pt"), weights_only=True)
     model = image_model_for_clips(classes=images.head.out_features)
-    report = load_pretrained(model, str(IMAGES))
+    report = load_pretrained(model, read_weights(IMAGES))
     still = expected["input"].double()
     with torch.no_grad():
         logits = model(still[:, :, None].expand(-1, -1, 6, -1, -1))
@@ -46,7 +53,7 @@ def test_a_still_clip_is_classified_as_its_image_is():
 
 def test_inflating_resizes_positions_and_leaves_another_head_out():
     model = image_model_for_clips(size=96, classes=7)
-    report = load_pretrained(model, str(IMAGES))
+    report = load_pretrained(model, read_weights(IMAGES))
     assert "pos_embed.spatial.weight" in report.resized
     assert report.missing == ["head.weight", "head.bias"]
     with pytest.raises(UserError, match="its head does not fit"):
@@ -57,19 +64,11 @@ def test_image_weights_for_another_architecture_name_the_right_one():
     model = backbones.create_model("rev_mvit_base_16x4", num_frames=4, img_size=64, embed_dim=8)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images = backbones.create_model("rev_mvit_base", img_size=64, embed_dim=8)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "revvideo.training.checkpoint.read_checkpoint", lambda path: _checkpoint(images)
-        )
-        with pytest.raises(UserError, match=r"model\.name=rev_mvit_base"):
-            load_pretrained(model, "REV_MVIT_B.pyth")
+    name = "REV_MVIT_B.pyth"
+    weights = Weights(name, Checkpoint(Path(name), dict(images.state_dict())), [])
+    with pytest.raises(UserError, match=r"model\.name=rev_mvit_base"):
+        load_pretrained(model, weights)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
-def _checkpoint(model: torch.nn.Module) -> object:
-    from backbones.weights.checkpoint import Checkpoint
-
-    return Checkpoint(dict(model.state_dict()))
 
 
 def golden_config(*overrides: str):
@@ -96,7 +95,7 @@ def test_a_kinetics_file_is_a_model_to_predict_with():
 
 def test_more_frames_extend_the_positions_in_time():
     model = build_model(golden_config("data.num_frames=8"), 5)
-    report = load_pretrained(model, str(CLIPS))
+    report = load_pretrained(model, read_weights(CLIPS))
     assert report.resized["pos_embed.temporal"] == "from 2 in time to 4 in time"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from revvideo.training.callbacks import read_metrics
+from revvideo.training.metrics import read_metrics
 
 CLASSES = ("bright", "dark", "striped")
 
