@@ -1,13 +1,21 @@
-"""Any model of :mod:`backbones` as a Detectron2 backbone."""
+"""Any model of :mod:`backbones` as a Detectron2 backbone, and the detector of a recipe."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from math import log2
 
+from detectron2.config import instantiate
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import Backbone
+from omegaconf import DictConfig
 from torch import Tensor, nn
+
+import backbones
+from backbones.common.errors import UserError
+
+logger = logging.getLogger("revdet")
 
 
 class TrunkBackbone(Backbone):
@@ -37,12 +45,9 @@ class TrunkBackbone(Backbone):
                 raise ValueError(f"the trunk has no map {name!r}; it has {', '.join(names)}")
         self._names = names
         self._out_features = list(out_features or names)
-        self._out_feature_channels = {
-            name: info["num_chs"] for name, info in zip(names, model.feature_info, strict=True)
-        }
-        self._out_feature_strides = {
-            name: info["reduction"] for name, info in zip(names, model.feature_info, strict=True)
-        }
+        infos = dict(zip(names, model.feature_info, strict=True))
+        self._out_feature_channels = {name: info["num_chs"] for name, info in infos.items()}
+        self._out_feature_strides = {name: info["reduction"] for name, info in infos.items()}
         self.norms = nn.ModuleDict(
             {
                 name: get_norm("LN", self._out_feature_channels[name])
@@ -87,4 +92,24 @@ def find_trunk(model: nn.Module) -> tuple[str, nn.Module]:
     for name, module in model.named_modules():
         if isinstance(module, TrunkBackbone):
             return f"{name}.model.".lstrip("."), module.model
-    raise ValueError(f"{type(model).__name__} has no TrunkBackbone (see revdet/backbone.py)")
+    raise ValueError(f"{type(model).__name__} has no TrunkBackbone (see revdet/models.py)")
+
+
+def build_model(cfg: DictConfig, device: str = "cpu") -> nn.Module:
+    """The detector of a recipe with its memory policy, on a device.
+
+    Raises:
+        UserError: the recipe does not fit together.
+    """
+    settings = cfg.train
+    try:
+        model: nn.Module = instantiate(cfg.model)
+        backbones.set_memory(model.backbone, settings.memory, settings.stored_blocks)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the model cannot be built: {type(error).__name__}: {error}") from error
+    trunk, total = (sum(p.numel() for p in m.parameters()) for m in (model.backbone, model))
+    logger.info(
+        f"model: {total / 1e6:.2f} M parameters, {trunk / 1e6:.2f} M of them in the trunk and "
+        f"pyramid; memory policy {settings.memory}, {settings.stored_blocks} blocks stored"
+    )
+    return model.to(device)

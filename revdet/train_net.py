@@ -35,37 +35,21 @@ curves.png, pictures/ and checkpoints, the best one among them (model_best.pth).
 
 from __future__ import annotations
 
-import revdet  # noqa: F401  first, because it quiets the deprecations of what follows
-
-# isort: split
 import argparse
-import logging
 import os
 import sys
 import time
-from pathlib import Path
+from typing import Any
 
-import torch
+if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.realpath(__file__)):
+    del sys.path[0]  # else this folder's config, data and models would hide other people's
+
 import torch.distributed as dist
-from detectron2.config import LazyConfig
-from detectron2.utils import comm
-from detectron2.utils.collect_env import collect_env_info
-from detectron2.utils.env import seed_all_rng
-from omegaconf import DictConfig
-from torch.multiprocessing.spawn import ProcessRaisedException
 
 from backbones.common.console import config_parser
 from backbones.common.errors import UserError
-from revdet.config import load_config
-from revdet.data.normalise import use_normalised
+from revdet.quiet import quiet
 from revdet.settings import settings_help
-from revdet.training.build import build_model
-from revdet.training.checkpoint import Checkpointer
-from revdet.training.hardware import is_first_on_machine, launch
-from revdet.training.preflight import log_to, preflight
-from revdet.training.run import evaluate, finish, train
-
-logger = logging.getLogger("revdet")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -104,11 +88,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns the exit status: 2 for what the user can fix."""
     args = parse_args(argv)
+    quiet()
+    # Late: after quiet(), and --help needs none of it.
+    from revdet.config import load_config
+    from revdet.training.hardware import is_first_on_machine, launch
+    from revdet.training.preflight import preflight
+
     try:
         cfg = load_config(args.config, args.overrides)
         device = preflight(cfg, args)
         launch(
-            run,
+            _process,
             (cfg, device, args),
             num_gpus=args.num_gpus,
             num_machines=args.num_machines,
@@ -121,62 +111,18 @@ def main(argv: list[str] | None = None) -> int:
             # Before torchrun's processes join, all of them find out the same, and the first one
             # says it. torchrun ends all when one ends, so the others wait for it to do so.
             time.sleep(60)
-            return 2
-        return _fail(error)
-    except ProcessRaisedException as error:
-        if "backbones.common.errors.UserError: " not in str(error).strip().splitlines()[-1]:
-            raise
-        return _fail(error)
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
-def _fail(error: Exception) -> int:
-    """Print what the user can fix. Another process sends its traceback, which ends with that."""
-    last = str(error).strip().splitlines()[-1]
-    print(f"error: {last.removeprefix('backbones.common.errors.UserError: ')}", file=sys.stderr)
-    return 2
+def _process(cfg: Any, device: str, args: argparse.Namespace) -> None:
+    """What each process does, in one that this command has started or in its own."""
+    quiet()
+    from revdet.training.run import run
 
-
-def run(cfg: DictConfig, device: str, args: argparse.Namespace) -> None:
-    """What each process does."""
-    _set_up_output(cfg, args)
-    use_normalised(cfg, evaluation_only=args.eval_only)
-    if cfg.train.deterministic:
-        _be_deterministic()
-    seed_all_rng(cfg.train.seed)
-    model = build_model(cfg, device)
-    if args.eval_only:
-        Checkpointer(model).load(args.weights)
-        finish(cfg, model, evaluate(cfg, model), {"checkpoint": args.weights}, trained=False)
-    else:
-        train(cfg, model, resume=args.resume)
-
-
-def _set_up_output(cfg: DictConfig, args: argparse.Namespace) -> None:
-    output_dir = Path(cfg.train.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    log_to(str(output_dir), comm.get_rank())
-    # The trainer logs the traceback of any error; for one that the user can fix, a line is enough.
-    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_not_for_the_user)
-    if comm.is_main_process() and not args.eval_only:
-        (output_dir / "environment.txt").write_text(collect_env_info() + "\n")
-        LazyConfig.save(cfg, str(output_dir / "config.yaml"))
-        logger.info(f"{args.config} -> {output_dir} (config.yaml, environment.txt, log.txt)")
-
-
-def _is_not_for_the_user(record: logging.LogRecord) -> bool:
-    error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, UserError | FloatingPointError)
-
-
-def _be_deterministic() -> None:
-    """The same seed on the same machine gives the same bits; an operation that cannot is an error.
-
-    What a GPU needs for it is read when its libraries start, so this comes before they do.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True)
+    run(cfg, device, args)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from backbones.common.errors import UserError, error_line
 from backbones.common.images import read_image
-from revdet.training.build import build_model
+from revdet.models import build_model
 from revdet.training.checkpoint import Checkpointer
 
 

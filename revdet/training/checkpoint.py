@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import _IncompatibleKeys
-from torch import nn
+from torch import Tensor, nn
 
-import backbones
-from backbones.common.errors import UserError, error_line
+from backbones.common.errors import UserError
+from backbones.common.files import replacing
+from backbones.weights.checkpoint import Checkpoint, WeightsError, read_checkpoint
 from backbones.weights.download import download
+from backbones.weights.loading import load_checkpoint
 from revdet.models import find_trunk
 
 logger = logging.getLogger("revdet")
@@ -28,51 +27,39 @@ CLASS_LAYERS = ("roi_heads.box_predictor.", "roi_heads.mask_head.predictor.")
 class Checkpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, atomic and strict.
 
-    Args and methods as for ``DetectionCheckpointer``. Files are unpickled with
-    ``weights_only=True``. Under ``"model"`` a file has the weights to evaluate and to predict
-    with; a run that averages its weights keeps those that it trains under ``"training_model"``,
-    which is the name of a checkpointable then.
-
-    Attributes:
-        strict: whether every weight of the model must be in the file, and no other. True to
-            resume and to evaluate. False to start from pretrained weights: then the class layers
-            may differ and weights may be missing, but none that is there may have another shape.
+    Args and methods as for ``DetectionCheckpointer``. No code in a file is run. Under ``"model"`` a
+    file has the weights to evaluate and to predict with; a run that averages its weights keeps
+    those that it trains under ``"training_model"``, which is the name of a checkpointable then.
     """
 
-    strict = True
-
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``<name>.pth`` under another name, then rename it: it is whole, or not there."""
-        if not self.save_dir or not self.save_to_disk:
-            return
+        """Write ``<name>.pth``, whole or not at all, and make it the one to resume from."""
         states = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
-        self._write(name, {"model": self.model.state_dict(), **kwargs, **states})
-        self.tag_last_checkpoint(f"{name}.pth")
+        if self._write(name, {**kwargs, **states}):
+            self.tag_last_checkpoint(f"{name}.pth")
 
     def save_weights(self, name: str, **facts: float) -> None:
         """Write ``<name>.pth`` with the weights to evaluate and ``facts``, not to resume from."""
-        if self.save_dir and self.save_to_disk:
-            self._write(name, {"model": self.model.state_dict(), **facts})
+        self._write(name, facts)
 
-    def _write(self, name: str, content: dict[str, Any]) -> None:
+    def _write(self, name: str, content: dict[str, Any]) -> bool:
+        if not self.save_dir or not self.save_to_disk:
+            return False
         path = Path(self.save_dir) / f"{name}.pth"
         self.logger.info(f"Saving checkpoint to {path}")
-        partial = path.with_suffix(".pth.partial")
-        with partial.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with replacing(path) as partial:
+            torch.save({"model": self.model.state_dict(), **content}, partial)
+        return True
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Name the newest checkpoint in ``last_checkpoint``, atomically too."""
-        tag = Path(self.save_dir) / "last_checkpoint"
-        partial = tag.with_name("last_checkpoint.partial")
-        partial.write_text(last_filename_basename)
-        partial.replace(tag)
+        with replacing(Path(self.save_dir) / "last_checkpoint") as partial:
+            partial.write_text(last_filename_basename)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a checkpoint, a file or an address; see ``DetectionCheckpointer.load``.
+
+        Every weight of the model must be in it, and no other.
 
         Raises:
             UserError: the file is missing, is no checkpoint, or does not fit the model, which is
@@ -83,28 +70,8 @@ class Checkpointer(DetectionCheckpointer):
         return result
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        try:
-            content = torch.load(filename, map_location="cpu", weights_only=True)
-        except (
-            EOFError,
-            OSError,
-            RuntimeError,
-            ValueError,
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-        ) as error:
-            raise UserError(
-                f"checkpoint {filename} cannot be read ({error_line(error)}): it is cut off, or no "
-                "plain file of weights"
-            ) from error
-        weights = content.get("model", content) if isinstance(content, dict) else None
-        if (
-            not isinstance(weights, dict)
-            or not weights
-            or not all(isinstance(value, torch.Tensor) for value in weights.values())
-        ):
-            raise UserError(f"checkpoint {filename} holds no weights under 'model'")
-        return content if "model" in content else {"model": content}
+        checkpoint = read_checkpoint(Path(filename))
+        return {**checkpoint.content, "model": checkpoint.tensors}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
         averaged = "training_model" in checkpoint
@@ -113,46 +80,60 @@ class Checkpointer(DetectionCheckpointer):
                 f"checkpoint {self._path} is of a run with{'' if averaged else 'out'} averaged "
                 "weights: resume it with the train.ema_decay that is in its config.yaml"
             )
-        theirs = {key.removeprefix("module."): v for key, v in checkpoint.pop("model").items()}
+        return self._copy(checkpoint.pop("model"), self._path, strict=True)
+
+    def start_from(self, checkpoint: Checkpoint) -> None:
+        """Start from pretrained weights of a detector.
+
+        Its class layers may differ and weights may be missing, but none that is there may have
+        another shape.
+
+        Raises:
+            UserError: the checkpoint does not fit the model, which is then untouched.
+        """
+        missing = self._copy(checkpoint.tensors, str(checkpoint.path), strict=False)
+        self._log_incompatible_keys(missing)
+
+    def _copy(self, tensors: dict[str, Tensor], path: str, *, strict: bool) -> _IncompatibleKeys:
+        theirs = {key.removeprefix("module."): value for key, value in tensors.items()}
         ours = self.model.state_dict()
         missing = [key for key in ours if key not in theirs]
         unexpected = [key for key in theirs if key not in ours]
         reshaped = [k for k in ours if k in theirs and ours[k].shape != theirs[k].shape]
-        classes = []
-        if not self.strict:
-            classes = [key for key in reshaped if key.startswith(CLASS_LAYERS)]
-            reshaped = [key for key in reshaped if key not in classes]
-            theirs = {key: value for key, value in theirs.items() if key not in classes}
+        anew = [key for key in reshaped if not strict and key.startswith(CLASS_LAYERS)]
+        reshaped = [key for key in reshaped if key not in anew]
         nothing_fits = len(missing) == len(ours)
-        if reshaped or nothing_fits or (self.strict and (missing or unexpected)):
-            raise UserError(self._misfit(missing, unexpected, reshaped))
-        self.model.load_state_dict(theirs, strict=False)
-        if classes:
-            self.logger.warning(f"trained anew, for other classes: {', '.join(classes)}")
+        if reshaped or nothing_fits or (strict and (missing or unexpected)):
+            raise UserError(_misfit(path, missing, unexpected, reshaped))
+        fitting = {key: value for key, value in theirs.items() if key not in anew}
+        self.model.load_state_dict(fitting, strict=False)
+        if anew:
+            self.logger.warning(f"trained anew, for other classes: {', '.join(anew)}")
         return _IncompatibleKeys(missing, unexpected, [])
 
-    def _misfit(self, missing: list[str], unexpected: list[str], reshaped: list[str]) -> str:
-        counts = [
-            f"{len(keys)} weights {what} (first: {keys[0]})"
-            for what, keys in (
-                ("have another shape", reshaped),
-                ("are missing", missing),
-                ("are unknown to the model", unexpected),
-            )
-            if keys
-        ]
-        return (
-            f"checkpoint {self._path} is of another architecture: {'; '.join(counts)}. Use the "
-            "config it was trained with (config.yaml beside it)"
+
+def _misfit(path: str, missing: list[str], unexpected: list[str], reshaped: list[str]) -> str:
+    counts = [
+        f"{len(keys)} weights {what} (first: {keys[0]})"
+        for what, keys in (
+            ("have another shape", reshaped),
+            ("are missing", missing),
+            ("are unknown to the model", unexpected),
         )
+        if keys
+    ]
+    return (
+        f"checkpoint {path} is of another architecture: {'; '.join(counts)}. Use the config it was "
+        "trained with (config.yaml beside it)"
+    )
 
 
 def load_initial_weights(model: nn.Module, source: str) -> None:
     """Start a detector from pretrained weights, those of a detector or of its trunk alone.
 
     Which of them it is shows in the names of the weights. Of a detector the class layers may
-    differ, and weights may be missing. A trunk's file is loaded by :func:`backbones.load_weights`:
-    PySlowFast's layout, mmpretrain's or this package's; all of the trunk must be in it, and
+    differ, and weights may be missing. A trunk's file is loaded as :func:`backbones.load_weights`
+    does: PySlowFast's layout, mmpretrain's or this package's; all of the trunk must be in it, and
     position embeddings are resized. What was loaded goes to the log.
 
     Args:
@@ -163,14 +144,14 @@ def load_initial_weights(model: nn.Module, source: str) -> None:
         UserError: the file cannot be had or read, or does not fit. The model is then untouched.
     """
     path = fetch_weights(source)
-    if _is_of_detector(path, model):
-        checkpointer = Checkpointer(model)
-        checkpointer.strict = False
-        checkpointer.load(path)
-        return
     try:
-        _, trunk = find_trunk(model)
-        logger.info(f"trunk: {backbones.load_weights(trunk, path)}")
+        checkpoint = read_checkpoint(Path(path))
+        names = {name.removeprefix("module.") for name in checkpoint.tensors}
+        if names.isdisjoint(model.state_dict()):
+            _, trunk = find_trunk(model)
+            logger.info(f"trunk: {load_checkpoint(trunk, checkpoint, path)}")
+        else:
+            Checkpointer(model).start_from(checkpoint)
     except (ImportError, ValueError) as error:
         raise UserError(f"train.init_checkpoint: {error}") from error
 
@@ -183,18 +164,8 @@ def fetch_weights(source: str) -> str:
     """
     try:
         path = str(download(source)) if "://" in source else source
-    except backbones.WeightsError as error:
+    except WeightsError as error:
         raise UserError(f"checkpoint: {error}") from error
     if not Path(path).is_file():
         raise UserError(f"checkpoint {path} does not exist: check the path")
     return path
-
-
-def _is_of_detector(path: str, model: nn.Module) -> bool:
-    """Whether a file has weights under names that the detector has too."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # safetensors, or a damaged file, about which load_weights() says more
-        return False
-    weights = content.get("model", content) if isinstance(content, dict) else None
-    return isinstance(weights, dict) and not weights.keys().isdisjoint(model.state_dict())

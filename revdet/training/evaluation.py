@@ -1,17 +1,26 @@
-"""COCO metrics with faster-coco-eval in place of Detectron2's compiled evaluator."""
+"""COCO metrics, with faster-coco-eval in place of Detectron2's compiled evaluator."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import itertools
-import json
-import math
 from pathlib import Path
 from typing import Any
 
-from detectron2.evaluation import COCOEvaluator
+from detectron2.config import instantiate
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from faster_coco_eval import COCO, COCOeval_faster
+from omegaconf import DictConfig
+from torch import nn
+
+from backbones.common.files import write_json
+from backbones.weights.checkpoint import read_checkpoint
+from revdet.training.checkpoint import Checkpointer
+from revdet.training.trainer import Trainer
+
+# The score by which the best checkpoint is told.
+BEST = "bbox/AP"
 
 
 class FasterCOCOEvaluator(COCOEvaluator):
@@ -32,7 +41,7 @@ class FasterCOCOEvaluator(COCOEvaluator):
         for result in results:
             result["category_id"] = dataset_id[result["category_id"]]
         if self._output_dir:
-            Path(self._output_dir, "coco_instances_results.json").write_text(json.dumps(results))
+            write_json(Path(self._output_dir, "coco_instances_results.json"), results, indent=None)
         if not self._do_evaluation:  # a test set without annotations
             return
         for task in self._tasks or self._tasks_from_predictions(results):
@@ -56,8 +65,45 @@ class FasterCOCOEvaluator(COCOEvaluator):
         return self._derive_coco_results(evaluation, task, class_names)
 
 
-def to_json(metrics: Any) -> Any:
-    """Metrics with None in place of NaN, which JSON does not have."""
-    if isinstance(metrics, dict):
-        return {key: to_json(value) for key, value in metrics.items()}
-    return None if isinstance(metrics, float) and math.isnan(metrics) else metrics
+class Evaluations:
+    """Evaluates during training and keeps the best weights in ``model_best.pth``.
+
+    Attributes:
+        last: the metrics of the last evaluation; empty but on the main process.
+        best: iteration and score of the best one; empty if there is none.
+    """
+
+    def __init__(
+        self, cfg: DictConfig, model: nn.Module, checkpointer: Checkpointer, *, resume: bool
+    ) -> None:
+        self.cfg = cfg
+        self.model = model
+        self.checkpointer = checkpointer
+        self.iteration = 0
+        self.last: dict[str, Any] = {}
+        self.best: dict[str, float] = {}
+        file = Path(cfg.train.output_dir) / "model_best.pth"
+        if resume and file.is_file():
+            # The file itself says what it scored, so that the two cannot disagree.
+            content = read_checkpoint(file).content
+            self.best = {key: content[key] for key in ("iteration", BEST)}
+
+    def set_iteration(self, trainer: Trainer) -> None:
+        """What the next evaluation is of: the iteration that the trainer is in."""
+        self.iteration = trainer.iter
+
+    def run(self) -> dict[str, Any]:
+        """Evaluate, and save the weights if they are better than any before."""
+        self.last = evaluate(self.cfg, self.model)
+        score = self.last.get("bbox", {}).get("AP", float("nan"))
+        if score > self.best.get(BEST, float("-inf")):  # never true for NaN
+            self.best = {"iteration": self.iteration + 1, BEST: score}
+            self.checkpointer.save_weights("model_best", **self.best)
+        return self.last
+
+
+def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
+    """COCO metrics on the recipe's test set, in COCO points; empty but on the main process."""
+    loader = instantiate(cfg.dataloader.test)
+    metrics = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
+    return metrics or {}

@@ -11,11 +11,16 @@ import torch.distributed as dist
 from detectron2.engine import launch as spawn
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
+from torch.multiprocessing.spawn import ProcessRaisedException
+
+from backbones.common.errors import UserError
 
 from backbones.common.console import try_device
 
 # What torchrun tells each process that it starts.
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+_USER_ERROR = f"{UserError.__module__}.{UserError.__name__}"
 
 
 def under_torchrun() -> bool:
@@ -68,9 +73,19 @@ def launch(
 
     Under torchrun this process is one of them already, and the counts are torchrun's. Otherwise
     ``num_gpus`` processes are started on this machine; arguments as for Detectron2's ``launch``.
+
+    Raises:
+        UserError: one was raised, in whichever process.
     """
     if not under_torchrun():
-        spawn(_call, num_gpus, num_machines, machine_rank, dist_url, args=(function, *args))
+        try:
+            spawn(_call, num_gpus, num_machines, machine_rank, dist_url, args=(function, *args))
+        except ProcessRaisedException as error:
+            # All that has come is text: a traceback.
+            kind, _, message = str(error).strip().splitlines()[-1].partition(": ")
+            if kind != _USER_ERROR:
+                raise
+            raise UserError(message) from error
         return
     if int(os.environ["WORLD_SIZE"]) > 1:
         if on_gpu:
@@ -82,6 +97,9 @@ def launch(
 
 
 def _call(function: Callable[..., None], *args: Any) -> None:
-    function(*args)
+    try:
+        function(*args)
+    except UserError as error:  # of this very class, by which it is told in the text
+        raise UserError(str(error)) from error
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
+from detectron2.config import instantiate
 from detectron2.solver.build import get_default_optimizer_params, reduce_param_groups
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from backbones.engine.policies import blocks_of
+from backbones.common.errors import UserError
+from backbones.models.trunk import layer_decay_factors
 from revdet.models import find_trunk
 
 logger = logging.getLogger("revdet")
@@ -23,16 +26,24 @@ def get_optimizer_params(
 ) -> list[dict[str, Any]]:
     """Parameter groups as ViTDet and MViTv2 have them; Detectron2's, and two things more.
 
-    The learning rate falls towards the input of the trunk (see :func:`layer_factors`), and
-    position embeddings, absolute and relative, have no weight decay.
+    The learning rate falls towards the input of the trunk, and position embeddings, absolute and
+    relative, have no weight decay.
 
     Args:
         model: a detector; with ``layer_decay``, on a :class:`revdet.models.TrunkBackbone`.
         base_lr: learning rate of what lies behind the trunk.
         weight_decay_norm: weight decay of norm layers; None for the optimizer's.
-        layer_decay: factor from one block of the trunk to the one before it, in (0, 1].
+        layer_decay: factor from one block of the trunk to the one before it, in (0, 1]; see
+            :func:`backbones.models.trunk.layer_decay_factors`.
+
+    Raises:
+        ValueError: ``layer_decay`` is outside (0, 1], or the detector has no trunk.
     """
-    factors = layer_factors(model, layer_decay)
+    factors = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
+    if layer_decay != 1:
+        prefix, trunk = find_trunk(model)
+        decayed = layer_decay_factors(trunk, layer_decay)
+        factors |= {f"{prefix}{name}": factor for name, factor in decayed.items()}
     groups = get_default_optimizer_params(
         model,
         base_lr,
@@ -52,34 +63,6 @@ def get_optimizer_params(
     return reduce_param_groups(apart)
 
 
-def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
-    """The factor of the learning rate of every parameter, by name.
-
-    As in BEiT (arXiv 2106.08254) and ViTDet: with ``n`` blocks in the trunk, counted through all
-    stages and with their transitions, block ``i`` from 1 on has ``decay ** (n + 1 - i)``, the
-    patch and position embeddings ``decay ** (n + 1)``, everything else 1.
-
-    Raises:
-        ValueError: ``decay`` outside (0, 1], or no :class:`TrunkBackbone` in the detector.
-    """
-    if not 0 < decay <= 1:
-        raise ValueError(f"layer_decay must be in (0, 1], got {decay}")
-    if decay == 1:
-        return {name: 1.0 for name, _ in model.named_parameters()}
-    prefix, trunk = find_trunk(model)
-    blocks = [*blocks_of(trunk)]
-    layers = {f"{prefix}{name}.": index for index, name in enumerate(["patch_embed", *blocks])}
-    layers[f"{prefix}pos_embed."] = 0
-
-    def factor(name: str) -> float:
-        for start, layer in layers.items():
-            if name.startswith(start):
-                return float(decay ** (len(blocks) + 1 - layer))
-        return 1.0
-
-    return {name: factor(name) for name, _ in model.named_parameters()}
-
-
 def scale_learning_rate(cfg: DictConfig) -> None:
     """Apply the linear scaling rule (Goyal et al., arXiv 1706.02677) to ``cfg.optimizer.lr``.
 
@@ -96,3 +79,17 @@ def scale_learning_rate(cfg: DictConfig) -> None:
         f"learning rate {cfg.optimizer.lr:.4g} = {recipe:.4g} × {batch} / {reference} images, the "
         "linear scaling rule (train.reference_batch_size=0 leaves it alone)"
     )
+
+
+def build_optimizer(cfg: DictConfig, model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
+    """Optimizer and learning-rate schedule of a recipe, after the linear scaling rule.
+
+    Raises:
+        UserError: the recipe does not fit together.
+    """
+    scale_learning_rate(cfg)
+    cfg.optimizer.params.model = model
+    try:
+        return instantiate(cfg.optimizer), instantiate(cfg.lr_multiplier)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UserError(f"the optimizer cannot be built: {error}") from error

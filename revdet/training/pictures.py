@@ -14,7 +14,7 @@ from detectron2.data import detection_utils as utils
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from torch import nn
 
-from revdet.training.trainer import read_metrics
+from revdet.training.metrics import read_metrics
 
 matplotlib.use("Agg")  # no display on a training machine
 import matplotlib.pyplot as plt

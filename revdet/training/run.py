@@ -1,8 +1,8 @@
-"""A run in one process: training with its hooks, evaluation, and what is left on disk."""
+"""A run in one process: set up, trained with its hooks, evaluated."""
 
 from __future__ import annotations
 
-import json
+import argparse
 import logging
 import os
 import time
@@ -10,31 +10,82 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import instantiate
-from detectron2.data import DatasetCatalog
+from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import hooks
 from detectron2.engine.defaults import create_ddp_model
-from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import CommonMetricPrinter, TensorboardXWriter
 from omegaconf import DictConfig
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from backbones.common.errors import UserError
-from revdet.data.datasets import dataset_facts, dataset_names
 from revdet.data.loader import ResumableBatchSampler
+from revdet.data.normalise import use_normalised
+from revdet.models import build_model
 from revdet.training.budget import apply_memory_budget
-from revdet.training.build import amp_dtype, build_optimizer
 from revdet.training.checkpoint import Checkpointer, load_initial_weights
-from revdet.training.evaluation import to_json
-from revdet.training.pictures import draw_curves, draw_predictions
-from revdet.training.trainer import MetricsWriter, Trainer
+from revdet.training.evaluation import Evaluations, evaluate
+from revdet.training.metrics import MetricsWriter
+from revdet.training.optim import build_optimizer
+from revdet.training.preflight import log_to
+from revdet.training.results import finish
+from revdet.training.trainer import AMP_DTYPES, Trainer
 
 logger = logging.getLogger("revdet")
 
-# The score by which the best checkpoint is told.
-BEST = "bbox/AP"
+
+def run(cfg: DictConfig, device: str, args: argparse.Namespace) -> None:
+    """Do what the command line says, as one of the processes of the job.
+
+    Args:
+        cfg: the recipe, after :func:`revdet.training.preflight.preflight`.
+        device: what that has returned.
+        args: the command line; with ``eval_only``, ``weights`` are those to evaluate.
+
+    Raises:
+        UserError: something in the recipe does not fit together.
+    """
+    _set_up_output(cfg, args)
+    use_normalised(cfg, evaluation_only=args.eval_only)
+    if cfg.train.deterministic:
+        _be_deterministic()
+    seed_all_rng(cfg.train.seed)
+    model = build_model(cfg, device)
+    if args.eval_only:
+        Checkpointer(model).load(args.weights)
+        finish(cfg, model, evaluate(cfg, model), {"checkpoint": args.weights}, trained=False)
+    else:
+        train(cfg, model, resume=args.resume)
+
+
+def _set_up_output(cfg: DictConfig, args: argparse.Namespace) -> None:
+    output_dir = Path(cfg.train.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    log_to(str(output_dir), comm.get_rank())
+    # The trainer logs the traceback of any error; for one that the user can fix, a line is enough.
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_not_for_the_user)
+    if comm.is_main_process() and not args.eval_only:
+        (output_dir / "environment.txt").write_text(collect_env_info() + "\n")
+        LazyConfig.save(cfg, str(output_dir / "config.yaml"))
+        logger.info(f"{args.config} -> {output_dir} (config.yaml, environment.txt, log.txt)")
+
+
+def _is_not_for_the_user(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, UserError | FloatingPointError)
+
+
+def _be_deterministic() -> None:
+    """The same seed on the same machine gives the same bits; an operation that cannot is an error.
+
+    What a GPU needs for it is read when its libraries start, so this comes before they do.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
 
 
 def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
@@ -58,7 +109,7 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     loader = instantiate(cfg.dataloader.train)
     _log_schedule(cfg, loader)
     if settings.memory_budget:
-        apply_memory_budget(cfg, model, loader.dataset.records, amp_dtype(cfg))
+        apply_memory_budget(cfg, model, loader.dataset.records, _amp_dtype(cfg))
     average = ModelEmaV3(model, settings.ema_decay, use_warmup=True) if settings.ema_decay else None
     trainer = _trainer(cfg, model, loader, average)
     result, trained = model, {}
@@ -112,7 +163,7 @@ def _trainer(cfg: DictConfig, model: nn.Module, loader: Any, average: ModelEmaV3
         optimizer,
         seed=settings.seed,
         accumulate=settings.accumulate,
-        amp_dtype=amp_dtype(cfg),
+        amp_dtype=_amp_dtype(cfg),
         clip_grad_norm=settings.clip_grad_norm,
     )
     trainer.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(scheduler=schedule)])
@@ -122,6 +173,11 @@ def _trainer(cfg: DictConfig, model: nn.Module, loader: Any, average: ModelEmaV3
             [hooks.CallbackHook(after_step=lambda trainer: average.update(model, trainer.iter))]
         )
     return trainer
+
+
+def _amp_dtype(cfg: DictConfig) -> torch.dtype | None:
+    """The dtype of autocast in training, None for none."""
+    return AMP_DTYPES[cfg.train.amp.dtype] if cfg.train.amp.enabled else None
 
 
 def _log_schedule(cfg: DictConfig, loader: Any) -> None:
@@ -170,84 +226,3 @@ def _reporting(
         evaluation,
         hooks.PeriodicWriter(writers, period=settings.log_period),
     ]
-
-
-class Evaluations:
-    """Evaluates during training and keeps the best weights in ``model_best.pth``.
-
-    Attributes:
-        last: the metrics of the last evaluation; empty but on the main process.
-        best: iteration and score of the best one; empty if there is none.
-    """
-
-    def __init__(
-        self, cfg: DictConfig, model: nn.Module, checkpointer: Checkpointer, *, resume: bool
-    ) -> None:
-        self.cfg = cfg
-        self.model = model
-        self.checkpointer = checkpointer
-        self.iteration = 0
-        self.last: dict[str, Any] = {}
-        self.best: dict[str, float] = {}
-        file = Path(cfg.train.output_dir) / "model_best.pth"
-        if resume and file.is_file():
-            # The file itself says what it scored, so that the two cannot disagree.
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            self.best = {key: content[key] for key in ("iteration", BEST)}
-
-    def set_iteration(self, trainer: Trainer) -> None:
-        self.iteration = trainer.iter
-
-    def run(self) -> dict[str, Any]:
-        """Evaluate, and save the weights if they are better than any before."""
-        self.last = evaluate(self.cfg, self.model)
-        score = self.last.get("bbox", {}).get("AP", float("nan"))
-        if score > self.best.get(BEST, float("-inf")):  # never true for NaN
-            self.best = {"iteration": self.iteration + 1, BEST: score}
-            self.checkpointer.save_weights("model_best", **self.best)
-        return self.last
-
-
-def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
-    """COCO metrics on the recipe's test set, in COCO points; empty but on the main process."""
-    loader = instantiate(cfg.dataloader.test)
-    metrics = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
-    return metrics or {}
-
-
-def finish(
-    cfg: DictConfig,
-    model: nn.Module,
-    metrics: dict[str, Any],
-    facts: dict[str, Any],
-    *,
-    trained: bool,
-) -> None:
-    """Write results.json and the pictures, and say where they are.
-
-    What an earlier session wrote about its training is kept where this one has only evaluated.
-    """
-    if not comm.is_main_process():
-        return
-    settings = cfg.train
-    output_dir = Path(settings.output_dir)
-    results = output_dir / "results.json"
-    if not trained and results.is_file():
-        facts = {**json.loads(results.read_text()).get("run", {}), **facts}
-    content = {**to_json(metrics), "dataset": dataset_facts(cfg), "run": facts}
-    partial = output_dir / "results.json.partial"
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, results)
-
-    name = dataset_names(cfg, evaluation_only=True)[0]
-    records = DatasetCatalog.get(name)[: settings.pictures]
-    mapper = instantiate(cfg.dataloader.test.mapper)
-    files = draw_predictions(model, records, mapper, name, output_dir / "pictures")
-    written = ["results.json", f"{len(files)} pictures in pictures/"]
-    if (output_dir / "metrics.json").exists():
-        draw_curves(output_dir / "metrics.json", output_dir / "curves.png")
-        written.append("curves.png")
-    for task, scores in metrics.items():
-        line = "  ".join(f"{key} {value:.2f}" for key, value in scores.items() if "-" not in key)
-        logger.info(f"{task}: {line}")
-    logger.info(f"{output_dir}: {', '.join(written)}")

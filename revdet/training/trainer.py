@@ -1,19 +1,15 @@
-"""One training step, and what is written about it."""
+"""One training step."""
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import EventWriter, get_event_storage
 from torch.nn.parallel import DistributedDataParallel
 
 from backbones.common.errors import UserError, error_line
@@ -131,58 +127,3 @@ class Trainer(SimpleTrainer):
         super().load_state_dict(state_dict)
         if state_dict["grad_scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state_dict["grad_scaler"])
-
-
-class MetricsWriter(EventWriter):
-    """Append to ``metrics.json`` what is new since the last write, one line for each iteration.
-
-    Values of single iterations, where Detectron2's own writer has running medians. It may write
-    twice in an iteration, and so both before a checkpoint is saved and after an evaluation: no
-    line is missing when a run resumes from that checkpoint.
-
-    Args:
-        path: the file. What an interrupted run logged from ``start_iter`` on is dropped, since it
-            will be logged again.
-        start_iter: the first iteration of this run.
-    """
-
-    def __init__(self, path: Path, start_iter: int) -> None:
-        _drop_from(path, start_iter)
-        self._file = path.open("a")
-        self._written: dict[str, int] = {}
-
-    def write(self) -> None:
-        """Write the scalars that have been put into the event storage since the last call."""
-        lines: dict[int, dict[str, float]] = {}
-        for key, (value, iteration) in get_event_storage().latest().items():
-            if self._written.get(key) != iteration:
-                self._written[key] = iteration
-                lines.setdefault(iteration, {})[key] = value
-        for iteration in sorted(lines):
-            line = {**lines[iteration], "iteration": iteration}
-            self._file.write(json.dumps(line, sort_keys=True) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a ``metrics.json``, without the last one if a kill has cut it off."""
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
-def _drop_from(path: Path, start_iter: int) -> None:
-    if not path.exists():
-        return
-    kept = [line for line in read_metrics(path) if line["iteration"] < start_iter]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in kept))
-    os.replace(partial, path)

@@ -22,11 +22,11 @@ from pycocotools import mask as rle
 import backbones
 from backbones.registry import MODELS
 from revdet.config import load_config
-from revdet.models import find_trunk
+from revdet.models import build_model, find_trunk
 from revdet.train_net import main
-from revdet.training.build import build_model
 from revdet.training.checkpoint import Checkpointer
-from revdet.training.trainer import Trainer, read_metrics
+from revdet.training.metrics import read_metrics
+from revdet.training.trainer import Trainer
 
 RECIPES = sorted(
     str(path) for path in Path("configs/detection").glob("*/*.py") if path.parent.name != "common"
@@ -165,7 +165,7 @@ def test_a_recipe_trains_evaluates_and_is_loaded_again(recipe, data, tmp_path, m
     end = torch.load(run / "model_final.pth", weights_only=True)["model"]
     assert not [name for name, value in start.items() if torch.equal(value, end[name])]
     # As one would some day: by the config that lies beside the weights.
-    again = build_model(load_config(str(run / "config.yaml"), ["train.device=cpu"]))
+    again = build_model(load_config(str(run / "config.yaml")))
     Checkpointer(again).load(str(run / "model_final.pth"))
 
 

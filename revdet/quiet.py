@@ -1,0 +1,29 @@
+"""What the commands do not show: deprecations in Detectron2, which their users cannot act on."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+# Detectron2 is older than the torch it runs on here.
+_MESSAGES = (
+    ".*torch.jit.script. is deprecated",
+    "pkg_resources is deprecated",
+    "torch.meshgrid: in an upcoming release",
+    "The given NumPy array is not writable",  # of RLE masks
+)
+_LOGGERS = (
+    "torch.utils.cpp_extension",
+    "torch.fx._symbolic_trace",
+    "detectron2.data.common",
+    "detectron2.data.datasets.coco",
+    "detectron2.data.dataset_mapper",
+)
+
+
+def quiet() -> None:
+    """Hide them in this process; to be called before Detectron2 is imported, by commands alone."""
+    for message in _MESSAGES:
+        warnings.filterwarnings("ignore", message=message)
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,62 @@
+"""What a run leaves behind: results.json, pictures and curves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog
+from detectron2.utils import comm
+from omegaconf import DictConfig
+from torch import nn
+
+from backbones.common.files import write_json
+from revdet.data.datasets import dataset_facts, dataset_names
+from revdet.training.pictures import draw_curves, draw_predictions
+
+logger = logging.getLogger("revdet")
+
+
+def finish(
+    cfg: DictConfig,
+    model: nn.Module,
+    metrics: dict[str, Any],
+    facts: dict[str, Any],
+    *,
+    trained: bool,
+) -> None:
+    """Write results.json and the pictures, and say where they are; on the main process.
+
+    What an earlier session wrote about its training is kept where this one has only evaluated.
+    """
+    if not comm.is_main_process():
+        return
+    output_dir = Path(cfg.train.output_dir)
+    results = output_dir / "results.json"
+    if not trained and results.is_file():
+        facts = {**json.loads(results.read_text()).get("run", {}), **facts}
+    write_json(results, {**_finite(metrics), "dataset": dataset_facts(cfg), "run": facts})
+
+    name = dataset_names(cfg, evaluation_only=True)[0]
+    records = DatasetCatalog.get(name)[: cfg.train.pictures]
+    mapper = instantiate(cfg.dataloader.test.mapper)
+    files = draw_predictions(model, records, mapper, name, output_dir / "pictures")
+    written = ["results.json", f"{len(files)} pictures in pictures/"]
+    if (output_dir / "metrics.json").exists():
+        draw_curves(output_dir / "metrics.json", output_dir / "curves.png")
+        written.append("curves.png")
+    for task, scores in metrics.items():
+        line = "  ".join(f"{key} {value:.2f}" for key, value in scores.items() if "-" not in key)
+        logger.info(f"{task}: {line}")
+    logger.info(f"{output_dir}: {', '.join(written)}")
+
+
+def _finite(metrics: Any) -> Any:
+    """Metrics with None in place of NaN, which JSON does not have."""
+    if isinstance(metrics, dict):
+        return {key: _finite(value) for key, value in metrics.items()}
+    return None if isinstance(metrics, float) and math.isnan(metrics) else metrics
