@@ -2,51 +2,21 @@
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from backbones.common.errors import UserError, error_line
+from backbones.common.files import replacing
 
-IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
-
-
-def find_inputs(arguments: Sequence[str]) -> list[Path]:
-    """The pictures and videos that are meant, in the order of the arguments, each once.
-
-    Args:
-        arguments: files of any name; folders, which are searched in depth for the suffixes of
-            pictures and videos; and patterns (``*``, ``?``, ``[…]``, ``**``) of such.
-
-    Raises:
-        UserError: an argument that names nothing.
-    """
-    found: dict[Path, None] = {}
-    for argument in arguments:
-        exists = Path(argument).exists()
-        matches = [argument] if exists else sorted(glob.glob(argument, recursive=True))
-        if not matches:
-            raise UserError(f"--input {argument}: no such file or folder, and nothing matches it")
-        files = [file for match in matches for file in _files_at(Path(match))]
-        if not files:
-            suffixes = " ".join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))
-            raise UserError(f"--input {argument}: holds no picture or video ({suffixes})")
-        found.update(dict.fromkeys(files))
-    return list(found)
-
-
-def _files_at(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    known = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-    return [f for f in sorted(path.rglob("*")) if f.suffix.lower() in known and f.is_file()]
+# Of what is looked for in folders.
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp", *VIDEO_SUFFIXES}
 
 
 def is_video(path: Path) -> bool:
@@ -139,8 +109,13 @@ class VideoReader:
         self._container.close()
 
 
-class VideoWriter:
-    """An H.264 video, for use in a ``with`` statement; the file is there whole or not at all.
+@contextmanager
+def video_writer(
+    path: Path, time_base: Fraction, size: tuple[int, int]
+) -> Iterator[Callable[[np.ndarray, int], None]]:
+    """A function that appends frames to an H.264 video, which is there whole or not at all.
+
+    It takes a frame (H, W, 3), uint8 RGB, and its time, later than the last one's.
 
     Args:
         path: the ``.mp4`` to write.
@@ -148,37 +123,18 @@ class VideoWriter:
         size: width and height of the frames in pixels; an odd one loses its last row or column,
             because H.264 halves the resolution of its colours.
     """
+    av = import_av()
+    width, height = (side // 2 * 2 for side in size)
+    with replacing(path) as partial, av.open(str(partial), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", options={"crf": "20"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.time_base = time_base
 
-    def __init__(self, path: Path, time_base: Fraction, size: tuple[int, int]) -> None:
-        self._av = import_av()
-        self._path, self._partial = path, path.with_suffix(".partial.mp4")
-        self._width, self._height = (side // 2 * 2 for side in size)
-        self._container = self._av.open(str(self._partial), "w")
-        self._stream = self._container.add_stream("libx264", options={"crf": "20"})
-        self._stream.width, self._stream.height = self._width, self._height
-        self._stream.pix_fmt = "yuv420p"
-        self._stream.codec_context.time_base = time_base
+        def write(pixels: np.ndarray, time: int) -> None:
+            pixels = np.ascontiguousarray(pixels[:height, :width])
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = time, time_base
+            container.mux(stream.encode(frame))
 
-    def write(self, pixels: np.ndarray, time: int) -> None:
-        """Append a frame (H, W, 3), uint8 RGB, at a time that is later than the last one's."""
-        pixels = np.ascontiguousarray(pixels[: self._height, : self._width])
-        frame = self._av.VideoFrame.from_ndarray(pixels, format="rgb24")
-        frame.pts, frame.time_base = time, self._stream.codec_context.time_base
-        self._container.mux(self._stream.encode(frame))
-
-    def __enter__(self) -> VideoWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self._container.mux(self._stream.encode(None))
-        self._container.close()
-        if kind is None:
-            self._partial.replace(self._path)
-        else:
-            self._partial.unlink(missing_ok=True)
+        yield write
+        container.mux(stream.encode(None))

@@ -89,11 +89,15 @@ class Detector:
         device: where the model runs.
         threshold: scores below it are left out, in [0, 1].
 
+    Attributes:
+        prepare: makes frames of pixels.
+
     Raises:
         UserError: the model cannot be built, or the weights do not fit it.
     """
 
     def __init__(self, cfg: DictConfig, weights: str, *, device: str, threshold: float) -> None:
+        self.prepare = Preparation(cfg.dataloader.test.mapper)
         self.model = build_model(cfg, device).eval()
         Checkpointer(self.model).load(weights)
         for module in self.model.modules():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
+
+from backbones.common.files import write_json
 
 
 @dataclass
@@ -67,7 +67,5 @@ class Predictions:
             "categories": self.categories,
             "run": facts,
         }
-        for name, content in (("predictions", self.objects), ("results", results)):
-            partial = self.folder / f"{name}.json.partial"
-            partial.write_text(json.dumps(content, indent=2 if name == "results" else None) + "\n")
-            os.replace(partial, self.folder / f"{name}.json")
+        write_json(self.folder / "predictions.json", self.objects, indent=None)
+        write_json(self.folder / "results.json", results)

@@ -13,9 +13,8 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from backbones.common.errors import UserError
-
 from backbones.common.console import try_device
+from backbones.common.errors import UserError
 
 # What torchrun tells each process that it starts.
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

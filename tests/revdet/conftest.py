@@ -46,7 +46,7 @@ def train_net(datasets_root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
     """
     from revdet.train_net import main
 
-    monkeypatch.setattr("revdet.training.run.draw_curves", lambda *_: None)
+    monkeypatch.setattr("revdet.training.results.draw_curves", lambda *_: None)
 
     def call(output: Path, *arguments: str, config: str = DEMO) -> int:
         torch.manual_seed(0)

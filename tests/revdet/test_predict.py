@@ -24,7 +24,7 @@ from pycocotools.coco import COCO
 from revdet.config import load_config
 from revdet.data.classes import categories_of
 from revdet.predict import main
-from revdet.prediction.media import VideoReader, VideoWriter
+from revdet.prediction.media import VideoReader, video_writer
 from revdet.prediction.predictor import Detector, Frame, Preparation, batches
 from tests.revdet.conftest import DEMO, SMALL
 from tests.revdet.test_bad_input import error_of
@@ -197,9 +197,9 @@ def test_nothing_that_can_be_read_is_an_error(predict, photos, capsys):
 
 def write_video(path: Path, frames: int, size: tuple[int, int], picture: Path) -> None:
     pixels = np.asarray(Image.open(picture).resize(size))
-    with VideoWriter(path, Fraction(1, 25), size) as video:
+    with video_writer(path, Fraction(1, 25), size) as write:
         for number in range(frames):
-            video.write(np.roll(pixels, 8 * number, axis=1), 2 * number)
+            write(np.roll(pixels, 8 * number, axis=1), 2 * number)
 
 
 def test_a_video(predict, photos, tmp_path, monkeypatch):
