@@ -128,7 +128,7 @@ def test_what_an_override_sets():
 def test_a_config_that_names_what_cannot_be_imported(tmp_path):
     path = tmp_path / "config.yaml"
     LazyConfig.save(load_config(DEMO), str(path))
-    path.write_text(path.read_text().replace("revdet.models.TrunkBackbone", "gone.Backbone"))
+    path.write_text(path.read_text().replace("revdet.TrunkBackbone", "gone.Backbone"))
     with pytest.raises(UserError, match=r"'gone\.Backbone', which cannot be imported"):
         load_config(str(path))
 

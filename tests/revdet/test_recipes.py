@@ -81,7 +81,7 @@ def lengths(node: Any, path: str) -> Iterator[tuple[str, int | list[int]]]:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def data(datasets_root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides that name four images: with polygons, with RLE and a crowd, with none, with one."""
     folder = tmp_path_factory.mktemp("coco")
     rng = np.random.default_rng(0)
