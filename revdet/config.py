@@ -30,7 +30,7 @@ REQUIRED = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
 # What the config.yaml of earlier versions names, and where it is now.
 MOVED = {
-    "revdet.backbone.TrunkBackbone": "revdet.models.TrunkBackbone",
+    "revdet.backbone.TrunkBackbone": "revdet.TrunkBackbone",
     "revdet.dataloader.TrainMapper": "revdet.data.loader.TrainMapper",
     "revdet.dataloader.build_train_loader": "revdet.data.loader.build_train_loader",
     "revdet.evaluation.FasterCOCOEvaluator": "revdet.training.evaluation.FasterCOCOEvaluator",

@@ -19,7 +19,7 @@ from backbones.common.errors import UserError
 # What torchrun tells each process that it starts.
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-_USER_ERROR = f"{UserError.__module__}.{UserError.__name__}"
+_USER_ERROR = f"{UserError.__module__}.{UserError.__name__}: "
 
 
 def under_torchrun() -> bool:
@@ -80,11 +80,9 @@ def launch(
         try:
             spawn(_call, num_gpus, num_machines, machine_rank, dist_url, args=(function, *args))
         except ProcessRaisedException as error:
-            # All that has come is text: a traceback.
-            kind, _, message = str(error).strip().splitlines()[-1].partition(": ")
-            if kind != _USER_ERROR:
+            if _USER_ERROR not in _last_line(error):
                 raise
-            raise UserError(message) from error
+            raise UserError(_last_line(error).removeprefix(_USER_ERROR)) from error
         return
     if int(os.environ["WORLD_SIZE"]) > 1:
         if on_gpu:
@@ -98,7 +96,12 @@ def launch(
 def _call(function: Callable[..., None], *args: Any) -> None:
     try:
         function(*args)
-    except UserError as error:  # of this very class, by which it is told in the text
-        raise UserError(str(error)) from error
+    except UserError as error:  # of this very class; one of a loader's process is a text too
+        raise UserError(_last_line(error).removeprefix(_USER_ERROR)) from error
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _last_line(error: Exception) -> str:
+    """Of another process comes its traceback as text, which ends with class and message."""
+    return str(error).strip().splitlines()[-1]
