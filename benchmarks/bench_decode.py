@@ -38,7 +38,8 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 
-from benchmarks.measuring import RESULTS, facts, parser_of, slug, write
+from backbones.common.files import write_json
+from benchmarks.measuring import RESULTS, facts, parser_of, slug
 from revvideo.data.clips import ClipDataset, RandomClip
 from revvideo.data.layouts import find_videos
 from revvideo.data.manifest import VideoRecord
@@ -174,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rounds": args.rounds,
         "decoding": decoding,
     }
-    write(results, args.output)
+    write_json(args.output, results)
     print(f"wrote {args.output}")
     for name, rate in decoding["clips_per_second_per_core"].items():
         print(f"{name:14} {rate:7.2f} clips per second and core")

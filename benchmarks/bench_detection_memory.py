@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from backbones import MemoryPolicy, create_model
+from backbones.common.files import write_json
 from backbones.engine.policies import Block
 from backbones.memory.simulation import Simulation
-from benchmarks.measuring import RESULTS, Json, facts, parser_of, write
+from benchmarks.measuring import RESULTS, Json, facts, parser_of
 
 # Windows of 14 and four global blocks, as in ViTDet; its rates of drop path.
 _WINDOWS = {"window_size": 14, "use_rel_pos": True}
@@ -181,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "unit": "bytes, without parameters, gradients that are done, and the image",
         "trunks": rows,
     }
-    write(results, args.output)
+    write_json(args.output, results)
     print(f"wrote {args.output}")
 
 

@@ -15,8 +15,9 @@ from typing import get_args
 import torch
 
 from backbones import create_model, probe_drift
+from backbones.common.files import write_json
 from backbones.memory.drift import Precision
-from benchmarks.measuring import RESULTS, Json, facts, parser_of, say, slug, write
+from benchmarks.measuring import RESULTS, Json, facts, parser_of, say, slug
 
 
 def measure(
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "depths": args.depths,
         "drift": measure(args.model, args.depths, args.batch, args.img_size, device),
     }
-    write(results, args.output)
+    write_json(args.output, results)
     for precision, errors in results["drift"].items():
         print(precision, "gradient off by", *(f"{value:.1e}" for value in errors["gradient"]))
     print(f"wrote {args.output}")

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from backbones import MemoryPolicy, create_model
+from backbones.common.files import write_json
 from backbones.memory.simulation import Simulation
-from benchmarks.measuring import RESULTS, Json, facts, parser_of, say, write
+from benchmarks.measuring import RESULTS, Json, facts, parser_of, say
 
 # A label, the policy, and which share of the blocks stores.
 SETTINGS: dict[str, tuple[MemoryPolicy, float]] = {
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     results = {**facts("bench_memory", argv, torch.device("cpu")), **run(args)}
-    write(results, args.output)
+    write_json(args.output, results)
     print("bytes held, MB, by depth:", *args.depths)
     for name, held in results["depths"]["held"].items():
         print(f"  {name:26}", *(f"{value / 1e6:8.1f}" for value in held))

@@ -15,7 +15,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from backbones import MemoryPolicy, create_model, set_memory
-from benchmarks.measuring import RESULTS, Json, Trainer, facts, parser_of, say, slug, write
+from backbones.common.files import write_json
+from benchmarks.measuring import RESULTS, Json, Trainer, facts, parser_of, say, slug
 
 # The first kind whose part of a name occurs in the operator's.
 KINDS = {
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "precision": "float32",
         "profile": measure(args.model, args.depth, shape, device),
     }
-    write(results, args.output)
+    write_json(args.output, results)
     for kind in results["profile"]["store"]["by_kind"]:
         times = (results["profile"][policy]["by_kind"][kind] for policy in POLICIES)
         print(f"{kind:18}", *(f"{time:9.1f} ms" for time in times))

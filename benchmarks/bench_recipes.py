@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from backbones import MemoryPolicy
+from backbones.common.files import write_json
 from backbones.memory.simulation import Simulation
-from benchmarks.measuring import RESULTS, ROOT, Json, facts, parser_of, say, write
+from benchmarks.measuring import RESULTS, ROOT, Json, facts, parser_of, say
 
 # The largest size of recipes that resize to many, padded; the others pad to a square of their own.
 MULTISCALE_SIZE = (800, 1344)
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "unit": "bytes",
         "recipes": recipes,
     }
-    write(results, args.output)
+    write_json(args.output, results)
     print(f"wrote {args.output}")
 
 

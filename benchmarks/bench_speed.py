@@ -22,6 +22,7 @@ from torch import nn
 from torch._inductor.utils import fresh_cache
 
 from backbones import create_model, fit_memory, set_memory
+from backbones.common.files import write_json
 from backbones.memory.budget import free_bytes
 from backbones.memory.simulation import Simulation
 from benchmarks.contestants import COMPILED, EAGER, Contestant
@@ -35,7 +36,6 @@ from benchmarks.measuring import (
     say,
     sharing,
     slug,
-    write,
 )
 
 FITTED = "fitted to free memory"
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in args.only or parts:
         say(f"{name}:")
         results[name] = parts[name](args)
-    write(results, args.output or path)
+    write_json(args.output or path, results)
     for part_name in ("eager", "compiled"):
         for name, values in results.get(part_name, {}).get("contestants", {}).items():
             low, high = values["quartiles"]

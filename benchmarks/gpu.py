@@ -22,10 +22,11 @@ import torch
 from torch import nn
 
 from backbones import create_model, set_memory
+from backbones.common.files import write_json
 from benchmarks import bench_drift, bench_profile
 from benchmarks.bench_speed import compare, compile_seconds
 from benchmarks.contestants import ALL, EAGER, Contestant
-from benchmarks.measuring import RESULTS, Json, Trainer, facts, parser_of, say, sharing, slug, write
+from benchmarks.measuring import RESULTS, Json, Trainer, facts, parser_of, say, sharing, slug
 
 SAVING = ("store", "checkpoint", "reversible")
 BUDGETS_GB = (8, 16, 24, 40, 80)
@@ -379,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def save(results: Json) -> None:
         if path is not None:
-            write({**known, **results}, path)
+            write_json(path, {**known, **results})
 
     results = run(scale, args.only or list(PARTS), args.seconds, save)
     print(f"{', '.join(results['seconds'])}: {sum(results['seconds'].values()):.0f} s")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import json
 import platform
 import re
 import shlex
@@ -74,14 +73,6 @@ def facts(module: str, argv: Sequence[str] | None, device: torch.device) -> Json
     else:
         found["device_gib"] = round(torch.cuda.mem_get_info(device)[1] / 2**30, 1)
     return found
-
-
-def write(results: Json, path: Path) -> None:
-    """Write results as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_suffix(".part")
-    half.write_text(json.dumps(results, indent=2) + "\n")
-    half.replace(path)
 
 
 def parser_of(module: str, description: str | None) -> argparse.ArgumentParser:
