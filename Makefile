@@ -39,4 +39,4 @@ bench: setup ## run every benchmark that needs no GPU, then write docs/benchmark
 
 clean: ## remove what runs wrote (output/, outputs/, lightning_logs/), builds and caches; keeps .venv and datasets
 	rm -rf output outputs lightning_logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find $(wildcard backbones revdet revvideo configs tests benchmarks) -type d -name __pycache__ -prune -exec rm -rf {} +
+	find $(wildcard backbones revdet revvideo demo configs tests benchmarks) -type d -name __pycache__ -prune -exec rm -rf {} +
