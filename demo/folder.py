@@ -54,7 +54,6 @@ def make_once(output: Path, made_by: str, write: Callable[[Path], None]) -> Path
 
 def command(name: str, doc: str, build: Callable[..., Path], argv: list[str] | None = None) -> int:
     """The command line of a module of this package, ``doc`` its help; returns the exit status."""
-    summary, _, rest = doc.partition("\n\n")
-    parser = make_parser(f"demo.{name}", summary, rest)
+    parser = make_parser(f"python -m demo.{name}", doc)
     parser.add_argument("--output", type=Path, required=True, help="folder, new or made before")
     return run_command(parser, lambda options: build(options.output) and None, argv)

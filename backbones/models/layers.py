@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.engine.policies import Block, add_branch
-from backbones.models.attention import Attention, GridAttention
+from backbones.models.attention import Attention, GridAttention, resize_table
 
 __all__ = [
     "MLP",
@@ -26,6 +26,7 @@ __all__ = [
     "SpaceTimePositionEmbedding",
     "drop_path_rates",
     "init_weights",
+    "resize_plane",
 ]
 
 # The released models use 1e-6 where torch defaults to 1e-5.
@@ -108,6 +109,14 @@ class ConvEmbed(nn.Module):
         return (tokens if self.clips else tokens.unsqueeze(2)).permute(0, 2, 3, 4, 1)
 
 
+def resize_plane(weight: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """Vectors of an (H, W) grid, (1, H W, C) -> (1, H' W', C), bicubically. Floating point."""
+    if grid == wanted:
+        return weight
+    plane = weight.transpose(1, 2).unflatten(2, grid)
+    return F.interpolate(plane, size=wanted, mode="bicubic").flatten(2).transpose(1, 2)
+
+
 class PositionEmbedding(nn.Module):
     """One learned vector for each cell of the token grid.
 
@@ -125,12 +134,8 @@ class PositionEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Add the embedding to (B, T, H, W, C), resized bicubically where the grid differs."""
         height, width = x.shape[2:4]
-        weight = self.weight.view(1, *self.grid, -1)
-        if (height, width) != self.grid:
-            weight = F.interpolate(
-                weight.permute(0, 3, 1, 2), size=(height, width), mode="bicubic"
-            ).permute(0, 2, 3, 1)
-        return x + weight.unsqueeze(1)
+        weight = resize_plane(self.weight, self.grid, (height, width))
+        return x + weight.view(1, 1, height, width, -1)
 
 
 class SpaceTimePositionEmbedding(nn.Module):
@@ -154,12 +159,8 @@ class SpaceTimePositionEmbedding(nn.Module):
 
         Bicubically in space, linearly in time.
         """
-        temporal: Tensor = self.temporal
-        if x.shape[1] != temporal.shape[1]:
-            temporal = F.interpolate(
-                temporal.transpose(1, 2), size=x.shape[1], mode="linear"
-            ).transpose(1, 2)
-        return cast(Tensor, self.spatial(x)) + temporal[:, :, None, None]
+        temporal = resize_table(self.temporal[0], x.shape[1])
+        return cast(Tensor, self.spatial(x)) + temporal[:, None, None]
 
 
 class LayerNorm(nn.LayerNorm):
