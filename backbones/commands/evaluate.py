@@ -18,9 +18,8 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -88,21 +87,13 @@ def _note_order(folders: ClassFolders) -> None:
         )
 
 
-@dataclass(frozen=True)
-class ClassFolders:
-    """Images in one folder per class; the sorted names of the folders are classes 0, 1, ….
+class ClassFolders(NamedTuple):
+    """Images in one folder per class."""
 
-    Attributes:
-        root: the folder that holds those of the classes.
-        classes: the names of the folders.
-        paths: the image files.
-        labels: the class of each.
-    """
-
-    root: Path
-    classes: list[str]
-    paths: list[str]
-    labels: list[int]
+    root: Path  # holds those folders
+    classes: list[str]  # their names, sorted: classes 0, 1, …
+    paths: list[str]  # of the images
+    labels: list[int]  # the class of each
 
 
 def find_classes(data: Path) -> ClassFolders:

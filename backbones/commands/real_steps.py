@@ -62,14 +62,9 @@ class Trial:
     ) -> dict[str, float]:
         """The throughput of each policy over that of ``"store"``, measured.
 
-        Each round times one step of ``"store"`` and one of each setting, so that what else the
-        machine does weighs on all alike; the result is the median over the rounds. Shows its
-        progress where stderr is a terminal.
-
-        Args:
-            shape: of the input.
-            settings: for each name the policy and the number of stored blocks.
-            rounds: how many, after one that does not count.
+        Each round times one step of ``"store"`` and one of each setting (policy, stored blocks), so
+        that what else the machine does weighs on all alike; the result is the median over the
+        rounds. The first round does not count.
         """
         x = torch.randn(shape, device=self.device)
         ratios: dict[str, list[float]] = {name: [] for name in settings}

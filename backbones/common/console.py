@@ -33,7 +33,7 @@ _ERRORS = (ValueError, OSError, ImportError, torch.OutOfMemoryError)
 
 
 def make_parser(prog: str, doc: str | None) -> argparse.ArgumentParser:
-    """The parser of a command, ``prog``, with the help of :func:`explain`."""
+    """The parser of the command ``prog``, with the help of :func:`explain`."""
     parser = argparse.ArgumentParser(prog=prog)
     explain(parser, doc)
     return parser
@@ -89,11 +89,7 @@ def run_command(
 
 
 def positive(text: str) -> int:
-    """The type of an option that is a number from 1 on.
-
-    Raises:
-        argparse.ArgumentTypeError: it is none, which argparse makes a usage error.
-    """
+    """The type of an option that is a number from 1 on; anything else is a usage error."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
     return int(text)

@@ -64,9 +64,9 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> di
     """Rename the tensors of PySlowFast or mmpretrain as ``model`` names its own.
 
     The layout is recognised by the names. Prefixes ``module.`` and ``backbone.`` are taken off,
-    and separate q, k and v become the rows of one ``qkv``. Nothing but renaming and concatenation,
-    so it converts gradients as well as weights. Nothing is resized either: see
-    :func:`load_weights`. What has no counterpart keeps its name.
+    and separate q, k and v become the rows of one ``qkv``. Nothing is resized (see
+    :func:`load_weights`), so gradients can be converted like weights. What has no counterpart
+    keeps its name.
 
     Args:
         state_dict: tensors by their foreign names; by our names, they pass through.
@@ -138,10 +138,7 @@ _EXPECTED: dict[str, object] = {
 
 
 def model_of_cfg(cfg: str) -> tuple[str, dict[str, Any]]:
-    """Read the configuration that a PySlowFast checkpoint carries.
-
-    Args:
-        cfg: its YAML text.
+    """Read the configuration that a PySlowFast checkpoint carries, YAML text.
 
     Returns:
         a registered name of that kind of model, of whatever size, and the arguments that make
@@ -150,8 +147,7 @@ def model_of_cfg(cfg: str) -> tuple[str, dict[str, Any]]:
     Raises:
         WeightsError: no YAML; a key that is needed is missing; or a model that this package does
             not have. The message names the key.
-        ImportError: PyYAML is not installed. It does the parsing because lists nest in these files
-            and change their style with the version that wrote them.
+        ImportError: PyYAML is not installed.
     """
     yaml = optional_import("yaml", "pyyaml", "reading the cfg of a PySlowFast checkpoint")
     try:

@@ -15,6 +15,11 @@ from backbones.weights.loading import CONFIG, load_checkpoint
 
 __all__ = ["build_pyslowfast", "build_saved", "from_pyslowfast", "load_model"]
 
+_BY_HAND = "use create_model(…) and load_weights(…)"
+
+# What arguments that make no model end in.
+_UNFIT = (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError)
+
 
 def from_pyslowfast(path: str | PathLike[str]) -> nn.Module:
     """Build the model of a PySlowFast checkpoint from the cfg inside it, and load its weights.
@@ -38,16 +43,14 @@ def from_pyslowfast(path: str | PathLike[str]) -> nn.Module:
 
 def build_pyslowfast(checkpoint: Checkpoint) -> nn.Module:
     """As :func:`from_pyslowfast`, of a checkpoint that was read already."""
+    path = checkpoint.path
     if checkpoint.cfg is None:
-        raise WeightsError(
-            f"{checkpoint.path} has no PySlowFast cfg inside; use create_model(…) and "
-            "load_weights(…)"
-        )
+        raise WeightsError(f"{path} has no PySlowFast cfg inside; {_BY_HAND}")
     try:
         name, arguments = model_of_cfg(checkpoint.cfg)
         model = build(name, **arguments)
-    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-        raise WeightsError(f"{checkpoint.path}: {error}") from error
+    except _UNFIT as error:
+        raise WeightsError(f"{path}: {error}") from error
     # The cfg names no size: what is called "rev_vit_base" so far may be any Rev-ViT.
     vars(model)["config"]["name"] = name_of(model) or name
     _load_all(model, checkpoint)
@@ -67,18 +70,14 @@ def load_model(path: str | PathLike[str]) -> nn.Module:
 
 def build_saved(checkpoint: Checkpoint) -> nn.Module:
     """As :func:`load_model`, of a checkpoint that was read already."""
+    path = checkpoint.path
     if CONFIG not in checkpoint.metadata:
-        raise WeightsError(
-            f"{checkpoint.path} does not say which model it is of; use create_model(…) and "
-            "load_weights(…)"
-        )
+        raise WeightsError(f"{path} does not say which model it is of; {_BY_HAND}")
     try:
         config = json.loads(checkpoint.metadata[CONFIG])
         model = build(config["name"], **config["arguments"])
-    except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise WeightsError(
-            f"{checkpoint.path} names a model that cannot be built: {error}"
-        ) from error
+    except _UNFIT as error:
+        raise WeightsError(f"{path} names a model that cannot be built: {error}") from error
     _load_all(model, checkpoint)
     return model
 
