@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -62,33 +63,24 @@ def test_only_the_chosen_command_is_imported() -> None:
     assert done.stdout.splitlines()[1].startswith("vit_tiny ")
 
 
-@pytest.mark.parametrize(
-    "error, line",
-    (
+def test_the_exit_status_and_errors_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(work: Callable[[argparse.Namespace], int | None]) -> int:
+        return run_command(make_parser("x", ""), work, [])
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    assert run(lambda _options: None) == 0 and run(lambda _options: 1) == 1
+    for error, line in (
         (ValueError("this\nand that"), "this"),
         (OSError(), "OSError"),
         (ImportError("pip install it"), "pip install it"),
-    ),
-)
-def test_an_error_is_one_line(
-    error: Exception, line: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def work(_options: argparse.Namespace) -> None:
-        raise error
-
-    with pytest.raises(SystemExit) as stop:
-        run_command(make_parser("x", ""), work, [])
-    assert stop.value.code == 2 and capsys.readouterr().err == f"error: {line}\n"
-
-
-def test_an_error_of_the_code_is_no_line() -> None:
-    with pytest.raises(KeyError):
-        run_command(make_parser("x", ""), lambda _options: {}["missing"], [])
-
-
-def test_the_exit_status() -> None:
-    assert run_command(make_parser("x", ""), lambda _options: 1, []) == 1
-    assert run_command(make_parser("x", ""), lambda _options: None, []) == 0
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run(lambda _options, error=error: fail(error))
+        assert stop.value.code == 2 and capsys.readouterr().err == f"error: {line}\n"
+    with pytest.raises(KeyError):  # of the code
+        run(lambda _options: fail(KeyError()))
 
 
 def test_devices() -> None:
