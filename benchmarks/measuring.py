@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backbones.common.console import make_parser
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -75,13 +77,9 @@ def facts(module: str, argv: Sequence[str] | None, device: torch.device) -> Json
     return found
 
 
-def parser_of(module: str, description: str | None) -> argparse.ArgumentParser:
+def parser_of(module: str, doc: str | None) -> argparse.ArgumentParser:
     """A command line whose help begins with the text of the module."""
-    return argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{module}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    return make_parser(f"python -m benchmarks.{module}", doc)
 
 
 def sharing(model: nn.Module) -> nn.Module:
