@@ -119,7 +119,7 @@ class ReversibleSequence(nn.Module):
             raise ValueError(
                 f"the two streams must have one shape, got {tuple(x1.shape)} and {tuple(x2.shape)}"
             )
-        if AutocastState.capture(x1.device).enabled:
+        if AutocastState(x1.device).enabled:
             x1, x2 = _at_least_float32(x1), _at_least_float32(x2)
         blocks = [cast(ReversibleBlock, block) for block in self.blocks]
         behind: _Relay | None = None
@@ -170,17 +170,17 @@ class _ReversedBlock(torch.autograd.Function):
         *params: Tensor,
     ) -> tuple[Tensor, Tensor]:
         device = x1.device
-        autocast = AutocastState.capture(device)
-        before_f = RandomState.capture(device)
+        autocast = AutocastState(device)
+        before_f = RandomState(device)
         with autocast.restored():
             f_x2 = block.f(x2)
         y1 = add_branch(x1, f_x2, mask)
         del f_x2
-        before_g = RandomState.capture(device)
+        before_g = RandomState(device)
         with autocast.restored():
             g_y1 = block.g(y1)
         y2 = add_branch(x2, g_y1, mask)
-        after_g = RandomState.capture(device)
+        after_g = RandomState(device)
 
         index_of = {id(param): index for index, param in enumerate(params)}
         ctx.f = Branch(block.f, index_of, None if before_f.same_as(before_g) else before_f)

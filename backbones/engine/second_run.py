@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,75 +17,56 @@ from torch import Tensor, nn
 __all__ = ["AutocastState", "Branch", "RandomState", "parameters_of"]
 
 
-@dataclass(frozen=True)
 class AutocastState:
-    """Whether autocast was on for a type of device, and to which dtype."""
+    """Whether autocast is on now for a type of device, and to which dtype."""
 
-    device_type: str
-    enabled: bool
-    dtype: torch.dtype | None
-
-    @classmethod
-    def capture(cls, device: torch.device) -> AutocastState:
-        """Read the state that is in force now for the type of ``device``."""
-        if not torch.amp.is_autocast_available(device.type):
-            return cls(device.type, False, None)
-        return cls(
-            device.type,
-            torch.is_autocast_enabled(device.type),
-            torch.get_autocast_dtype(device.type),
-        )
+    def __init__(self, device: torch.device) -> None:
+        self._type = device.type
+        known = torch.amp.is_autocast_available(device.type)
+        self.enabled = known and torch.is_autocast_enabled(device.type)
+        self._dtype = torch.get_autocast_dtype(device.type) if known else None
 
     def restored(self) -> AbstractContextManager[object]:
-        """A context in which the captured state is in force, without autocast's weight cache.
+        """A context in which this state is in force, without autocast's weight cache.
 
         Without the cache, because a cast weight kept from a pass without grad has no way back to
         its parameter, and one kept from the second run serves nobody.
         """
-        if self.dtype is None:
+        if self._dtype is None:
             return nullcontext()
         return torch.autocast(
-            self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False
+            self._type, dtype=self._dtype, enabled=self.enabled, cache_enabled=False
         )
 
 
-@dataclass(frozen=True)
 class RandomState:
-    """The states of the default generators that a computation on ``device`` may draw from."""
+    """The states now of the default generators that a computation on ``device`` may draw from."""
 
-    device: torch.device
-    cpu: Tensor
-    accelerator: Tensor | None
-
-    @classmethod
-    def capture(cls, device: torch.device) -> RandomState:
-        """Copy the states of the CPU's generator and, where there is one, of ``device``'s."""
-        accelerator = None
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._states = [torch.get_rng_state()]
         if device.type not in ("cpu", "meta"):
-            accelerator = torch.get_device_module(device).get_rng_state(device)
-        return cls(device, torch.get_rng_state(), accelerator)
+            self._states.append(torch.get_device_module(device).get_rng_state(device))
 
     def same_as(self, other: RandomState) -> bool:
-        """Whether nothing was drawn between the two captures."""
-        if not torch.equal(self.cpu, other.cpu):
-            return False
-        if self.accelerator is None or other.accelerator is None:
-            return self.accelerator is other.accelerator
-        return torch.equal(self.accelerator, other.accelerator)
+        """Whether nothing was drawn between the two."""
+        return all(map(torch.equal, self._states, other._states))
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """A context that draws the same numbers, and leaves the generators as it found them."""
-        if self.accelerator is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.set_rng_state(self.cpu)
-                yield
-            return
-        module = torch.get_device_module(self.device)
-        with torch.random.fork_rng(devices=[self.device], device_type=self.device.type):
-            torch.set_rng_state(self.cpu)
-            module.set_rng_state(self.accelerator, self.device)
+        found = RandomState(self._device)
+        try:
+            self._set()
             yield
+        finally:
+            found._set()
+
+    def _set(self) -> None:
+        cpu, *own = self._states
+        torch.set_rng_state(cpu)
+        for state in own:
+            torch.get_device_module(self._device).set_rng_state(state, self._device)
 
 
 class Branch:

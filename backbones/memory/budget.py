@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from backbones.engine.policies import MemoryPolicy, set_memory
-from backbones.memory.simulation import Simulation, StepMemory, nbytes
+from backbones.memory.counting import nbytes
+from backbones.memory.simulation import Simulation, StepMemory
 
 __all__ = [
     "MemoryPlan",

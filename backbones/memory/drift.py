@@ -6,10 +6,10 @@ two differ a little, and the error travels from the last block to the first. Thi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from backbones.common.errors import first_line
 from backbones.engine.policies import blocks_of, set_memory
 from backbones.engine.reversible import ReversibleBlock, ReversibleSequence
+from backbones.engine.second_run import RandomState
 
 __all__ = ["WARNING_THRESHOLD", "BlockDrift", "DriftReport", "Precision", "probe_drift"]
 
@@ -134,11 +135,8 @@ def probe_drift(
         raise ValueError("on the meta device there are no values that could drift")
     sequences = [module for module in model.modules() if isinstance(module, ReversibleSequence)]
     members = {block for sequence in sequences for block in sequence.blocks}
-    blocks = {
-        block: name
-        for name, block in blocks_of(model).items()
-        if isinstance(block, ReversibleBlock) and block in members
-    }
+    found = {block: name for name, block in blocks_of(model).items() if block in members}
+    blocks = cast(dict[ReversibleBlock, str], found)
     if not blocks:
         raise ValueError(f"{type(model).__name__} holds no reversible sequence of blocks")
     device = example_input.device
@@ -147,7 +145,7 @@ def probe_drift(
     )
     try:
         with _as_it_was(model, device), autocast:
-            reconstruction = _reconstruction_errors(model, sequences, list(blocks), example_input)
+            reconstruction = _reconstruction_errors(model, sequences, blocks, example_input)
             stored = _gradients(model, "store", example_input)
             reversible = _gradients(model, "reversible", example_input)
     except RuntimeError as error:
@@ -174,8 +172,7 @@ def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
     model.eval()
     try:
         # Attention without dropout draws nothing, but a user's module may.
-        own = [] if device.type == "cpu" else [device]
-        with torch.random.fork_rng(own, device_type="cuda" if not own else device.type):
+        with RandomState(device).replayed():
             yield
     finally:
         for module, mode in modes.items():
@@ -187,34 +184,28 @@ def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
 def _reconstruction_errors(
     model: nn.Module,
     sequences: list[ReversibleSequence],
-    blocks: list[ReversibleBlock],
+    blocks: Iterable[ReversibleBlock],
     x: Tensor,
-) -> dict[ReversibleBlock, float]:
-    # Of a sequence that runs several times, the last run.
-    inputs: dict[nn.Module, _Streams] = {}
-    outputs: dict[nn.Module, _Streams] = {}
+) -> dict[nn.Module, float]:
+    # Of each block its inputs and outputs; where it runs several times, those of the last run.
+    streams_of: dict[nn.Module, tuple[_Streams, _Streams]] = {}
 
-    def note(block: nn.Module, args: tuple[Any, ...], output: _Streams) -> None:
-        inputs[block], outputs[block] = (args[0], args[1]), output
+    def note(block: nn.Module, args: tuple[Any, ...], outputs: _Streams) -> None:
+        streams_of[block] = (args[0], args[1]), outputs
 
-    handles = [block.register_forward_hook(note) for block in blocks]
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    errors = dict.fromkeys(blocks, 0.0)
+    errors: dict[nn.Module, float] = dict.fromkeys(blocks, 0.0)
+    with torch.no_grad(), ExitStack() as hooks:
+        for block in errors:
+            hooks.enter_context(block.register_forward_hook(note))
+        model(x)
     for sequence in sequences:
-        ran = [block for block in sequence.blocks if block in outputs]
-        if not ran:
-            continue
-        streams = outputs[ran[-1]]
-        for block in reversed(ran):
-            assert isinstance(block, ReversibleBlock)
-            with torch.no_grad():
-                streams = block.inverse(*streams)
-            errors[block] = _error(zip(streams, inputs[block], strict=True))
+        rebuilt: _Streams | None = None
+        for block in reversed(sequence.blocks):
+            if block in streams_of:
+                inputs, outputs = streams_of[block]
+                with torch.no_grad():
+                    rebuilt = cast(ReversibleBlock, block).inverse(*(rebuilt or outputs))
+                errors[block] = _error(zip(rebuilt, inputs, strict=True))
     return errors
 
 

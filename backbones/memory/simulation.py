@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules import module as hooks
+from torch.utils._pytree import tree_leaves
 
 from backbones.engine.policies import Block, MemoryPolicy, blocks_of, set_memory
+from backbones.memory.counting import Counter, as_on_a_gpu
 
-__all__ = ["Simulation", "StepMemory", "nbytes"]
-
-
-def nbytes(tensor: Tensor) -> int:
-    """The bytes of the whole storage that ``tensor`` is a view of."""
-    return tensor.untyped_storage().nbytes()
+__all__ = ["Simulation", "StepMemory"]
 
 
 @dataclass(frozen=True)
@@ -60,123 +50,6 @@ class StepMemory:
     def held_bytes(self) -> int:
         """What the forward pass leaves for the backward pass, of all parts together."""
         return sum(self.held.values())
-
-
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
-    """Counts the bytes of the storages alive, by part, and the operations.
-
-    Attributes:
-        part: what storages that are made now belong to.
-        live: bytes of each part now.
-        peak: bytes of each part at the moment when their sum was highest.
-    """
-
-    def __init__(self, parts: Sequence[str], fake: FakeTensorMode) -> None:
-        from torch.utils.flop_counter import flop_registry  # here, because it imports triton
-
-        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
-        self.part = parts[0]
-        self.live = dict.fromkeys(parts, 0)
-        self.peak = dict(self.live)
-        self.operations = 0
-        self.timeline: list[tuple[int, int]] = []
-        self._fake = fake
-        self._count_of = flop_registry
-        self._total = self._highest = 0
-        self._part_of: dict[int, str] = {}
-        self._references: dict[int, weakref.ref[Any]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:
-            return cast(FakeTensor, args[0]).fake_device  # asked for so often that it takes time
-        kwargs = kwargs or {}
-        if any(isinstance(arg, Tensor) for arg in tree_leaves((args, kwargs))):
-            out = func(*args, **kwargs)
-        else:
-            with self._fake:  # torch.zeros(…) and the like: no memory is taken
-                out = func(*args, **kwargs)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self.add(tensor)
-        if count := self._count_of.get(getattr(func, "_overloadpacket", None)):
-            self.operations += count(*args, **kwargs, out_val=out)
-        self.timeline.append((self.operations, self._total))
-        return out
-
-    def add(self, tensor: Tensor) -> None:
-        """Count the storage of ``tensor``, unless it is counted already."""
-        storage = tensor.untyped_storage()
-        address, size = storage._cdata, storage.nbytes()
-        if address in self._part_of:
-            return
-
-        def end(_: object) -> None:
-            del self._references[address]
-            self.live[self._part_of.pop(address)] -= size
-            self._total -= size
-
-        self._references[address] = weakref.ref(storage, end)
-        self._part_of[address] = self.part
-        self.live[self.part] += size
-        self._total += size
-        if self._total > self._highest:
-            self._highest, self.peak = self._total, dict(self.live)
-
-    def move(self, tensor: Tensor, part: str) -> None:
-        """Let the storage of ``tensor`` belong to another part from now on."""
-        self.add(tensor)
-        address, size = tensor.untyped_storage()._cdata, nbytes(tensor)
-        self.live[self._part_of[address]] -= size
-        self.live[part] += size
-        self._part_of[address] = part
-
-
-# What CUDA's autocast runs in float32, and the CPU's, under which the shape-only tensors run, not.
-_FLOAT32_ON_CUDA = ("layer_norm", "group_norm")
-
-
-@contextmanager
-def _as_on_a_gpu() -> Iterator[None]:
-    """Let shape-only tensors, which are on the CPU, be treated as the kernels of a GPU would.
-
-    The functions are replaced for the moment, because a TorchFunctionMode is out of force inside
-    of ``backward``, where blocks are run again. Tensors with data, of other threads, go their way.
-    """
-    attend = F.scaled_dot_product_attention
-
-    def fused(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        if isinstance(q, FakeTensor):
-            # With either, the CPU has no fused kernel and keeps the N x N weights. Any fused
-            # kernel stands for all of them: each keeps its output and one number per query.
-            dropout_p = 0.0
-            attn_mask = None if attn_mask is None else attn_mask.detach()
-        return attend(q, k, v, attn_mask, dropout_p, *args, **kwargs)
-
-    def in_float32(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(*args: Any, **kwargs: Any) -> Tensor:
-            if isinstance(args[0], FakeTensor) and torch.is_autocast_enabled("cpu"):
-                args, kwargs = tree_map_only(FakeTensor, Tensor.float, (args, kwargs))
-            return original(*args, **kwargs)
-
-        return run
-
-    norms = {name: getattr(F, name) for name in _FLOAT32_ON_CUDA}
-    replaced = {name: in_float32(norm) for name, norm in norms.items()}
-    for name, function in {**replaced, "scaled_dot_product_attention": fused}.items():
-        setattr(F, name, function)
-    try:
-        yield
-    finally:
-        for name, function in {**norms, "scaled_dot_product_attention": attend}.items():
-            setattr(F, name, function)
 
 
 def _stages(model: nn.Module) -> dict[Block, str]:
@@ -250,7 +123,7 @@ class Simulation:
         self.optimizer = torch.optim.AdamW(self._trained, foreach=not self._on_cpu)
 
     @cached_property
-    def _update(self) -> _Counter:
+    def _update(self) -> Counter:
         """The optimizer's step, the same behind every backward pass."""
         with self._fake:
             for param in self._trained:
@@ -267,7 +140,7 @@ class Simulation:
         self.optimizer.zero_grad()
         return counter
 
-    def _new_counter(self) -> _Counter:
+    def _new_counter(self) -> Counter:
         """A counter of what is there before the forward pass."""
         there: dict[str, list[Any]] = {
             "parameters": [*self.model.parameters(), *self.model.buffers()],
@@ -275,7 +148,7 @@ class Simulation:
             "optimizer state": tree_leaves(list(self.optimizer.state.values())),
             "input": self.inputs,
         }
-        counter = _Counter([*there, *self._forward_parts, "working set"], self._fake)
+        counter = Counter([*there, *self._forward_parts, "working set"], self._fake)
         for counter.part, tensors in there.items():
             for tensor in tensors:
                 counter.add(tensor)
@@ -308,10 +181,11 @@ class Simulation:
         peak = max(counter.peak, update.peak, key=lambda parts: sum(parts.values()))
         return StepMemory(peak, held, counter.operations, counter.timeline + timeline)
 
-    def _passes(self, backward: bool) -> tuple[_Counter, dict[str, int]]:
+    def _passes(self, backward: bool) -> tuple[Counter, dict[str, int]]:
         """Forward, and backward if wanted: what was counted, and what was held between them."""
         counter = self._counter = self._new_counter()
-        with self._ambient(), counter, torch.enable_grad():
+        kernels = nullcontext() if self._on_cpu else as_on_a_gpu()
+        with kernels, counter, torch.enable_grad():
             loss = self._forward(counter)
             held = {part: counter.live[part] for part in self._forward_parts}
             counter.part = "working set"
@@ -319,30 +193,26 @@ class Simulation:
                 torch.autograd.backward(loss)
         return counter, held
 
-    def _ambient(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._on_cpu else _as_on_a_gpu()
-
-    def _forward(self, counter: _Counter) -> Tensor:
+    def _forward(self, counter: Counter) -> Tensor:
         """The loss. What is made before the first block is the stem, after the last the head."""
         counter.part = "stem"
         *_, last = self._stage_of
 
         def enter(module: nn.Module, _args: Any) -> None:
             if isinstance(module, Block):
-                counter.part = self._stage_of[module]
+                counter.part = self._stage_of.get(module, counter.part)
 
         def leave(module: nn.Module, _args: Any, _output: Any) -> None:
             if module is last:
                 counter.part = "head"
 
         # Global ones, because a block that has hooks of its own keeps its outputs for them.
-        hooks = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave))
-        try:
-            with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
-                outputs = tree_leaves(self.model(*self.inputs))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with (
+            hooks.register_module_forward_pre_hook(enter),
+            hooks.register_module_forward_hook(leave),
+            torch.autocast("cpu", self.autocast, enabled=self.autocast is not None),
+        ):
+            outputs = tree_leaves(self.model(*self.inputs))
         # Squares, so that the gradients of the outputs are dense, as a real loss makes them.
         squares = [x.float().square().sum() for x in outputs if isinstance(x, Tensor)]
         return torch.stack(squares).sum()

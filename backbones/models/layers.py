@@ -57,10 +57,7 @@ class PatchEmbed(nn.Module):
         Raises:
             ValueError: ``x`` is no batch of images with ``in_chans`` channels.
         """
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(
-                f"expected images of shape (B, {self.in_chans}, H, W), got {tuple(x.shape)}"
-            )
+        _check_shape(x, self.in_chans, clips=False)
         height, width = x.shape[-2:]
         pad_h, pad_w = -height % self.patch_size, -width % self.patch_size
         if pad_h or pad_w:
@@ -100,13 +97,15 @@ class ConvEmbed(nn.Module):
         Raises:
             ValueError: ``x`` is no batch of images, or of clips, with ``in_chans`` channels.
         """
-        if x.ndim != (5 if self.clips else 4) or x.shape[1] != self.in_chans:
-            what, axes = ("clips", "T, H, W") if self.clips else ("images", "H, W")
-            raise ValueError(
-                f"expected {what} of shape (B, {self.in_chans}, {axes}), got {tuple(x.shape)}"
-            )
+        _check_shape(x, self.in_chans, self.clips)
         tokens: Tensor = self.proj(x)
         return (tokens if self.clips else tokens.unsqueeze(2)).permute(0, 2, 3, 4, 1)
+
+
+def _check_shape(x: Tensor, in_chans: int, clips: bool) -> None:
+    what, axes = ("clips", "T, H, W") if clips else ("images", "H, W")
+    if x.ndim != (5 if clips else 4) or x.shape[1] != in_chans:
+        raise ValueError(f"expected {what} of shape (B, {in_chans}, {axes}), got {tuple(x.shape)}")
 
 
 def resize_plane(weight: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:

@@ -9,30 +9,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import cast, get_args
+from typing import get_args
 
-import torch
 from torch import Tensor, nn
 
-from backbones.engine.reversible import ReversibleBlock, ReversibleSequence
 from backbones.models.layers import (
     ConvEmbed,
     MLPBranch,
     PositionEmbedding,
-    ResidualBlock,
     SpaceTimePositionEmbedding,
     drop_path_rates,
 )
 from backbones.models.pooled_attention import Fusion, PooledAttentionBranch, StageTransition, Triple
-from backbones.models.trunk import Trunk
+from backbones.models.trunk import Trunk, join, run_blocks
 
 __all__ = ["MViT", "RevMViT"]
 
 # Strides of the stem in time and in space.
 _STEM_STRIDE = (2, 4)
-
-# The two branches of a block and its drop-path rate.
-_Block = tuple[PooledAttentionBranch, MLPBranch, float]
 
 
 class Stage(nn.Module):
@@ -49,17 +43,12 @@ class Stage(nn.Module):
         self.blocks = blocks
 
     def forward(self, *streams: Tensor) -> tuple[Tensor, ...]:
-        """One stream or two, (B, T, H, W, C) each, to as many as the blocks have.
-
-        Two streams start as two copies of one.
-        """
+        """One stream or two, (B, T, H, W, C) each, to as many as the blocks have."""
         if self.transition is None:
             (x,) = streams
         else:
             x = self.transition(*streams)
-        if isinstance(self.blocks, ReversibleSequence):
-            return cast(tuple[Tensor, Tensor], self.blocks(x, x))
-        return (cast(Tensor, self.blocks(x)),)
+        return run_blocks(self.blocks, x)
 
 
 class MViT(Trunk):
@@ -100,11 +89,6 @@ class MViT(Trunk):
         pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout after the position embedding, in
             the branches, and on the attention weights.
         drop_path_rate: stochastic depth of the last block; rises linearly from 0 at the first.
-
-    Attributes:
-        num_features: channels of the tokens after the final norm.
-        feature_info: for each map of :meth:`feature_maps` its channels (``num_chs``) and its
-            stride in pixels (``reduction``), as in timm. The stride in time is 2 throughout.
 
     Raises:
         ValueError: ``transitions`` that do not rise within 1 … ``depth - 1``; ``embed_dim`` no
@@ -183,7 +167,7 @@ class MViT(Trunk):
             ]
             stages.append(Stage(transition, self._stack(blocks)))
             feature_info.append(
-                {"num_chs": self._num_features(dim), "reduction": _STEM_STRIDE[1] * 2**index}
+                {"num_chs": self.streams * dim, "reduction": _STEM_STRIDE[1] * 2**index}
             )
         self.stages = nn.ModuleList(stages)
         self._finish(feature_info, drop_rate)
@@ -193,12 +177,6 @@ class MViT(Trunk):
             raise ValueError(f"MViT has one stream and nothing to fuse, got fusion {fusion!r}")
         return None
 
-    def _stack(self, blocks: list[_Block]) -> nn.Module:
-        return nn.Sequential(*(ResidualBlock(*block) for block in blocks))
-
-    def _num_features(self, dim: int) -> int:
-        return dim
-
     def _forward_grids(self, x: Tensor, every_stage: bool) -> list[Tensor]:
         streams: tuple[Tensor, ...] = (self.pos_drop(self.pos_embed(self.patch_embed(x))),)
         grids: list[Tensor] = []
@@ -206,7 +184,7 @@ class MViT(Trunk):
             streams = stage(*streams)
             last = index == len(self.stages) - 1
             if last or every_stage:
-                grid = streams[0] if len(streams) == 1 else torch.cat(streams, dim=-1)
+                grid = join(streams)
                 grids.append(self.norm(grid) if last else grid)
         return grids
 
@@ -224,17 +202,13 @@ class RevMViT(MViT):
     ``num_frames=16, num_classes=400, kv_stride=8, qkv_bias=False, fusion="avg"``.
     """
 
+    streams = 2
+
     def _choose_fusion(self, fusion: Fusion | None) -> Fusion | None:
         if fusion is not None and fusion not in get_args(Fusion):
             known = ", ".join(repr(name) for name in get_args(Fusion))
             raise ValueError(f"fusion {fusion!r} does not exist; choose one of {known}")
         return fusion or "concat_linear_2"
-
-    def _stack(self, blocks: list[_Block]) -> nn.Module:
-        return ReversibleSequence(ReversibleBlock(*block) for block in blocks)
-
-    def _num_features(self, dim: int) -> int:
-        return 2 * dim
 
 
 def _stem_grid(img_size: int | tuple[int, int], num_frames: int | None) -> Triple:

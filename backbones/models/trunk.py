@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import cast
+from collections.abc import Iterable
+from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from backbones.engine.policies import blocks_of
-from backbones.models.layers import NORM_EPS, init_weights
+from backbones.engine.reversible import ReversibleBlock, ReversibleSequence
+from backbones.models.layers import NORM_EPS, ResidualBlock, init_weights
 
-__all__ = ["Trunk", "layer_decay_factors", "layer_depths"]
+__all__ = ["Trunk", "join", "layer_decay_factors", "layer_depths", "run_blocks"]
 
 
 class Trunk(nn.Module):
@@ -22,12 +25,21 @@ class Trunk(nn.Module):
         feature_info: for each map of :meth:`feature_maps` its channels (``num_chs``) and its
             stride in pixels (``reduction``), finest first, as in timm.
         num_features: channels of the tokens after the final norm.
+        streams: 2 in a reversible model, which end side by side; else 1.
     """
+
+    streams: ClassVar[int] = 1
 
     def __init__(self, num_classes: int, clips: bool) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.clips = clips
+
+    def _stack(self, blocks: Iterable[tuple[Any, ...]]) -> nn.Module:
+        """Blocks one after the other, from the arguments of each: f, g, rate of drop path."""
+        if self.streams == 1:
+            return nn.Sequential(*(ResidualBlock(*block) for block in blocks))
+        return ReversibleSequence(ReversibleBlock(*block) for block in blocks)
 
     def _finish(self, feature_info: list[dict[str, int]], drop_rate: float) -> None:
         """Make norm and head behind what is there, and initialise all of it."""
@@ -74,6 +86,18 @@ class Trunk(nn.Module):
         """
         pooled = self.forward_features(x).mean(dim=1)
         return cast(Tensor, self.head(self.head_drop(pooled)))
+
+
+def run_blocks(blocks: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """The one stream that comes out of the blocks, or the two, which start as two copies."""
+    if isinstance(blocks, ReversibleSequence):
+        return cast(tuple[Tensor, Tensor], blocks(x, x))
+    return (cast(Tensor, blocks(x)),)
+
+
+def join(streams: tuple[Tensor, ...]) -> Tensor:
+    """Two streams side by side, or the one there is, (…, C) each."""
+    return streams[0] if len(streams) == 1 else torch.cat(streams, dim=-1)
 
 
 def layer_depths(trunk: nn.Module) -> dict[str, int]:

@@ -6,21 +6,17 @@ With windows and relative positions they are the trunks of ViTDet (arXiv 2203.16
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from backbones.engine.reversible import ReversibleBlock, ReversibleSequence
 from backbones.models.layers import (
     AttentionBranch,
     MLPBranch,
     PatchEmbed,
     PositionEmbedding,
-    ResidualBlock,
     drop_path_rates,
 )
-from backbones.models.trunk import Trunk
+from backbones.models.trunk import Trunk, join, run_blocks
 
 __all__ = ["RevViT", "ViT"]
 
@@ -51,11 +47,6 @@ class ViT(Trunk):
         pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout after the position embedding, in
             the branches, and on the attention weights.
         drop_path_rate: stochastic depth of the last block; rises linearly from 0 at the first.
-
-    Attributes:
-        num_features: channels of the tokens after the final norm.
-        feature_info: for each map of :meth:`feature_maps`, here one, its channels (``num_chs``)
-            and its stride in pixels (``reduction``), as in timm.
 
     Raises:
         ValueError: ``img_size`` is no multiple of ``patch_size``, or ``embed_dim`` none of
@@ -91,7 +82,7 @@ class ViT(Trunk):
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.pos_embed = PositionEmbedding(grid, embed_dim)
         self.pos_drop = nn.Dropout(pos_drop_rate)
-        blocks: list[dict[str, Any]] = []
+        blocks: list[tuple[nn.Module, nn.Module, float]] = []
         for index, rate in enumerate(drop_path_rates(drop_path_rate, depth)):
             window = 0 if index in global_attn_indexes else window_size
             attention = AttentionBranch(
@@ -104,23 +95,14 @@ class ViT(Trunk):
                 rel_pos_sides=(0, window or grid[0], window or grid[1]) if use_rel_pos else None,
             )
             mlp = MLPBranch(embed_dim, mlp_ratio, proj_drop_rate)
-            blocks.append({"f": attention, "g": mlp, "drop_path": rate})
+            blocks.append((attention, mlp, rate))
         self.blocks = self._stack(blocks)
-        channels = self._num_features(embed_dim)
+        channels = self.streams * embed_dim
         self._finish([{"num_chs": channels, "reduction": patch_size}], drop_rate)
-
-    def _stack(self, blocks: list[dict[str, Any]]) -> nn.Module:
-        return nn.Sequential(*(ResidualBlock(**block) for block in blocks))
-
-    def _num_features(self, embed_dim: int) -> int:
-        return embed_dim
-
-    def _run_blocks(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.blocks(x))
 
     def _forward_grids(self, x: Tensor, every_stage: bool) -> list[Tensor]:
         x = self.pos_drop(self.pos_embed(self.patch_embed(x)))
-        return [self.norm(self._run_blocks(x))]
+        return [self.norm(join(run_blocks(self.blocks, x)))]
 
 
 class RevViT(ViT):
@@ -131,14 +113,7 @@ class RevViT(ViT):
     memory policy; :func:`backbones.set_memory` changes it.
     """
 
-    def _stack(self, blocks: list[dict[str, Any]]) -> nn.Module:
-        return ReversibleSequence(ReversibleBlock(**block) for block in blocks)
-
-    def _num_features(self, embed_dim: int) -> int:
-        return 2 * embed_dim
-
-    def _run_blocks(self, x: Tensor) -> Tensor:
-        return torch.cat(self.blocks(x, x), dim=-1)
+    streams = 2
 
 
 def _check_windows(window_size: int, global_attn_indexes: Sequence[int], depth: int) -> None:
