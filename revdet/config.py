@@ -55,15 +55,13 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     """
     cfg = _read(path)
     for where, node in nodes_of(cfg):
-        if isinstance(node, ListConfig):
-            continue
-        target = node.get("_target_")
-        if isinstance(target, str):
-            node["_target_"] = MOVED.get(target, target)
-        known = _parameters(node)
-        for key in node:
-            if known is not None and key != "_target_" and key not in known:
-                raise _unknown(f"{where}.{key!s}".lstrip("."), known, f"config {path}")
+        if isinstance(node, DictConfig) and "_target_" in node:
+            if isinstance(node._target_, str):
+                node._target_ = MOVED.get(node._target_, node._target_)
+            known = _known_keys(node)
+            for key in node:
+                if known is not None and key not in (*known, "_target_"):
+                    raise _unknown(f"{where}.{key!s}".lstrip("."), known, f"config {path}")
     for name in SECTIONS:
         cfg[name] = _typed(name, cfg.get(name, {}), f"config {path}")
     for override in overrides:
@@ -128,22 +126,15 @@ def _apply(cfg: DictConfig, override: str) -> None:
 
 def _set(cfg: DictConfig, key: str, value: Any, text: str) -> None:
     """Set a key to ``value``, which was written as ``text``."""
-    *parents, last = key.split(".")
-    node: Any = cfg
-    for depth, part in enumerate(parents):
-        where = ".".join(parents[: depth + 1])
-        if isinstance(node, ListConfig) and part.isdigit() and int(part) < len(node):
-            node = node[int(part)]
-        elif isinstance(node, DictConfig) and part in node:
-            node = node[part]
-        else:
-            raise _unknown(where, _known_keys(node) or list(node))
-        if not OmegaConf.is_config(node):
-            raise UserError(f"there is no key {key!r}: {where} is the value {node!r}")
-    known = _known_keys(node)
-    if known is not None and last not in known:
-        raise _unknown(key, known)
-    old = OmegaConf.select(cfg, key)
+    parts, old = key.split("."), cfg
+    for depth, part in enumerate(parts):
+        if not OmegaConf.is_config(old):
+            where = ".".join(parts[:depth])
+            raise UserError(f"there is no key {key!r}: {where} is the value {old!r}")
+        known = _known_keys(old)
+        if known is not None and part not in known:
+            raise _unknown(".".join(parts[: depth + 1]), known)
+        old = OmegaConf.select(old, part)
     if isinstance(old, DictConfig) and isinstance(value, dict):
         for name, item in value.items():
             _set(cfg, f"{key}.{name}", item, str(item))
@@ -169,21 +160,12 @@ def _same_kind(old: object, new: object) -> bool:
 
 
 def _known_keys(node: DictConfig | ListConfig) -> list[str] | None:
-    """What may stand under ``node``; None if its target takes any keyword."""
+    """What may stand under ``node``; None if what it builds takes any keyword."""
     if isinstance(node, ListConfig):
         return [str(index) for index in range(len(node))]
-    known = [str(key) for key in node if key != "_target_"]
     if "_target_" not in node:
-        return known
-    parameters = _parameters(node)
-    return None if parameters is None else sorted({*known, *parameters})
-
-
-def _parameters(node: DictConfig) -> list[str] | None:
-    """The arguments of what ``node`` builds; None if it builds nothing or takes any keyword."""
-    target = node.get("_target_")
-    if target is None:
-        return None
+        return [str(key) for key in node]
+    target = node._target_
     if isinstance(target, str):
         try:
             target = locate(target)

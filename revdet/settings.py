@@ -14,21 +14,17 @@ from omegaconf import OmegaConf
 
 from backbones.common.settings import describe, key
 
+POLICIES = ("store", "checkpoint", "reversible")
+
 
 @dataclass
 class AmpConfig:
-    """Autocast in training."""
-
     enabled: bool = key(False, "autocast in training")
-    dtype: str = key(
-        "bfloat16", "of autocast; float16 scales the loss", choices=("bfloat16", "float16")
-    )
+    dtype: str = key("bfloat16", "float16 scales the loss", choices=("bfloat16", "float16"))
 
 
 @dataclass
 class DdpConfig:
-    """Options of DistributedDataParallel."""
-
     broadcast_buffers: bool = key(False, "copy the buffers of the first process in each step")
     find_unused_parameters: bool = key(False, "for models of which a step may leave out parts")
     static_graph: bool = key(False, "every step uses the same parameters")
@@ -38,8 +34,6 @@ class DdpConfig:
 
 @dataclass
 class CheckpointerConfig:
-    """When a run is saved."""
-
     period: int = key(5000, "iterations between checkpoints", low=1)
     max_to_keep: int = key(3, "how many of them are kept", low=1)
 
@@ -53,27 +47,17 @@ class TrainConfig:
     max_iter: int = key(90000, "iterations to train", low=1)
     seed: int = key(0, "of weights, order, augmentation and dropout", low=0)
     device: str = key("auto", "such as cpu or cuda; auto: cuda where there is one")
-    memory: str = key(
-        "reversible",
-        "what the trunk keeps for the backward pass",
-        choices=("store", "checkpoint", "reversible"),
-    )
+    memory: str = key("reversible", "what the trunk keeps for the backward pass", choices=POLICIES)
     stored_blocks: int = key(0, "how many of its last blocks store whatever the policy", low=0)
     memory_budget: str = key("", "such as 8GB: choose both, so that a training step fits")
     accumulate: int = key(1, "batches per iteration, of which gradients are averaged", low=1)
     reference_batch_size: int = key(
-        0,
-        "images per iteration that the learning rate belongs to; with others it changes in "
-        "proportion; 0: it stays",
-        low=0,
+        0, "images of an iteration for which optimizer.lr is; it is scaled to others; 0: no", low=0
     )
     amp: AmpConfig = field(default_factory=AmpConfig)
     clip_grad_norm: float = key(0.0, "largest norm of all gradients together; 0: any", low=0)
     ema_decay: float = key(
-        0.0,
-        "such as 0.9999: evaluate and keep an average of the weights; 0: none",
-        low=0,
-        high=0.999999,
+        0.0, "evaluate and keep averaged weights, by such as 0.9999; 0: no", low=0, high=0.999999
     )
     deterministic: bool = key(False, "the same bits in every run; what cannot is an error")
     ddp: DdpConfig = field(default_factory=DdpConfig)

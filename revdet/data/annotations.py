@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,8 @@ NOTED = {
 }
 BORDER = 2.0  # px that a box may reach over the border before it is worth a word
 
-
-# What is found in a dataset: for each kind of BROKEN and NOTED a list of lines.
+# What is found in a dataset: for each kind of BROKEN and NOTED its lines; a defaultdict.
 Findings = dict[str, list[str]]
-
-
-def counts(findings: Findings, kinds: Mapping[str, str]) -> dict[str, int]:
-    """How many there are of each of the kinds that there are."""
-    return {kind: len(findings[kind]) for kind in kinds if kind in findings}
 
 
 def read_coco(path: Path) -> dict[str, Any]:
@@ -90,17 +84,17 @@ def write_coco(path: Path, content: dict[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
-        for number, (key, value) in enumerate(content.items()):
-            file.write(f"{',' if number else '{'}\n{json.dumps(key)}: ")
-            if isinstance(value, list):
-                file.write("[")
-                file.writelines(
-                    f"{',' if row else ''}\n{json.dumps(entry)}" for row, entry in enumerate(value)
-                )
+        others = {k: v for k, v in content.items() if k not in ("images", "annotations")}
+        file.write(json.dumps(others).removesuffix("}"))
+        for key in ("images", "annotations"):
+            # Without the list, as COCO's test sets are, there will be no scores.
+            if key == "images" or content[key]:
+                file.write(f', "{key}": [')
+                entries = map(json.dumps, content[key])
+                file.write(next(entries, ""))
+                file.writelines(f",\n{entry}" for entry in entries)
                 file.write("]")
-            else:
-                file.write(json.dumps(value))
-        file.write("\n}\n")
+        file.write("}\n")
 
 
 def categories_in(content: dict[str, Any]) -> list[dict[str, Any]]:
@@ -135,22 +129,13 @@ def sound_images(images: Sequence[dict[str, Any]], findings: Findings) -> list[d
 
 
 def sound_annotations(
-    content: dict[str, Any],
-    images: Sequence[dict[str, Any]],
-    findings: Findings,
-    *,
-    masks: bool,
+    content: dict[str, Any], images: Sequence[dict[str, Any]], findings: Findings, *, masks: bool
 ) -> list[dict[str, Any]]:
     """The annotations of ``images`` that can be trained on; the others are added to the findings.
 
     Those of images that are listed in ``content`` but not in ``images`` go without a word.
     ``area`` and ``iscrowd`` are added where they are missing, since COCO's metrics need them.
-
-    Args:
-        content: as :func:`read_coco` returns it.
-        images: the images to be kept.
-        findings: what is found is added here.
-        masks: whether the model learns masks, so that each object must have one.
+    With ``masks``, each object must have one.
     """
     kept_images = {image["id"]: image for image in images}
     # Ids may be anything here, a list too: nothing has been checked yet.
@@ -192,12 +177,12 @@ def _check_box(annotation: dict[str, Any], image: dict[str, Any]) -> tuple[str, 
     """The kind of what is wrong with the box, and a word on it; two empty strings if nothing is."""
     box = annotation.get("bbox")
     detail = f": bbox {box} in an image of {image['width']} x {image['height']} px"
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(v) for v in box):
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         return "bad_box", detail
     x, y, width, height = box
-    if width < 0 or height < 0:
+    if min(width, height) < 0:
         return "bad_box", detail
-    if width == 0 or height == 0:
+    if min(width, height) == 0:
         return "empty_box", detail
     inside_x = min(x + width, image["width"]) - max(x, 0)
     inside_y = min(y + height, image["height"]) - max(y, 0)

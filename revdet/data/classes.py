@@ -59,9 +59,8 @@ def fit_recipe(cfg: DictConfig, described: Mapping[str, Mapping[str, Any]]) -> N
                 )
     if not all(facts["masks"] for facts in own):
         _boxes_only(cfg)
-    for facts in described.values():
-        cfg.dataset.categories = facts["classes"]
-        break
+    if described:
+        cfg.dataset.categories = next(iter(described.values()))["classes"]
 
 
 def categories_of(cfg: DictConfig) -> list[dict[str, Any]]:
@@ -76,20 +75,16 @@ def categories_of(cfg: DictConfig) -> list[dict[str, Any]]:
     Raises:
         UserError: the classes cannot be found out, or the model has another number of them.
     """
-    if not cfg.dataset.categories:
-        files = {name: cfg.dataset[f"{split}_json"] for name, split in OWN.items()}
-        own = {name: describe_classes(read_coco(Path(f))) for name, f in files.items() if f}
-        fit_recipe(cfg, own)
-        if not own:
-            cfg.dataset.categories = _registered_classes(dataset_names(cfg)[0])
-    categories = [dict(category) for category in cfg.dataset.categories]
-    for _, section in class_counts(cfg.model):
-        if section.num_classes != len(categories):
-            raise UserError(
-                f"the model has {section.num_classes} classes, but {len(categories)} are named in "
-                "the dataset: use the config.yaml of the run that made the weights"
-            )
-    return categories
+    name = dataset_names(cfg)[0]
+    files = {own: cfg.dataset[f"{split}_json"] for own, split in OWN.items()}
+    if cfg.dataset.categories:
+        known = {name: {"classes": list(cfg.dataset.categories), "masks": True}}
+    elif any(files.values()):
+        known = {own: describe_classes(read_coco(Path(f))) for own, f in files.items() if f}
+    else:
+        known = {name: {"classes": _registered_classes(name), "masks": True}}
+    fit_recipe(cfg, known)
+    return [dict(category) for category in cfg.dataset.categories]
 
 
 def _registered_classes(name: str) -> list[dict[str, Any]]:

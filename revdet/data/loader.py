@@ -6,7 +6,9 @@ Detectron2's own starts its sampler over and draws other augmentations after a r
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +22,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from backbones.common.errors import UserError
 from backbones.common.seeds import seed_of
 
+Record = dict[str, Any]
+Mapper = Callable[[Record], Any]  # may draw from the global generators
 
+
+@dataclass(eq=False)
 class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
     """Endless batches of ``(index, position)``, the same whenever they are asked for again.
 
@@ -34,27 +40,16 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
         seed: of the permutations.
         rank, world_size: this process, and the number of processes.
         accumulate: batches of one process in an iteration.
-
-    Attributes:
         start_step: how many iterations to pass over: the one at which training resumes.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[int],
-        batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulate: int = 1,
-    ) -> None:
-        self.groups = list(groups)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.accumulate = accumulate
-        self.start_step = 0
+    groups: Sequence[int]
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    accumulate: int = 1
+    start_step: int = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in itertools.islice(self._steps(), self.start_step, None):
@@ -63,22 +58,20 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def _samples(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(self.seed)
-        position = 0
+        positions = itertools.count()
         while True:
             for index in torch.randperm(len(self.groups), generator=generator).tolist():
-                if position % self.world_size == self.rank:
+                if (position := next(positions)) % self.world_size == self.rank:
                     yield index, position
-                position += 1
 
     def _steps(self) -> Iterator[list[tuple[int, int]]]:
         """All samples of this process in each iteration."""
-        waiting: dict[int, list[tuple[int, int]]] = {group: [] for group in set(self.groups)}
+        waiting: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for index, position in self._samples():
-            step = waiting[self.groups[index]]
-            step.append((index, position))
-            if len(step) == self.batch_size * self.accumulate:
-                yield step
-                waiting[self.groups[index]] = []
+            group = self.groups[index]
+            waiting[group].append((index, position))
+            if len(waiting[group]) == self.batch_size * self.accumulate:
+                yield waiting.pop(group)
 
 
 class TrainMapper(DatasetMapper):
@@ -103,20 +96,9 @@ class TrainMapper(DatasetMapper):
 
 
 class SeededDataset(Dataset[Any]):
-    """Map dataset records, each under a seed of its own.
+    """Detectron2's records through a mapper, each under a seed of its own."""
 
-    Args:
-        records: Detectron2's dataset dictionaries.
-        mapper: makes a model input of one record; may draw from the global generators.
-        seed: of the run.
-    """
-
-    def __init__(
-        self,
-        records: Sequence[dict[str, Any]],
-        mapper: Callable[[dict[str, Any]], Any],
-        seed: int,
-    ) -> None:
+    def __init__(self, records: Sequence[Record], mapper: Mapper, seed: int) -> None:
         # Serialised into one array, which worker processes share instead of copying.
         self.records = DatasetFromList(list(records), copy=False)
         self.mapper = mapper
@@ -136,8 +118,8 @@ class SeededDataset(Dataset[Any]):
 
 
 def build_train_loader(
-    dataset: Sequence[dict[str, Any]],
-    mapper: Callable[[dict[str, Any]], Any],
+    dataset: Sequence[Record],
+    mapper: Mapper,
     total_batch_size: int,
     num_workers: int = 4,
     seed: int = 0,

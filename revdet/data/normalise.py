@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
@@ -49,6 +49,9 @@ LISTED = 20  # lines of each kind that are printed; the report has all
 
 logger = logging.getLogger("revdet")
 
+# What Detectron2 knows of a dataset that comes from the normalised file; colours, say, stay.
+_REPLACED = {"name", "json_file", "image_root", "evaluator_type", "thing_classes"}
+_REPLACED |= {"thing_dataset_id_to_contiguous_id"}
 # Datasets that have been registered by use_normalised in this process, in all its runs.
 _registered = itertools.count(1)
 
@@ -94,9 +97,7 @@ def normalise(cfg: DictConfig, *, evaluation_only: bool = False) -> None:
             report[name] = {**facts, **described[name], "lines": found}
             classes[name] = class_rows(cleaned)
             if cfg.dataset.skip_broken or not facts["broken"]:
-                # Without the list, as COCO's test sets are, there are no scores.
-                kept = {k: v for k, v in cleaned.items() if v or k != "annotations"}
-                write_coco(file_of(cfg, name), kept)
+                write_coco(file_of(cfg, name), cleaned)
     known = {**earlier, **report}
     write_json(
         file_of(cfg, "report"), {name: known[name] for name in dataset_names(cfg) if name in known}
@@ -124,12 +125,10 @@ def use_normalised(cfg: DictConfig, *, evaluation_only: bool = False) -> None:
     renamed = {}
     for source in sources(cfg, evaluation_only=evaluation_only):
         name = f"{source.name} (normalised, {next(_registered)})"
-        colors = {}
-        if source.name in DatasetCatalog.list():
-            metadata = MetadataCatalog.get(source.name).as_dict()
-            colors = {key: value for key, value in metadata.items() if key == "thing_colors"}
+        known = MetadataCatalog.get(source.name).as_dict()
+        metadata = {key: value for key, value in known.items() if key not in _REPLACED}
         file = file_of(cfg, source.name)
-        register_coco_instances(name, colors, str(file), str(source.images))
+        register_coco_instances(name, metadata, str(file), str(source.images))
         renamed[source.name] = name
     for _, node in nodes_of(cfg.dataloader):  # the evaluator may name them too
         for key in own_keys(node):
@@ -169,7 +168,8 @@ def _cleaned(
     """The content of an annotation file without what is broken, which is added to the findings."""
     images = sound_images(content["images"], findings)
     images = _files_that_can_be_used(images, folder, findings, progress=progress)
-    if len(findings.get("missing_image", ())) == len(content["images"]):
+    missing = findings.get("missing_image", ())
+    if missing and len(missing) == len(content["images"]):
         raise UserError(
             f"no image of {path} is in {folder}: check the folder that its file names start from"
         )

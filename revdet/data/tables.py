@@ -8,7 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from revdet.data.annotations import BROKEN, NOTED, Findings, counts
+from revdet.data.annotations import BROKEN, NOTED, Findings
 
 CLASSES_LISTED = 100
 
@@ -16,14 +16,7 @@ CLASSES_LISTED = 100
 def summarize(
     path: Path, content: dict[str, Any], cleaned: dict[str, Any], findings: Findings
 ) -> dict[str, Any]:
-    """What ``results.json`` says about a dataset.
-
-    Args:
-        path: the annotation file.
-        content: what it holds.
-        cleaned: the same without what is broken.
-        findings: what is broken or worth a word.
-    """
+    """What ``results.json`` says about a dataset: ``path`` with its content, whole and cleaned."""
     images, annotations = cleaned["images"], cleaned["annotations"]
     crowds = sum(1 for a in annotations if a["iscrowd"])
     with_objects = {a["image_id"] for a in annotations if not a["iscrowd"]}
@@ -40,8 +33,8 @@ def summarize(
         ],
         "left_out_images": len(content["images"]) - len(images),
         "left_out_annotations": len(content["annotations"]) - len(annotations),
-        "broken": counts(findings, BROKEN),
-        "noted": counts(findings, NOTED),
+        "broken": {kind: len(findings[kind]) for kind in BROKEN if kind in findings},
+        "noted": {kind: len(findings[kind]) for kind in NOTED if kind in findings},
     }
 
 

@@ -182,6 +182,7 @@ def test_an_image_that_stops_decoding_during_training(broken, train_net, tmp_pat
         ("categories", [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}], "'id' of its own"),
         ("categories", [{"id": "1", "name": "cat"}], "number 'id'"),
         ("images", 5, "no list 'images'"),
+        ("images", [], "no object to learn"),
         ("annotations", [5], "no list 'annotations'"),
         ("annotations", [], "no object to learn"),
     ],

@@ -310,7 +310,7 @@ def test_channels_are_in_the_order_of_the_recipe():
         (["--weights", "no.pth"], ["no.pth", "does not exist"]),
         (["model.backbone.net.model.depth=3"], ["another architecture"]),
         (["model.backbone.net.model.dpeth=3"], ["dpeth", "depth"]),
-        (["model.roi_heads.num_classes=7"], ["7 classes", "5 are named"]),
+        (["model.roi_heads.num_classes=7"], ["7 classes", "5 categories"]),
         (["--output", "README.md"], ["--output README.md is no folder"]),
     ],
 )
