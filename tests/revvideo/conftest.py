@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from revvideo.run import main
 from tests.revvideo.make_videos import KINDS
@@ -32,11 +33,20 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(videos: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """``run(output, *arguments)``: the command, in this process; returns its status."""
-    monkeypatch.setattr(
-        "revvideo.training.results.draw_curves", lambda *_: None
-    )  # a second each time
+    # A second each time.
+    monkeypatch.setattr("revvideo.training.results.draw_curves", lambda *_: None)
 
-    def call(output: Path, *more: str, root: Path = videos, config: str | None = None) -> int:
-        return main(arguments(root, output, *more, config=config))
+    def call(output: Path, *more: str, root: Path = videos) -> int:
+        return main(arguments(root, output, *more))
 
     return call
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The checkpoints that are opened, one after the other."""
+    files: list[object] = []
+    load = torch.load
+    record = lambda file, *more, **options: files.append(file) or load(file, *more, **options)  # noqa: E731
+    monkeypatch.setattr(torch, "load", record)
+    return files

@@ -10,12 +10,10 @@ from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
 from lightning.pytorch.utilities import rank_zero_only
 
 from revvideo.run import main
-
-# Of a process that must not see a GPU nor take more than one core.
-CPU_ONLY = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 _context = multiprocessing.get_context("forkserver")
 
@@ -23,13 +21,9 @@ _context = multiprocessing.get_context("forkserver")
 def prepare() -> None:
     """Start the server that processes are forked from; it imports while the caller goes on."""
     _context.set_forkserver_preload(["revvideo.training.run", __name__])
-    before = dict(os.environ)
-    os.environ.update(CPU_ONLY)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
         forkserver.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def start(arguments: Sequence[str], log: Path, **environment: str) -> BaseProcess:

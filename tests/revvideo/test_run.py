@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +30,7 @@ from tests.revvideo.tiny_set import (
 GOLDEN = Path(__file__).parents[1] / "golden" / "rev_mvit_video_tiny.pyth"
 
 
-def test_a_run_leaves_its_results_and_tests_the_same_again(videos, tmp_path, capfd):
+def test_a_run_leaves_its_results_and_tests_the_same_again(videos, tmp_path, capfd, opened):
     output = tmp_path / "run"
     assert main(arguments(videos, output)) == 0
     first = results(output)
@@ -54,7 +56,9 @@ def test_a_run_leaves_its_results_and_tests_the_same_again(videos, tmp_path, cap
 
     # The config that a run saves is a recipe itself.
     config = str(output / "config.yaml")
+    opened.clear()
     assert main(["--config", config, "--eval-only", "train.memory_budget=1KB"]) == 0
+    assert len(opened) == 1
     again = results(output)
     assert again["test"] == first["test"] and again["run"] == first["run"]
     assert sorted(losses(output)) == list(range(8))
@@ -212,6 +216,15 @@ def test_a_run_is_neither_overwritten_nor_resumed_from_a_damaged_checkpoint(run,
     assert f"{last} is no checkpoint, or a damaged one" in error and "move it away" in error
     assert run(tmp_path, "--eval-only") == 2
     assert str(last) in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["run.py", "predict.py"])
+def test_a_command_that_is_run_by_its_path_hides_no_module(script, monkeypatch):
+    """Nor do the processes that import it again: `models` and `data` are others' names, too."""
+    folder = str(Path("revvideo").resolve())
+    monkeypatch.setattr(sys, "path", [folder, *sys.path])
+    runpy.run_path(f"revvideo/{script}", run_name="__mp_main__")
+    assert folder not in sys.path
 
 
 def test_half_precision_trains(run, tmp_path):
