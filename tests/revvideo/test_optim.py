@@ -10,43 +10,40 @@ import backbones
 from revvideo.settings import OptimConfig
 from revvideo.training.optim import build_optimizer, lr_factor, param_groups
 
+SMALL = {"num_frames": 4, "img_size": 32, "embed_dim": 8, "depth": 4, "transitions": (1, 3)}
+
 
 @pytest.fixture(scope="module")
 def model():
-    return backbones.create_model(
-        "rev_mvit_base_16x4",
-        num_frames=4,
-        img_size=32,
-        embed_dim=8,
-        depth=4,
-        transitions=(1, 3),
-        num_classes=3,
-    )
+    return backbones.create_model("rev_mvit_base_16x4", num_classes=3, **SMALL)
 
 
 def test_every_parameter_is_in_one_group_and_only_matrices_decay(model):
     groups = param_groups(model, lr=0.1, weight_decay=0.05)
     listed = [p for group in groups for p in group["params"]]
     assert len(listed) == len({id(p) for p in listed}) == len(list(model.parameters()))
+    assert {group["lr"] for group in groups} == {0.1}
     for group in groups:
-        for p in group["params"]:
-            assert group["weight_decay"] == (0.05 if p.ndim > 1 else 0.0)
-        assert group["lr"] == 0.1
+        assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] == 0.05}
 
 
 def test_layer_decay_falls_from_the_head_to_the_stem(model):
     groups = param_groups(model, lr=1.0, weight_decay=0.0, layer_decay=0.5)
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     depths = {name: -math.log2(rates[id(p)]) for name, p in model.named_parameters()}
-    assert {depths[name] for name in depths if name.startswith(("head", "norm"))} == {0}
     # Four blocks, of which the second and the fourth are transitions.
-    assert {v for n, v in depths.items() if n.startswith("stages.2.transition")} == {1}
-    assert {v for n, v in depths.items() if n.startswith("stages.1.blocks")} == {2}
-    assert {v for n, v in depths.items() if n.startswith("stages.1.transition")} == {3}
-    assert {v for n, v in depths.items() if n.startswith("stages.0.blocks")} == {4}
-    assert {v for n, v in depths.items() if n.startswith(("patch_embed", "pos_embed"))} == {5}
-    # The first group is the head's: its rate is the one that is logged.
-    assert groups[0]["lr"] == 1.0
+    starts = [("head", "norm"), "stages.2.transition", "stages.1.blocks", "stages.1.transition"]
+    starts += ["stages.0.blocks", ("patch_embed", "pos_embed")]
+    for depth, start in enumerate(starts):
+        assert {depths[name] for name in depths if name.startswith(start)} == {depth}
+    assert groups[0]["lr"] == 1.0, "the first group is the head's: its rate is the one logged"
+
+
+def test_groups_are_those_that_optimizers_were_saved_with(model):
+    """Two for each depth, also where all have the same rate."""
+    sizes = [len(group["params"]) for group in param_groups(model, 1.0, 0.0)]
+    assert sizes == [len(group["params"]) for group in param_groups(model, 1.0, 0.0, 0.5)]
+    assert len(sizes) == 2 * (4 + 2)
 
 
 def test_frozen_parameters_are_left_out(model):
@@ -58,12 +55,8 @@ def test_frozen_parameters_are_left_out(model):
 
 def test_the_schedule_has_its_published_points():
     schedule = dict(warmup=10, total=110, start=0.01, end=0.02)
-    assert lr_factor(0, **schedule) == 0.01
-    assert lr_factor(5, **schedule) == pytest.approx(0.505)
-    assert lr_factor(10, **schedule) == 1.0
-    assert lr_factor(60, **schedule) == pytest.approx(0.51)
-    assert lr_factor(110, **schedule) == pytest.approx(0.02)
-    assert lr_factor(500, **schedule) == pytest.approx(0.02)
+    points = {0: 0.01, 5: 0.505, 10: 1.0, 60: 0.51, 110: 0.02, 500: 0.02}
+    assert {step: lr_factor(step, **schedule) for step in points} == pytest.approx(points)
     assert lr_factor(0, warmup=0, total=5, start=0.5, end=0.0) == 1.0
     factors = [lr_factor(step, **schedule) for step in range(111)]
     assert factors[:11] == sorted(factors[:11]) and factors[10:] == sorted(factors[10:])[::-1]

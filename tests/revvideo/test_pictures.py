@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -19,31 +18,13 @@ from revvideo.prediction import media, pictures
 from revvideo.prediction.media import write_labelled
 from revvideo.prediction.pictures import draw_curve, draw_strip, some_frames
 from revvideo.prediction.predictor import Windows
+from tests.revvideo.tiny_set import Film
 
 RED, GREEN, BLUE = (220, 20, 20), (20, 200, 20), (20, 20, 220)
 
 
 def plain(colour: Sequence[int]) -> np.ndarray:
     return np.asarray(Image.new("RGB", (64, 48), tuple(colour)))
-
-
-class Film:
-    """In the place of an opened video: a frame at each of ``times``, brighter than the last."""
-
-    def __init__(self, times: Sequence[float], size=(64, 48), broken: int = -1) -> None:
-        self.timestamps, self.size, self.broken = list(times), size, broken
-        self.info = SimpleNamespace(width=size[0], height=size[1], fps=25.0)
-
-    def __len__(self) -> int:
-        return len(self.timestamps)
-
-    def frames(self, numbers: Sequence[int], short_side: int) -> torch.Tensor:
-        if self.broken in numbers:
-            raise VideoError(f"frame {self.broken} does not decode")
-        scale = min(1, short_side / min(self.size))
-        width, height = (round(scale * side) for side in self.size)
-        levels = torch.tensor([100 + number for number in numbers], dtype=torch.uint8)
-        return levels[:, None, None, None].expand(-1, 3, height, width)
 
 
 def decode(path: Path) -> tuple[list[np.ndarray], list[float]]:

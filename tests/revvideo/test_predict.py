@@ -24,7 +24,7 @@ from revvideo.prediction.media import frame_labels
 from revvideo.prediction.predictor import MOST_WINDOWS, Predictor
 from revvideo.prediction.results import drawing_names
 from revvideo.run import main as train
-from tests.revvideo.tiny_set import arguments, build_set, write_video
+from tests.revvideo.tiny_set import Film, arguments, build_set
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +42,13 @@ def trained(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def predict(trained: Path, tmp_path: Path) -> Callable[..., int]:
-    """``predict(*inputs, …)``: the command with the output ``tmp_path/out``; its status."""
+    """``predict(input, *options)``: the command with the output ``tmp_path/out``; its status."""
 
-    def call(*inputs: Path | str, options: tuple[str, ...] = ("--no-drawings",)) -> int:
-        given = ["--input", *map(str, inputs), "--output", str(tmp_path / "out"), *options]
+    def call(path: Path, *options: str, drawings: bool = False) -> int:
         weights = trained / "checkpoints" / "last.ckpt"
-        run = ["--config", str(trained / "config.yaml"), "--weights", str(weights)]
-        return main([*run, "--workers", "0", *given])
+        given = ["--config", str(trained / "config.yaml"), "--weights", str(weights)]
+        given += ["--workers", "0", "--output", str(tmp_path / "out"), "--input", str(path)]
+        return main([*given, *options, *([] if drawings else ["--no-drawings"])])
 
     return call
 
@@ -60,13 +60,12 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return {entry["path"]: entry for entry in predictions}, results
 
 
-def long_video(path: Path, seconds: float = 4.0) -> Path:
-    """Bright, then dark."""
-    half = round(seconds * 15)
+def long_video(path: Path) -> Path:
+    """Four seconds, bright, then dark."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", Fraction(30), {"preset": "ultrafast"})
         stream.width, stream.height, stream.pix_fmt = 40, 36, "yuv420p"
-        for level in [210] * half + [30] * half:
+        for level in [210] * 60 + [30] * 60:
             picture = np.full((36, 40, 3), level, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
@@ -74,7 +73,7 @@ def long_video(path: Path, seconds: float = 4.0) -> Path:
 
 
 def test_scores_are_those_of_testing(predict, trained, videos, tmp_path, capsys):
-    assert predict(videos / "val", options=("--no-drawings", "--batch-size", "13")) == 0
+    assert predict(videos / "val", "--batch-size", "13") == 0
     predictions, results = read(tmp_path)
     with (trained / "predictions.csv").open() as file:
         tested = list(csv.DictReader(file))
@@ -95,7 +94,7 @@ def test_scores_are_those_of_testing(predict, trained, videos, tmp_path, capsys)
 def test_how_clips_are_grouped_does_not_matter(predict, videos, tmp_path):
     found = []
     for options in (("--batch-size", "1"), ("--batch-size", "64"), ("--workers", "2")):
-        assert predict(videos / "val", options=("--no-drawings", *options)) == 0
+        assert predict(videos / "val", *options) == 0
         found.append({path: entry["top"][0]["score"] for path, entry in read(tmp_path)[0].items()})
     assert found[0] == pytest.approx(found[1], abs=1e-5)
     assert found[0] == pytest.approx(found[2], abs=1e-5)
@@ -113,7 +112,7 @@ def test_unreadable_inputs_are_named_and_counted(predict, videos, tmp_path, caps
     shutil.copy(good, mess / "good.mp4")
     gone = tmp_path / "gone.mp4"
     gone.symlink_to(tmp_path / "nowhere.mp4")
-    assert predict(mess, tmp_path / "gone*", good) == 0
+    assert predict(mess, str(tmp_path / "gone*"), str(good)) == 0
     predictions, results = read(tmp_path)
     assert set(predictions) == {str(mess / "good.mp4"), str(good)}
     bad = {str(mess / name) for name in ("text.mp4", "empty.mp4", "cut.mp4")}
@@ -138,7 +137,7 @@ def test_nothing_but_unreadable_inputs_is_an_error(predict, tmp_path, capsys):
 
 def test_a_long_video_is_followed_over_time(predict, tmp_path):
     source = long_video(tmp_path / "long.mp4")
-    assert predict(source, options=()) == 0
+    assert predict(source, drawings=True) == 0
     entry = read(tmp_path)[0][str(source)]
     assert (entry["frames"], entry["fps"], entry["width"], entry["height"]) == (120, 30, 40, 36)
     windows = entry["windows"]
@@ -166,19 +165,17 @@ def predictor(trained: Path) -> Predictor:
     return Predictor(config, str(weights), device=torch.device("cpu"), batch_size=3)
 
 
-def test_a_window_has_the_scores_of_its_clip(opened, predictor, tmp_path):
+def test_a_window_has_the_scores_of_its_clip(opened, predictor):
     assert len(opened) == 1
-    with Video(long_video(tmp_path / "long.mp4")) as video:
-        windows = predictor.windows(video)
-        frames = video.frames(range(len(video)))
-        short = predictor.windows(video, step=0.05)
+    film = Film([i / 30 for i in range(120)], (40, 36))
+    windows, short = predictor.windows(film), predictor.windows(film, step=0.05)
     assert len(windows.scores) == len(windows.starts) == len(windows.ends) == 39
     assert len(short.scores) == 77
     for number in (0, 17, 38):
         first = round(windows.starts[number] * 30)
-        clip = frames[first : first + 7 : 2][..., 2:34, 4:36]  # the centre; 36 px becomes 32
         assert windows.ends[number] == pytest.approx((first + 6) / 30)
-        # The picture is plain: resizing changes nothing.
+        # The pictures are plain: resizing changes nothing.
+        clip = film.frames(range(first, first + 7, 2), short_side=32)[..., :32]
         data = predictor.config.data
         normed = (clip.float() / 255 - data.mean) / data.std
         expected = predictor.score(normed.permute(1, 0, 2, 3)[None])[0]
@@ -186,19 +183,11 @@ def test_a_window_has_the_scores_of_its_clip(opened, predictor, tmp_path):
 
 
 def test_windows_are_not_too_many_and_a_short_video_has_none(predictor):
-    predictor.batch_size = 64
-
-    class Fake:
-        def __init__(self, seconds: float) -> None:
-            self.timestamps = [i / 30 for i in range(round(30 * seconds))]
-
-        def frames(self, numbers, short_side):
-            return torch.zeros(len(numbers), 3, 36, 40, dtype=torch.uint8)
-
-    assert len(predictor.windows(Fake(3600)).scores) == MOST_WINDOWS
-    assert predictor.windows(Fake(0.6)) is None
+    hour, short, still = ([i / 30 for i in range(count)] for count in (108_000, 18, 1))
+    assert len(predictor.windows(Film(hour)).scores) == MOST_WINDOWS
+    assert predictor.windows(Film(short)) is None
     predictor.config.data.stride = 0  # stills
-    assert predictor.windows(Fake(1 / 30)) is None
+    assert predictor.windows(Film(still)) is None
 
 
 def test_labels_follow_the_nearest_window():
@@ -213,9 +202,8 @@ def test_labels_follow_the_nearest_window():
 
 
 def test_each_input_has_drawings_of_its_own():
-    paths = [
-        Path("x", name) for name in ("left/0.mp4", "right/0.mp4", "right/0.avi", "right/1.mp4")
-    ]
+    files = ("left/0.mp4", "right/0.mp4", "right/0.avi", "right/1.mp4")
+    paths = [Path("x", file) for file in files]
     names = ["left/0", "right/0.mp4", "right/0.avi", "right/1"]
     assert drawing_names(paths) == dict(zip(paths, names, strict=True))
     assert drawing_names(paths[:1]) == {paths[0]: "0"}
@@ -232,39 +220,30 @@ def test_each_input_has_drawings_of_its_own():
         (("--config", "nothing.yaml"), "nothing.yaml"),
         (("--classes", "nothing.txt"), "nothing.txt"),
         (("--output", __file__), "is a file"),
-        (("--no-drawings", "test.clip=3"), "test.clips"),
+        (("test.clip=3",), "test.clips"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_a_mistake_is_one_line_before_work_starts(
-    predict, videos, tmp_path, capsys, options, message
-):
-    assert predict(videos / "val", options=options) == 2
+def test_a_mistake_is_one_line_before_work(predict, videos, tmp_path, capsys, options, message):
+    assert predict(videos / "val", "--no-drawings", *options) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_a_key_of_the_config_can_be_overridden(predict, videos, tmp_path):
-    write_video(tmp_path / "a.mp4", "dark", seed=1)
-    assert (
-        predict(tmp_path / "a.mp4", options=("--no-drawings", "test.clips=1", "test.crops=1")) == 0
-    )
-    run = read(tmp_path)[1]["run"]
-    assert (run["clips"], run["crops"]) == (1, 1)
-
-
-def test_names_of_classes_can_be_given(predict, videos, tmp_path, capsys):
+def test_names_of_classes_and_keys_of_the_config_can_be_given(predict, videos, tmp_path, capsys):
     names = tmp_path / "names.txt"
     names.write_text("snow ball\nnight\nzèbre\n", encoding="utf-8")
-    assert predict(videos / "val", options=("--no-drawings", "--classes", str(names))) == 0
+    more = ("--classes", str(names), "--no-drawings", "test.clips=1", "test.crops=1")
+    assert predict(videos / "val", *more) == 0
     predictions, results = read(tmp_path)
+    assert (results["run"]["clips"], results["run"]["crops"]) == (1, 1)
     assert results["classes"] == ["snow ball", "night", "zèbre"]
     best = {top["class"] for entry in predictions.values() for top in entry["top"]}
     assert best == {"snow ball", "night", "zèbre"}
     names.write_text("night\n")
     capsys.readouterr()
-    assert predict(videos / "val", options=("--no-drawings", "--classes", str(names))) == 2
+    assert predict(videos / "val", *more) == 2
     assert "has 1 lines, the model 3 classes" in capsys.readouterr().err
 
 

@@ -72,16 +72,8 @@ def test_image_weights_for_another_architecture_name_the_right_one():
 
 
 def golden_config(*overrides: str):
-    arguments = ["embed_dim=10", "depth=5", "transitions=[1,3]", "kv_stride=8"]
-    return load_config(
-        MOTION,
-        [
-            *(f"model.arguments.{argument}" for argument in arguments),
-            "data.num_frames=4",
-            "data.crop_size=64",
-            *overrides,
-        ],
-    )
+    arguments = "model.arguments={embed_dim: 10, depth: 5, transitions: [1, 3], kv_stride: 8}"
+    return load_config(MOTION, [arguments, "data.num_frames=4", "data.crop_size=64", *overrides])
 
 
 def test_a_kinetics_file_is_a_model_to_predict_with():
@@ -119,15 +111,10 @@ def test_what_does_not_fit_is_one_line(overrides, part):
     assert part in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint at all", None])
-def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path, content):
+def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path):
     file = tmp_path / "weights.pyth"
-    if content is None:
-        file.write_bytes(CLIPS.read_bytes()[:2000])
-    else:
-        file.write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        load_run(file, golden_config("model.num_classes=5"))
-    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="nowhere"):
-        load_run(tmp_path / "nowhere.ckpt", golden_config("model.num_classes=5"))
+    file.write_bytes(CLIPS.read_bytes()[:2000])
+    for source in (file, tmp_path / "nowhere.ckpt"):
+        with pytest.raises(UserError) as caught:
+            load_run(source, golden_config("model.num_classes=5"))
+        assert str(source) in str(caught.value) and "\n" not in str(caught.value)
