@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from backbones.common.console import explain, make_parser, run_command
 
-# Modules of backbones.commands, of which only the one that is asked for is imported.
+# Modules of backbones.commands, of which only what is asked for is imported.
 _COMMANDS = {
     "zoo": "list the models: size, cost, published accuracy, activation memory",
     "memory": "show where the memory of a training step goes, and what fits a budget",
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, summary in _COMMANDS.items():
         command = commands.add_parser(name, help=summary)
-        if name in arguments[:1]:
+        if name in arguments:
             module = importlib.import_module(f"backbones.commands.{name}")
             explain(command, module.__doc__)
             module.add_arguments(command)

@@ -294,7 +294,6 @@ def test_the_published_score_stands_beside(
         captured.out,
         re.MULTILINE,
     )
-    assert f"  and 980 more, see {tmp_path / 'result.json'}\n" in captured.err
     assert "note" not in captured.err
     folder.rename(tmp_path / "data" / "tench")
     run(tmp_path / "data", str(tmp_path / "tiny.safetensors"), "--batch-size", "999")
