@@ -99,11 +99,8 @@ class ClassFolders(NamedTuple):
 def find_classes(data: Path) -> ClassFolders:
     """List the images under ``data/val``, or under ``data`` if there is no such folder.
 
-    As torchvision's ImageFolder does it, but hidden folders are no classes.
-
-    Raises:
-        UserError: no folder; an empty one; images that lie in none of a class; classes without
-            images.
+    As torchvision's ImageFolder does it, but hidden folders are no classes, and images that lie in
+    none of a class are refused.
     """
     if not data.is_dir():
         raise UserError(f"--data {data} is {'no folder' if data.exists() else 'not there'}")
@@ -142,10 +139,6 @@ def accuracy(
         ``top1`` and ``top5``: percent of the evaluated images whose class has the largest logit, or
         is among the five largest; ``evaluated`` and ``images``, the numbers of those that could be
         read and of all; ``unreadable``: the reason by the path of each of the others.
-
-    Raises:
-        UserError: another number of classes than the model has; or an error of
-            :func:`backbones.commands.image_models.infer`.
     """
     if len(folders.classes) != model.num_classes:
         raise UserError(

@@ -64,10 +64,6 @@ def prepare(options: argparse.Namespace, head: bool = True) -> nn.Module:
 
     Returns:
         the model with its weights, on its device, in eval mode.
-
-    Raises:
-        ValueError, OSError, ImportError: an option that cannot be met, weights that cannot be had
-            or do not fit, a model of clips; one line says which.
     """
     device = parse_device(options.device)
     if options.json:
@@ -141,10 +137,6 @@ def infer(
     Yields:
         for each batch, which of the files are in it, and what the model returned for them: a row
         each, in float32, on the CPU.
-
-    Raises:
-        UserError: too large a batch for the device's memory; an output that is not finite; or,
-            at the end, not a single image that could be read.
     """
     side, device = options.img_size, torch.device(options.device)
     height, width = (side, side) if side else input_shape(model)[-2:]
@@ -187,12 +179,7 @@ def _forward(model: nn.Module, images: Tensor, amp: str | None) -> Tensor:
 
 
 def prepare_file(path: Path) -> None:
-    """Make sure, before the work, that its result can be written; make the folder.
-
-    Raises:
-        ValueError: ``path`` is a folder, or nothing can be written where it lies.
-        OSError: the folder cannot be made.
-    """
+    """Make sure, before the work, that its result can be written; make the folder."""
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)

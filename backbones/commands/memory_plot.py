@@ -16,14 +16,8 @@ def plot(steps: Mapping[str, StepMemory], title: str, budget: int | None, path: 
 
     Args:
         steps: by the name of the policy; one of them is ``"store"``.
-        title: of the picture.
         budget: in bytes, drawn as a line.
         path: of the file; its suffix decides the format.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        OSError: the file cannot be written.
-        ValueError: no such format.
     """
     from matplotlib.figure import Figure
 

@@ -74,16 +74,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def class_names(classes: int, file: Path | None = None) -> list[str]:
-    """The names of the classes of a head.
+    """The names of the classes of a head, one per line in ``file``.
 
-    Args:
-        classes: their number.
-        file: a text file with one name per line. Without it, 1000 classes are taken for those of
-            ImageNet-1k, and all others are named by their numbers.
-
-    Raises:
-        UserError: the file has another number of names, or is no text.
-        OSError: it cannot be read.
+    Without it, 1000 classes are taken for those of ImageNet-1k; others are named by their numbers.
     """
     if file is None:
         if classes != IMAGENET_CLASSES:

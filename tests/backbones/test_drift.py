@@ -1,4 +1,4 @@
-"""The probe of numerical drift: what it measures, and that it leaves no trace."""
+"""Numerical drift: what it measures, and that it leaves no trace."""
 
 from __future__ import annotations
 
