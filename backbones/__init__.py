@@ -18,8 +18,8 @@ from backbones.models.vit import RevViT, ViT
 from backbones.registry import list_models, register_model
 from backbones.weights.checkpoint import WeightsError
 from backbones.weights.formats import convert_state_dict
-from backbones.weights.loading import LoadReport, load_weights, save_weights
-from backbones.weights.saved_models import from_pyslowfast, load_model
+from backbones.weights.loading import LoadReport, load_model, load_weights, save_weights
+from backbones.weights.pyslowfast import from_pyslowfast
 
 __all__ = [
     "DriftReport",

@@ -21,8 +21,8 @@ from backbones.registry import input_shape, record_of
 from backbones.weights.checkpoint import Checkpoint, read_checkpoint
 from backbones.weights.download import local_file
 from backbones.weights.formats import convert_state_dict
-from backbones.weights.loading import CONFIG, load_checkpoint
-from backbones.weights.saved_models import build_pyslowfast, build_saved
+from backbones.weights.loading import CONFIG, build_saved, load_checkpoint
+from backbones.weights.pyslowfast import build_pyslowfast
 
 __all__ = ["add_options", "infer", "prepare", "prepare_file"]
 

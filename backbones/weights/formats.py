@@ -1,4 +1,4 @@
-"""The checkpoint layouts of other implementations: their names, their configuration.
+"""The checkpoint layouts of other implementations: their names for our names.
 
 PySlowFast (github.com/facebookresearch/SlowFast, ``slowfast/models/reversible_mvit.py``) and
 mmpretrain (github.com/open-mmlab/mmpretrain, ``mmpretrain/models/backbones/revvit.py``).
@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from backbones.common.errors import optional_import
 from backbones.engine.policies import blocks_of
 from backbones.weights.checkpoint import WeightsError
 
-__all__ = ["Layout", "convert_state_dict", "model_of_cfg", "recognise"]
+__all__ = ["Layout", "convert_state_dict", "recognise"]
 
 Layout = Literal["own", "PySlowFast", "mmpretrain"]
 
@@ -116,125 +115,3 @@ def _rename(name: str, renames: tuple[tuple[str, str], ...], blocks: list[str]) 
                 replacement = replacement.format(block=blocks[index])
             return replacement + name[match.end() :]
     return name
-
-
-# What the models of this package are, in PySlowFast's configuration. A key that an old file does
-# not have yet stands for what it became, so only keys that are there are compared.
-# CLS_EMBED_ON is not among them: the published Kinetics configuration sets it, although the model
-# cannot have a class token.
-_EXPECTED: dict[str, object] = {
-    "MODEL.MODEL_NAME": "MViT",
-    "MVIT.REV.ENABLE": True,
-    "MVIT.REV.RESPATH_FUSE": "concat",
-    "MVIT.MODE": "conv",
-    "MVIT.NORM": "layernorm",
-    "MVIT.NORM_STEM": False,
-    "MVIT.DROPOUT_RATE": 0.0,
-    "MVIT.POOL_FIRST": False,
-    "MVIT.USE_ABS_POS": True,
-    "MVIT.USE_FIXED_SINCOS_POS": False,
-    "MVIT.USE_MEAN_POOLING": False,
-}
-
-
-def model_of_cfg(cfg: str) -> tuple[str, dict[str, Any]]:
-    """Read the configuration that a PySlowFast checkpoint carries, YAML text.
-
-    Returns:
-        a registered name of that kind of model, of whatever size, and the arguments that make
-        :func:`create_model` build the same model.
-
-    Raises:
-        WeightsError: no YAML; a key that is needed is missing; or a model that this package does
-            not have. The message names the key.
-        ImportError: PyYAML is not installed.
-    """
-    yaml = optional_import("yaml", "pyyaml", "reading the cfg of a PySlowFast checkpoint")
-    try:
-        tree = yaml.safe_load(cfg)
-    except yaml.YAMLError as error:
-        raise WeightsError("the cfg in the checkpoint is no YAML") from error
-    flat = _flatten(tree)
-    _expect(flat, _EXPECTED)
-    try:
-        return _arguments(flat)
-    except KeyError as error:
-        raise WeightsError(f"the cfg in the checkpoint lacks {error.args[0]}") from error
-    except (TypeError, IndexError) as error:
-        raise WeightsError("the cfg in the checkpoint has a value of a wrong type") from error
-
-
-def _flatten(tree: object, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, the keys joined by dots."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{key}".lstrip("."))
-    return flat
-
-
-def _expect(cfg: dict[str, Any], expected: dict[str, object], beside: str = "") -> None:
-    for key, value in expected.items():
-        if cfg.get(key, value) != value:
-            raise WeightsError(
-                f"no model of this package has {key} {cfg[key]}{beside} (only {value})"
-            )
-
-
-def _arguments(cfg: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    arguments: dict[str, Any] = {
-        "img_size": cfg["DATA.TRAIN_CROP_SIZE"],
-        "in_chans": cfg["DATA.INPUT_CHANNEL_NUM"][0],
-        "num_classes": cfg["MODEL.NUM_CLASSES"],
-        "embed_dim": cfg["MVIT.EMBED_DIM"],
-        "depth": cfg["MVIT.DEPTH"],
-        "num_heads": cfg["MVIT.NUM_HEADS"],
-        "mlp_ratio": cfg["MVIT.MLP_RATIO"],
-        "qkv_bias": cfg["MVIT.QKV_BIAS"],
-        "drop_rate": cfg["MODEL.DROPOUT_RATE"],
-        "drop_path_rate": cfg["MVIT.DROPPATH_RATE"],
-    }
-    images, transitions = cfg["MVIT.PATCH_2D"], cfg["MVIT.REV.BUFFER_LAYERS"]
-    # The tables have the names and the shapes of ours, and attention adds the same to its logits.
-    rel_pos = arguments["use_rel_pos"] = cfg.get("MVIT.REL_POS_SPATIAL", False)
-    tables = {"MVIT.REL_POS_TEMPORAL": rel_pos and not images}
-    _expect(cfg, tables, f" with MVIT.REL_POS_SPATIAL {rel_pos}")
-    doubled = [[layer, 2.0] for layer in transitions]
-    stages: dict[str, object] = {
-        "MVIT.DIM_MUL": doubled,
-        "MVIT.HEAD_MUL": doubled,
-        "MVIT.POOL_Q_STRIDE": [[layer, 1, 2, 2] for layer in transitions],
-        "MVIT.POOL_KV_STRIDE": [],
-    }
-    if not transitions:
-        patch = cfg["MVIT.PATCH_KERNEL"][0]
-        plain = {
-            "MVIT.PATCH_2D": True,
-            "MVIT.RESIDUAL_POOLING": False,
-            "MVIT.POOL_KV_STRIDE_ADAPTIVE": None,
-            "MVIT.PATCH_KERNEL": [patch, patch],
-            "MVIT.PATCH_STRIDE": [patch, patch],
-            "MVIT.PATCH_PADDING": [0, 0],
-        }
-        _expect(cfg, stages | plain, " without stages")
-        return "rev_vit_base", {**arguments, "patch_size": patch}
-
-    stride = cfg["MVIT.POOL_KV_STRIDE_ADAPTIVE"][-1]
-    pooled = {
-        "MVIT.POOL_KV_STRIDE_ADAPTIVE": [1, stride, stride],
-        "MVIT.POOL_KVQ_KERNEL": [1 if images else 3, 3, 3],
-        "MVIT.PATCH_KERNEL": [7, 7] if images else [3, 7, 7],
-        "MVIT.PATCH_STRIDE": [4, 4] if images else [2, 4, 4],
-        "MVIT.PATCH_PADDING": [3, 3] if images else [1, 3, 3],
-        "MVIT.SEP_POS_EMBED": not images,
-    }
-    _expect(cfg, stages | pooled, " with stages")
-    return "rev_mvit_base" if images else "rev_mvit_base_16x4", {
-        **arguments,
-        "num_frames": None if images else cfg["DATA.NUM_FRAMES"],
-        "transitions": tuple(transitions),
-        "kv_stride": stride,
-        "fusion": cfg.get("MVIT.REV.PRE_Q_FUSION", "avg"),
-        "residual_pooling": cfg.get("MVIT.RESIDUAL_POOLING", False),
-    }

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from math import isqrt
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from backbones.common.errors import some_of
+from backbones.registry import build
 from backbones.weights.checkpoint import (
     Checkpoint,
     WeightsError,
@@ -23,7 +25,16 @@ from backbones.weights.download import local_file
 from backbones.weights.formats import Layout, convert_state_dict, recognise
 from backbones.weights.resizing import Grid, grids_of, is_table, resize_positions, resize_tables
 
-__all__ = ["CONFIG", "LoadReport", "load_checkpoint", "load_weights", "save_weights"]
+__all__ = [
+    "CONFIG",
+    "LoadReport",
+    "build_described",
+    "build_saved",
+    "load_checkpoint",
+    "load_model",
+    "load_weights",
+    "save_weights",
+]
 
 # Entries of a safetensors file's metadata, both JSON: the model's name and arguments, and the
 # grids of its position embeddings, which the number of their rows does not tell.
@@ -205,6 +216,52 @@ def _check_names_and_shapes(
     }
     if found := [f"{what}: {some_of(sorted(names))}" for what, names in problems.items() if names]:
         raise WeightsError("; ".join(found))
+
+
+def load_model(path: str | PathLike[str]) -> nn.Module:
+    """Build the model that :func:`save_weights` wrote to ``path``, and load its weights.
+
+    Raises:
+        WeightsError: a file that cannot be read, does not say which model it is of, or holds
+            other tensors than that model.
+        ImportError: safetensors is not installed.
+    """
+    return build_saved(read_checkpoint(path))
+
+
+def build_saved(checkpoint: Checkpoint) -> nn.Module:
+    """As :func:`load_model`, of a checkpoint that was read already."""
+    if CONFIG not in checkpoint.metadata:
+        raise WeightsError(
+            f"{checkpoint.path} does not say which model it is of; use create_model(…) and "
+            "load_weights(…)"
+        )
+    try:
+        config = json.loads(checkpoint.metadata[CONFIG])
+        name, arguments = config["name"], config["arguments"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{checkpoint.path}: its metadata is damaged") from error
+    return build_described(checkpoint, name, arguments)
+
+
+def build_described(checkpoint: Checkpoint, name: str, arguments: dict[str, Any]) -> nn.Module:
+    """The model that a checkpoint says it is of, with no less than all of its weights.
+
+    Raises:
+        WeightsError: there is no such model, or it has other weights.
+    """
+    path = checkpoint.path
+    try:
+        model = build(name, **arguments)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path} names a model that cannot be built: {error}") from error
+    report = load_checkpoint(model, checkpoint, str(path))
+    problems = [f"{name}: {why}" for name, why in report.left_out.items()]
+    if absent := [name for name in report.missing if name not in report.left_out]:
+        problems.append(f"not in the file: {some_of(absent)}")
+    if problems:
+        raise WeightsError(f"{path} is not of the model that it describes: {'; '.join(problems)}")
+    return model
 
 
 def save_weights(model: nn.Module, path: str | PathLike[str]) -> None:

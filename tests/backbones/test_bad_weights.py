@@ -172,8 +172,9 @@ def test_bad_metadata(tmp_path: Path) -> None:
         save_file(model.state_dict(), file, metadata={"backbones.grids": grids})
         refuse(model, file, "metadata is damaged")
     for config, message in (
-        ("{", "cannot be built"),
-        ("[]", "cannot be built"),
+        ("{", "metadata is damaged"),
+        ("[]", "metadata is damaged"),
+        ('{"name": ["a"], "arguments": {}}', "cannot be built"),
         ('{"name": "rev_vit_smal", "arguments": {}}', "did you mean rev_vit_small"),
         (
             '{"name": "rev_vit_small", "arguments": {"pretrained": true}}',
