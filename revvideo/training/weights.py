@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from backbones.common.errors import UserError
 from backbones.registry import MODELS
 from backbones.weights.checkpoint import Checkpoint, WeightsError, read_checkpoint
-from backbones.weights.download import download
+from backbones.weights.download import local_file
 from backbones.weights.formats import convert_state_dict
 from backbones.weights.loading import LoadReport, load_checkpoint
 from revvideo.models import build_model
@@ -47,8 +47,7 @@ def read_weights(source: str | Path) -> Weights:
     source = str(source)
     try:
         address = MODELS[source].weights or source if source in MODELS else source
-        path = download(address) if "://" in address else Path(source).expanduser()
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(local_file(address))
     except ImportError as error:  # safetensors is not installed
         raise UserError(str(error)) from error
     classes = [str(name) for name in checkpoint.content.get(CLASSES, ())]
