@@ -20,15 +20,13 @@ model.arguments.depth=8.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if not __package__:  # run by path: this folder came first, where `models`, `data`, … hide others'
-    sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]
-
 import argparse
 import os
+import sys
 from collections.abc import Sequence
+
+if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.realpath(__file__)):
+    del sys.path[0]  # else this folder's config, data and models would hide other people's
 
 from backbones.common.console import config_parser
 from backbones.common.errors import UserError

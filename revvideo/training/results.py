@@ -13,8 +13,8 @@ from backbones.common.files import replacing, write_json
 from revvideo.data.videos import VideoData
 from revvideo.models import TOP_K
 from revvideo.settings import Config
-from revvideo.training.curves import draw_curves
 from revvideo.training.module import VideoModule
+from revvideo.training.pictures import draw_curves
 
 logger = logging.getLogger("revvideo")
 

@@ -255,7 +255,7 @@ def test_what_was_found_is_kept_when_it_is_stopped(predict, videos, tmp_path, mo
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("revvideo.predict.look_closer", stop)
+    monkeypatch.setattr("revvideo.prediction.run.look_closer", stop)
     with pytest.raises(KeyboardInterrupt):
         predict(videos / "val")
     content = json.loads((tmp_path / "out" / "predictions.json").read_text())

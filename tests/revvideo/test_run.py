@@ -218,10 +218,11 @@ def test_a_run_is_neither_overwritten_nor_resumed_from_a_damaged_checkpoint(run,
 
 @pytest.mark.parametrize("script", ["run.py", "predict.py"])
 def test_a_command_that_is_run_by_its_path_hides_no_module(script, monkeypatch):
-    """Nor do the processes that import it again: `models` and `data` are others' names, too."""
     folder = str(Path("revvideo").resolve())
-    monkeypatch.setattr(sys, "path", [folder, *sys.path])
-    runpy.run_path(f"revvideo/{script}", run_name="__mp_main__")
+    monkeypatch.setattr(sys, "path", [folder, *sys.path])  # as Python does
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(f"revvideo/{script}", run_name="__main__")
     assert folder not in sys.path
 
 

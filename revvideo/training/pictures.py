@@ -1,4 +1,4 @@
-"""The curves of a run as a picture."""
+"""What a run looks like: its curves."""
 
 from __future__ import annotations
 

@@ -1,0 +1,134 @@
+"""Videos through a classifier: what is predicted, drawn and written."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from backbones.common.console import name_unreadable, try_device
+from backbones.common.errors import UserError, error_line
+from backbones.common.files import find_files, printable
+from revvideo.config import load_config
+from revvideo.data.decode import Video
+from revvideo.data.layouts import has_video_extension
+from revvideo.errors import VideoError
+from revvideo.prediction.media import frame_labels, write_labelled
+from revvideo.prediction.pictures import draw_curve, draw_strip, some_frames
+from revvideo.prediction.predictor import Predictor
+from revvideo.prediction.results import Predictions
+
+STRIP_FRAMES = 8
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line of ``predict.py`` says.
+
+    Raises:
+        UserError: a wrong option, input, config or checkpoint, or not one input can be read.
+    """
+    _check_options(args)
+    config = load_config(args.config, args.overrides)
+    output = Path(args.output)
+    paths = find_files(args.input, has_video_extension, "video", passed_over=output)
+    name = args.device or config.train.device
+    setting = f"--device {name}" if args.device else f"train.device={name}"
+    device = try_device(name, setting, "try --device cpu")
+    predictor = Predictor(config, args.weights, device=device, batch_size=args.batch_size)
+    if args.classes:
+        predictor.classes = _read_classes(args.classes, len(predictor.classes))
+    predictions = Predictions(output, paths)
+    began = time.perf_counter()
+    # Starting a process takes longer than decoding a few videos.
+    found = predictor.videos(paths, min(args.workers, len(paths) // 4))
+    try:
+        for path, scores, problem in tqdm(
+            found, total=len(paths), desc="predicting", unit="video", disable=None
+        ):
+            if scores is None:
+                predictions.unreadable[str(path)] = problem
+                continue
+            best = predictor.best(scores)
+            entry: dict[str, Any] = {"path": str(path), "top": best}
+            predictions.videos.append(entry)
+            try:
+                look_closer(predictor, path, entry, predictions, args)
+            except VideoError as error:  # in frames that the scores did not need
+                predictions.unreadable[str(path)] = error.reason
+            words = (f"{top['class']} {100 * top['score']:.1f}%" for top in best)
+            tqdm.write(f"{printable(path)}: {', '.join(words)}")
+    finally:
+        predictions.write_videos()  # also where it is stopped
+    predictions.write(
+        predictor.classes,
+        config=args.config,
+        weights=args.weights,
+        device=str(device),
+        clips=config.test.clips,
+        crops=config.test.crops,
+        seconds=round(time.perf_counter() - began, 1),
+    )
+    print(f"{len(predictions.videos)} of {len(paths)} videos -> {output}")
+    name_unreadable(predictions.unreadable, output / "results.json")
+    if not predictions.videos:
+        raise UserError(f"not one of the {len(paths)} inputs can be read")
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    for option, value, least in (("batch-size", args.batch_size, 1), ("workers", args.workers, 0)):
+        if value < least:
+            raise UserError(f"--{option} {value}: use a number from {least} on")
+    if args.step is not None and not args.step > 0:
+        raise UserError(f"--step {args.step}: use a number of seconds above 0")
+    if Path(args.output).is_file():
+        raise UserError(f"--output {args.output} is a file: name a folder")
+
+
+def look_closer(
+    predictor: Predictor,
+    path: Path,
+    entry: dict[str, Any],
+    predictions: Predictions,
+    args: argparse.Namespace,
+) -> None:
+    """Add the facts of a video and its classes over time to its ``entry``, and draw them.
+
+    Raises:
+        VideoError: a frame does not decode. What was done before that is in ``entry``.
+    """
+    with Video(path) as video:
+        entry |= asdict(video.info)
+        windows = predictor.windows(video, args.step)
+        if windows is not None:
+            entry["windows"] = [
+                {"start": round(start, 3), "end": round(end, 3), "top": predictor.best(scores)}
+                for start, end, scores in zip(*windows, strict=True)
+            ]
+        if args.no_drawings:
+            return
+        drawings = entry["drawings"] = {}
+        frames = some_frames(video, STRIP_FRAMES)
+        best = [(top["class"], top["score"]) for top in entry["top"]]
+        draw_strip(frames, best, strip := predictions.drawing("strips", path, ".png"))
+        drawings["strip"] = str(strip)
+        if windows is not None:
+            curve = predictions.drawing("curves", path, ".png")
+            draw_curve(windows, predictor.classes, frames, curve)
+            drawings["curve"] = str(curve)
+        labels = frame_labels(video.timestamps, entry)
+        write_labelled(video, labels, copy := predictions.drawing("videos", path, ".mp4"))
+        drawings["video"] = str(copy)
+
+
+def _read_classes(file: str, count: int) -> list[str]:
+    try:
+        names = Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--classes {file} cannot be read ({error_line(error)})") from error
+    if len(names) != count:
+        raise UserError(f"--classes {file} has {len(names)} lines, the model {count} classes")
+    return names
