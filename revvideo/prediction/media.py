@@ -28,11 +28,9 @@ FRAMES_AT_ONCE = 64
 
 
 def frame_labels(times: Sequence[float], prediction: dict[str, Any]) -> list[str]:
-    """What to write on each frame: the best class of the nearest window, or else of the video.
+    """What to write on the frame of each time: the best class of the nearest window of a video.
 
-    Args:
-        times: of the frames, in seconds, ascending.
-        prediction: an entry of ``predictions.json``.
+    ``prediction`` is its entry in ``predictions.json``, which may have no windows.
     """
     windows = prediction.get("windows") or [{"start": 0, "end": 0, "top": prediction["top"]}]
     middles = [(window["start"] + window["end"]) / 2 for window in windows]
@@ -43,11 +41,6 @@ def frame_labels(times: Sequence[float], prediction: dict[str, Any]) -> list[str
 
 def write_labelled(video: Video, labels: Sequence[str], output: Path) -> None:
     """Write an H.264 copy of a video, each frame with its label and at its time, without sound.
-
-    Args:
-        video: opened.
-        labels: one for each frame.
-        output: the mp4 to write, whole or not at all.
 
     Raises:
         VideoError: a frame does not decode.

@@ -45,9 +45,9 @@ def read_weights(source: str | Path) -> Weights:
         UserError: a file that cannot be had or read.
     """
     source = str(source)
+    released = MODELS[source].weights if source in MODELS else None
     try:
-        address = MODELS[source].weights or source if source in MODELS else source
-        checkpoint = read_checkpoint(local_file(address))
+        checkpoint = read_checkpoint(local_file(released or source))
     except ImportError as error:  # safetensors is not installed
         raise UserError(str(error)) from error
     classes = [str(name) for name in checkpoint.content.get(CLASSES, ())]
@@ -70,9 +70,9 @@ def load_pretrained(model: nn.Module, weights: Weights) -> LoadReport:
     try:
         tensors = convert_state_dict(weights.checkpoint.tensors, model)
         inflated = _inflate(tensors, model)
-        checkpoint = (
-            replace(weights.checkpoint, tensors=tensors) if inflated else weights.checkpoint
-        )
+        checkpoint = weights.checkpoint
+        if inflated:
+            checkpoint = replace(checkpoint, tensors=tensors)
         report = load_checkpoint(model, checkpoint, weights.source)
     except WeightsError as error:
         raise UserError(f"{error}{_OF_IMAGES if inflated else ''}") from error
