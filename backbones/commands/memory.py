@@ -151,16 +151,13 @@ def _measure(
     with device:
         trial = Trial(build(name), simulation.autocast)
     if device.type == "cuda":
-        peaks: list[int | None] = []
+        rows = []
         for setting in settings.values():
-            fits = simulation.step(*setting).peak_bytes <= free
-            peaks.append(trial.allocated_peak(shape, *setting) if fits else None)
-        predicted = [simulation.step(*setting).peak_bytes for setting in settings.values()]
-        _print_row("allocated", ("-" if peak is None else readable(peak) for peak in peaks))
-        errors = (
-            "-" if peak is None else f"{count / peak - 1:+.1%}"
-            for count, peak in zip(predicted, peaks, strict=True)
-        )
+            counted = simulation.step(*setting).peak_bytes
+            peak = trial.allocated_peak(shape, *setting) if counted <= free else None
+            rows.append((readable(peak), f"{counted / peak - 1:+.1%}") if peak else ("-", "-"))
+        allocated, errors = zip(*rows, strict=True)
+        _print_row("allocated", allocated)
         _print_row("total is off by", errors)
     batch, *sample = shape
     while simulation.step("store").peak_bytes > _MEASURED_SHARE * free and batch > 1:
@@ -172,11 +169,8 @@ def _measure(
     others = {name: setting for name, setting in settings.items() if name != "store"}
     speeds = {"store": 1.0, **trial.relative_speeds((batch, *sample), others)}
     _print_row("speed, measured", (f"{speed:.2f}" for speed in speeds.values()))
-    print(f"\nspeed measured on {_device_name(device)}, batch {batch}, median of 5 rounds")
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+    print(f"\nspeed measured on {where}, batch {batch}, median of 5 rounds")
 
 
 def _parse_shape(text: str) -> tuple[int, ...]:
