@@ -24,7 +24,7 @@ from pycocotools import mask as rle
 from revdet.config import load_config
 from revdet.data.annotations import BROKEN, Findings, sound_annotations, sound_images
 from revdet.data.classes import class_counts, fit_recipe
-from revdet.data.datasets import dataset_names, register_datasets
+from revdet.data.datasets import NOT_FACTS, dataset_names, register_datasets
 from revdet.data.normalise import normalise, use_normalised
 from tests.revdet.conftest import DEMO
 from tests.revdet.test_bad_input import error_of
@@ -269,6 +269,26 @@ def test_a_run_reads_only_what_it_has_written(own, datasets_root, tmp_path):
     assert other.dataloader.evaluator.dataset_name == other.dataloader.test.dataset.names
     assert MetadataCatalog.get("demo_val").as_dict() == known
     assert dataset_names(cfg) == ["own_train", "demo_val"]
+
+
+def test_evaluation_alone_reads_the_test_set_alone(own, tmp_path):
+    arguments = [*own.arguments(), f"train.output_dir={tmp_path / 'run'}", "train.check_data=false"]
+    normalise(load_config(DEMO, arguments))
+    report = tmp_path / "run" / "dataset" / "report.json"
+    content = json.loads(report.read_text())
+    # As an earlier version has left it, and with training data that are gone.
+    old = {key: value for key, value in content["own_train"].items() if key not in NOT_FACTS}
+    report.write_text(json.dumps({"own_train": old, "other": {}}))
+    del own.content["annotations"]  # as COCO's own test sets
+    own.arguments()
+    cfg = load_config(DEMO, [*arguments, "dataset.train_json=gone.json"])
+    normalise(cfg, evaluation_only=True)
+    use_normalised(cfg, evaluation_only=True)
+    content = json.loads(report.read_text())
+    assert list(content) == ["own_train", "own_val"] and content["own_train"] == old
+    assert cfg.dataloader.train.dataset.names == "own_train"
+    assert len(instantiate(cfg.dataloader.test.dataset)) == len(own.content["images"])
+    assert "annotations" not in json.loads((report.parent / "own_val.json").read_text())
 
 
 def test_a_registered_dataset_can_be_skipped_through_and_stays_as_it_is(own, train_net, tmp_path):
