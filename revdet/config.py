@@ -15,13 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from backbones.common.errors import UserError, first_line, near_names
-from backbones.common.settings import (
-    check_values,
-    keys_of,
-    split_override,
-    unknown_key,
-    verbatim,
-)
+from backbones.common.settings import check_values, keys_of, split_override, unknown_key, verbatim
 from revdet.data.datasets import name_own_data
 from revdet.settings import SECTIONS, nodes_of
 
@@ -150,13 +144,11 @@ def _set(cfg: DictConfig, key: str, value: Any, text: str) -> None:
 def _same_kind(old: object, new: object) -> bool:
     if isinstance(old, DictConfig) or isinstance(new, dict):
         return False
-    if isinstance(old, bool) or isinstance(new, bool):
-        return isinstance(old, bool) and isinstance(new, bool)
-    if isinstance(old, int):
-        return isinstance(new, int)
+    if isinstance(old, int):  # or bool, which is a kind of its own
+        return type(new) is type(old)
     if isinstance(old, float):
-        return isinstance(new, int | float)
-    return new is not None
+        return type(new) in (int, float)
+    return not isinstance(new, bool | None)
 
 
 def _known_keys(node: DictConfig | ListConfig) -> list[str] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -170,6 +169,11 @@ def sound_annotations(
             if kind not in BROKEN:
                 seen.add(annotation["id"])
                 kept.append(_completed(annotation, image))
+    crowds = {annotation["image_id"] for annotation in kept if annotation["iscrowd"]}
+    crowds -= {annotation["image_id"] for annotation in kept if not annotation["iscrowd"]}
+    for image in images:
+        if image["id"] in crowds:
+            findings["crowd_only_image"].append(f"image {image['id']} ({image['file_name']})")
     return kept
 
 
@@ -212,12 +216,12 @@ def _has_mask(annotation: dict[str, Any], image: dict[str, Any]) -> bool:
 
 def _mask_area(mask: Any, height: int, width: int) -> float:
     """Pixels of a COCO segmentation: polygons, or RLE with or without compression."""
-    if isinstance(mask, dict) and not isinstance(mask["counts"], list):
-        return float(rle.area(mask))
     if isinstance(mask, list):
-        mask = [corners for corners in mask if len(corners) >= 6 and len(corners) % 2 == 0]
-    parts = rle.frPyObjects(mask, height, width)
-    return float(rle.area(rle.merge(parts) if isinstance(parts, list) else parts))
+        drawable = [corners for corners in mask if len(corners) >= 6 and len(corners) % 2 == 0]
+        mask = rle.merge(rle.frPyObjects(drawable, height, width))
+    elif isinstance(mask["counts"], list):
+        mask = rle.frPyObjects(mask, height, width)
+    return float(rle.area(mask))
 
 
 def _completed(annotation: dict[str, Any], image: dict[str, Any]) -> dict[str, Any]:
@@ -230,17 +234,6 @@ def _completed(annotation: dict[str, Any], image: dict[str, Any]) -> dict[str, A
         if _has_mask(annotation, image):
             area = _mask_area(annotation["segmentation"], image["height"], image["width"])
     return {**annotation, "area": area, "iscrowd": annotation.get("iscrowd", 0)}
-
-
-def note_crowd_only(
-    images: Sequence[dict[str, Any]], annotations: Sequence[dict[str, Any]], findings: Findings
-) -> None:
-    """Add the images all of whose annotations are crowd regions to the findings."""
-    crowds = Counter(a["image_id"] for a in annotations if a.get("iscrowd"))
-    objects = Counter(a["image_id"] for a in annotations if not a.get("iscrowd"))
-    for image in images:
-        if crowds[image["id"]] and not objects[image["id"]]:
-            findings["crowd_only_image"].append(f"image {image['id']} ({image['file_name']})")
 
 
 def _is_int(value: Any) -> bool:

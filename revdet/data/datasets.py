@@ -5,9 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -22,11 +21,9 @@ OWN = {"own_train": "train", "own_val": "val"}
 NOT_FACTS = ("classes", "masks", "lines")
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A COCO-format dataset as the user has it: its annotation file, and where its images are."""
 
-    name: str
     annotations: Path
     images: Path
 
@@ -53,21 +50,19 @@ def name_own_data(cfg: DictConfig) -> None:
         UserError: only a part of the files is given.
     """
     given = cfg.dataset
-    for split in OWN.values():
-        if bool(given[f"{split}_json"]) != bool(given[f"{split}_images"]):
-            known, other = ("json", "images") if given[f"{split}_json"] else ("images", "json")
-            raise UserError(
-                f"dataset.{split}_{known} is set, but not dataset.{split}_{other}: set both"
-            )
+    for name, loader in (("own_train", cfg.dataloader.train), ("own_val", cfg.dataloader.test)):
+        keys = [f"{OWN[name]}_json", f"{OWN[name]}_images"]
+        there = [key for key in keys if given[key]]
+        if len(there) == 1:
+            keys.remove(there[0])
+            raise UserError(f"dataset.{there[0]} is set, but not dataset.{keys[0]}: set both")
+        if there:
+            loader.dataset.names = name
     if given.train_json and not given.val_json:
         raise UserError(
             "dataset.train_json is set, but not dataset.val_json: set dataset.val_json and "
             "dataset.val_images too, to the training data if there is no other"
         )
-    loaders = {"own_train": cfg.dataloader.train, "own_val": cfg.dataloader.test}
-    for name, split in OWN.items():
-        if given[f"{split}_json"]:
-            loaders[name].dataset.names = name
 
 
 def dataset_names(cfg: DictConfig, *, evaluation_only: bool = False) -> list[str]:
@@ -78,14 +73,14 @@ def dataset_names(cfg: DictConfig, *, evaluation_only: bool = False) -> list[str
     return list(dict.fromkeys(name for names in listed for name in names))
 
 
-def sources(cfg: DictConfig, *, evaluation_only: bool = False) -> list[Source]:
-    """The datasets of a recipe that are in COCO format; others, as LVIS, are left as they are.
+def sources(cfg: DictConfig, *, evaluation_only: bool = False) -> dict[str, Source]:
+    """The datasets of a recipe that are in COCO format, by name; others, as LVIS, stay as they are.
 
     Raises:
         UserError: a dataset is not registered.
     """
     register_datasets()
-    found = []
+    found = {}
     for name in dataset_names(cfg, evaluation_only=evaluation_only):
         if split := OWN.get(name):
             files = cfg.dataset[f"{split}_json"], cfg.dataset[f"{split}_images"]
@@ -98,7 +93,7 @@ def sources(cfg: DictConfig, *, evaluation_only: bool = False) -> list[Source]:
             near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise UserError(f"dataset {name!r} is not registered{hint}")
-        found.append(Source(name, Path(files[0]), Path(files[1])))
+        found[name] = Source(*map(Path, files))
     return found
 
 

@@ -26,7 +26,6 @@ from revdet.data.annotations import (
     BROKEN,
     NOTED,
     Findings,
-    note_crowd_only,
     read_coco,
     sound_annotations,
     sound_images,
@@ -72,28 +71,24 @@ def normalise(cfg: DictConfig, *, evaluation_only: bool = False) -> None:
             it has another number of classes than the model, something in it is broken and is not
             to be skipped, or nothing is left.
     """
-    names: dict[tuple[Path, Path], list[str]] = defaultdict(list)
-    contents = {}
-    for source in sources(cfg, evaluation_only=evaluation_only):
-        files = source.annotations, source.images
-        if files not in names:  # training and validation may be the same
-            contents[files] = _read(source)
-        names[files].append(source.name)
-    described = {
-        name: describe_classes(contents[files]) for files in names for name in names[files]
-    }
+    contents: dict[Source, dict[str, Any]] = {}
+    names = defaultdict(list)  # training and validation may be the same
+    for name, source in sources(cfg, evaluation_only=evaluation_only).items():
+        contents[source] = contents.get(source) or _read(name, source)
+        names[source].append(name)
+    described = {name: describe_classes(contents[s]) for s in names for name in names[s]}
     earlier = read_report(cfg)
     fit_recipe(cfg, {**_described(cfg, earlier), **described})
     masks = bool(OmegaConf.select(cfg, "dataloader.train.mapper.use_instance_mask"))
     report, classes, findings = {}, {}, {}
-    for files, alike in names.items():
-        content = contents.pop(files)  # COCO's fills the memory
+    for source, alike in names.items():
+        content = contents.pop(source)  # COCO's fills the memory
         found: Findings = defaultdict(list)
         progress = f"checking {alike[0]}" if cfg.train.check_data else None
-        cleaned = _cleaned(content, *files, found, masks=masks, progress=progress)
+        cleaned = _cleaned(content, source, found, masks=masks, progress=progress)
         findings[" and ".join(alike)] = found
         for name in alike:
-            facts = summarize(files[0], content, cleaned, found)
+            facts = summarize(source.annotations, content, cleaned, found)
             report[name] = {**facts, **described[name], "lines": found}
             classes[name] = class_rows(cleaned)
             if cfg.dataset.skip_broken or not facts["broken"]:
@@ -123,13 +118,12 @@ def use_normalised(cfg: DictConfig, *, evaluation_only: bool = False) -> None:
     """
     fit_recipe(cfg, _described(cfg, read_report(cfg)))
     renamed = {}
-    for source in sources(cfg, evaluation_only=evaluation_only):
-        name = f"{source.name} (normalised, {next(_registered)})"
-        known = MetadataCatalog.get(source.name).as_dict()
+    for name, source in sources(cfg, evaluation_only=evaluation_only).items():
+        known = MetadataCatalog.get(name).as_dict()
         metadata = {key: value for key, value in known.items() if key not in _REPLACED}
-        file = file_of(cfg, source.name)
-        register_coco_instances(name, metadata, str(file), str(source.images))
-        renamed[source.name] = name
+        renamed[name] = f"{name} (normalised, {next(_registered)})"
+        file = file_of(cfg, name)
+        register_coco_instances(renamed[name], metadata, str(file), str(source.images))
     for _, node in nodes_of(cfg.dataloader):  # the evaluator may name them too
         for key in own_keys(node):
             if isinstance(node[key], str):
@@ -142,14 +136,13 @@ def _described(cfg: DictConfig, report: dict[str, Any]) -> dict[str, Any]:
     return {name: report[name] for name in names}
 
 
-def _read(source: Source) -> dict[str, Any]:
-    if source.name in OWN:
+def _read(name: str, source: Source) -> dict[str, Any]:
+    if split := OWN.get(name):
         if not source.images.is_dir():
-            split = OWN[source.name]
             raise UserError(f"dataset.{split}_images={source.images} is no folder: check the path")
     elif not source.annotations.is_file():
         raise UserError(
-            f"dataset {source.name!r} needs {source.annotations}, which does not exist: set the "
+            f"dataset {name!r} needs {source.annotations}, which does not exist: set the "
             "environment variable DETECTRON2_DATASETS to the folder that holds your datasets "
             f"(now: {datasets_root().absolute()}); `make demo` builds those named demo_…"
         )
@@ -158,8 +151,7 @@ def _read(source: Source) -> dict[str, Any]:
 
 def _cleaned(
     content: dict[str, Any],
-    path: Path,
-    folder: Path,
+    source: Source,
     findings: Findings,
     *,
     masks: bool,
@@ -167,14 +159,14 @@ def _cleaned(
 ) -> dict[str, Any]:
     """The content of an annotation file without what is broken, which is added to the findings."""
     images = sound_images(content["images"], findings)
-    images = _files_that_can_be_used(images, folder, findings, progress=progress)
+    images = _files_that_can_be_used(images, source.images, findings, progress=progress)
     missing = findings.get("missing_image", ())
     if missing and len(missing) == len(content["images"]):
         raise UserError(
-            f"no image of {path} is in {folder}: check the folder that its file names start from"
+            f"no image of {source.annotations} is in {source.images}: check the folder that its "
+            "file names start from"
         )
     annotations = sound_annotations(content, images, findings, masks=masks)
-    note_crowd_only(images, annotations, findings)
     return {**content, "images": images, "annotations": annotations}
 
 

@@ -246,6 +246,54 @@ def test_broken_data_trains_to_the_end_when_told_to_skip(own, train_net, tmp_pat
     assert missing.name in [image["file_name"] for image in used["images"]]
 
 
+def test_an_image_that_stops_decoding_during_training(own, train_net, tmp_path, capsys):
+    image = own.images / "000005.jpg"
+    image.write_bytes(image.read_bytes()[:800])
+    arguments = ["train.max_iter=30", "train.check_data=false", *own.arguments()]
+    assert train_net(tmp_path / "run", *arguments, "dataloader.train.num_workers=1") == 2
+    assert "000005.jpg" in error_of(capsys)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("categories", None, "no list 'categories'"),
+        ("categories", [], "no category"),
+        ("categories", [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}], "'id' of its own"),
+        ("categories", [{"id": "1", "name": "cat"}], "number 'id'"),
+        ("images", 5, "no list 'images'"),
+        ("images", [], "no object to learn"),
+        ("annotations", [5], "no list 'annotations'"),
+        ("annotations", [], "no object to learn"),
+    ],
+)
+def test_annotations_that_mean_nothing(own, train_net, tmp_path, capsys, key, value, words):
+    own.content[key] = value
+    assert train_net(tmp_path / "run", *own.arguments(), "dataset.skip_broken=true") == 2
+    assert words in error_of(capsys)
+
+
+def test_annotations_that_are_no_coco_json(own, train_net, tmp_path, capsys):
+    arguments = own.arguments()
+    own.json.write_text(own.json.read_text()[:1000])
+    assert train_net(tmp_path / "run", *arguments) == 2
+    assert "not COCO JSON" in error_of(capsys)
+
+
+def test_a_checkpoint_of_another_architecture(own, train_net, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train_net(output, "train.max_iter=1") == 0
+    assert train_net(output, "--eval-only", "model.backbone.net.model.depth=3") == 2
+    assert "another architecture" in error_of(capsys)
+    weights = f"train.init_checkpoint={output / 'model_final.pth'}"
+    other = "model.backbone.net.model.embed_dim=96"
+    assert train_net(tmp_path / "other", weights, other) == 2
+    assert "another architecture" in error_of(capsys)
+    # Other classes are what fine-tuning is for.
+    own.content["categories"].append({"id": 40, "name": "comet"})
+    assert train_net(tmp_path / "classes", weights, *own.arguments(), "train.max_iter=1") == 0
+
+
 def test_a_run_reads_only_what_it_has_written(own, datasets_root, tmp_path):
     source = datasets_root / "demo" / "train"
     cfg = load_config(DEMO, [*own.arguments(), f"train.output_dir={tmp_path / 'run'}"])
@@ -302,6 +350,8 @@ def test_a_registered_dataset_can_be_skipped_through_and_stays_as_it_is(own, tra
         used = json.loads((tmp_path / "a" / "dataset" / "mended.json").read_text())
         assert len(used["images"]) == 14
         assert MetadataCatalog.get("mended").as_dict() == known
+        (ours,) = (name for name in MetadataCatalog.list() if name.startswith("mended ("))
+        assert MetadataCatalog.get(ours).thing_colors == [(1, 2, 3)]
         assert "names: mended" in (tmp_path / "a" / "config.yaml").read_text()
         assert "mended" in json.loads((tmp_path / "a" / "results.json").read_text())["dataset"]
         assert train_net(tmp_path / "b", *arguments, *ITERATION) == 2
