@@ -1,15 +1,17 @@
-"""One training step of a small reversible sequence, and how two of them are compared."""
+"""One training step of a small reversible sequence, how two are compared, and refused commands."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from backbones import MemoryPolicy, ReversibleBlock, ReversibleSequence, set_memory
+from backbones.__main__ import main
 from backbones.models.layers import AttentionBranch, MLPBranch
 
 DIM = 8
@@ -127,3 +129,13 @@ def forward_hook(module: nn.Module, keep: list[Streams]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def refused(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which ``python -m backbones`` refuses these arguments."""
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments])
+    captured = capsys.readouterr()
+    assert (stop.value.code, captured.out) == (2, "")
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    return captured.err

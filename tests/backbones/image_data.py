@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
 import torch
 from PIL import Image
 
 import backbones
 from backbones import RevViT
-from backbones.__main__ import main
 
 # Written out here, so that a wrong one in the package is seen.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -69,13 +66,3 @@ def save_truncated(path: Path) -> Path:
     Image.frombytes("RGB", (40, 48), bytes(noise.tolist())).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     return path
-
-
-def refused(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line with which ``python -m backbones`` refuses these arguments."""
-    with pytest.raises(SystemExit) as stop:
-        main([*arguments])
-    captured = capsys.readouterr()
-    assert (stop.value.code, captured.out) == (2, "")
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
-    return captured.err

@@ -22,12 +22,12 @@ from backbones.__main__ import main
 from backbones.commands.evaluate import find_classes
 from backbones.common.images import ImageFiles, eval_transform, read_image
 from backbones.registry import MODELS
+from tests.backbones.helpers import refused
 from tests.backbones.image_data import (
     MEAN,
     RANKING,
     STD,
     colour_model,
-    refused,
     save_colour_model,
     save_image,
     save_truncated,

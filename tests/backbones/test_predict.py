@@ -19,10 +19,10 @@ from backbones.__main__ import main
 from backbones.commands.predict import class_names
 from backbones.common.images import eval_transform, read_image
 from backbones.registry import MODELS
+from tests.backbones.helpers import refused
 from tests.backbones.image_data import (
     RANKING,
     colour_model,
-    refused,
     save_colour_model,
     save_image,
     save_truncated,
