@@ -4,7 +4,7 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 
 from backbones import create_model
-from revdet.models import TrunkBackbone
+from revdet import TrunkBackbone
 
 model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
 model.backbone.net = L(TrunkBackbone)(model=L(create_model)(name="rev_vit_base", num_classes=0))

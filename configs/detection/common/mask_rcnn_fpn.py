@@ -4,7 +4,7 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 
 from backbones import create_model
-from revdet.models import TrunkBackbone
+from revdet import TrunkBackbone
 
 constants = model_zoo.get_config("common/data/constants.py").constants
 

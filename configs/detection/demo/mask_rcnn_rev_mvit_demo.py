@@ -4,7 +4,7 @@ from detectron2.config import LazyCall as L
 from detectron2.modeling.backbone import FPN
 
 from backbones import create_model
-from revdet.models import TrunkBackbone
+from revdet import TrunkBackbone
 
 from .mask_rcnn_rev_vit_demo import dataloader, lr_multiplier, model, optimizer, train, width
 
