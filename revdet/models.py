@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from math import log2
+from typing import Any
 
 from detectron2.config import instantiate
 from detectron2.layers import ShapeSpec, get_norm
@@ -36,7 +37,9 @@ class TrunkBackbone(Backbone):
         ValueError: ``out_features`` names a map that the model does not have.
     """
 
-    def __init__(self, model: nn.Module, out_features: Sequence[str] | None = None) -> None:
+    model: Any
+
+    def __init__(self, model: Any, out_features: Sequence[str] | None = None) -> None:
         super().__init__()
         self.model = model
         names = [f"scale{int(log2(info['reduction']))}" for info in model.feature_info]
@@ -48,12 +51,9 @@ class TrunkBackbone(Backbone):
         infos = dict(zip(names, model.feature_info, strict=True))
         self._out_feature_channels = {name: info["num_chs"] for name, info in infos.items()}
         self._out_feature_strides = {name: info["reduction"] for name, info in infos.items()}
+        own = [name for name in self._out_features if name != names[-1]]
         self.norms = nn.ModuleDict(
-            {
-                name: get_norm("LN", self._out_feature_channels[name])
-                for name in self._out_features
-                if name != names[-1]
-            }
+            {name: get_norm("LN", self._out_feature_channels[name]) for name in own}
         )
 
     @property
@@ -103,7 +103,7 @@ def build_model(cfg: DictConfig, device: str = "cpu") -> nn.Module:
     """
     settings = cfg.train
     try:
-        model: nn.Module = instantiate(cfg.model)
+        model: Any = instantiate(cfg.model)
         backbones.set_memory(model.backbone, settings.memory, settings.stored_blocks)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"the model cannot be built: {type(error).__name__}: {error}") from error
@@ -112,4 +112,5 @@ def build_model(cfg: DictConfig, device: str = "cpu") -> nn.Module:
         f"model: {total / 1e6:.2f} M parameters, {trunk / 1e6:.2f} M of them in the trunk and "
         f"pyramid; memory policy {settings.memory}, {settings.stored_blocks} blocks stored"
     )
-    return model.to(device)
+    built: nn.Module = model.to(device)
+    return built

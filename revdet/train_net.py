@@ -97,15 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg = load_config(args.config, args.overrides)
         device = preflight(cfg, args)
-        launch(
-            _process,
-            (cfg, device, args),
-            num_gpus=args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            on_gpu=device.startswith("cuda"),
-        )
+        launch(_process, cfg, device, args)
     except UserError as error:
         if not is_first_on_machine() and not dist.is_initialized():
             # Before torchrun's processes join, all of them find out the same, and the first one

@@ -80,7 +80,10 @@ class VideoReader:
         self.time_base: Fraction = self._stream.time_base
         rate = self._stream.average_rate or Fraction(25)
         self._step = max(1, round(1 / rate / self.time_base))
-        self.num_frames = self._stream.frames or self._frames_by_duration(rate)
+        seconds = Fraction(self._container.duration or 0, 1_000_000)
+        if self._stream.duration is not None:
+            seconds = self._stream.duration * self.time_base
+        self.num_frames = self._stream.frames or round(seconds * rate)
         self.error = ""
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
@@ -96,11 +99,6 @@ class VideoReader:
                 yield np.ascontiguousarray(np.rot90(pixels, turns)), last
         except (OSError, ValueError) as error:
             self.error = error_line(error)
-
-    def _frames_by_duration(self, rate: Fraction) -> int:
-        if self._stream.duration is not None:
-            return round(self._stream.duration * self.time_base * rate)
-        return round((self._container.duration or 0) * rate / 1_000_000)
 
     def __enter__(self) -> VideoReader:
         return self

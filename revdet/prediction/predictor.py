@@ -100,6 +100,7 @@ class Detector:
         self.prepare = Preparation(cfg.dataloader.test.mapper)
         self.model = build_model(cfg, device).eval()
         Checkpointer(self.model).load(weights)
+        module: Any
         for module in self.model.modules():
             if hasattr(module, "test_score_thresh"):
                 # In place of the recipe's: what scores less cannot suppress what scores more.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from detectron2.data.catalog import Metadata
+from detectron2.structures import Instances
 from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image
@@ -57,10 +59,11 @@ def run(args: argparse.Namespace) -> None:
     pictures = [path for path in inputs if not is_video(path)]
     next_id = len(pictures)
     with tqdm(total=len(pictures), unit="frame", desc="detecting") as bar:
-        detect_pictures(detector, pictures, predictions, args, bar)
+        inference = Inference(detector, predictions, args, bar)
+        inference.pictures(pictures)
         for path in videos:
             try:
-                next_id += detect_video(detector, path, next_id, predictions, args, bar)
+                next_id += inference.video(path, next_id)
             except UnreadableError as error:
                 predictions.unreadable[str(path)] = str(error)
     if not predictions.pictures and not predictions.videos:
@@ -94,39 +97,31 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UserError(f"--output {args.output} is no folder ({error_line(error)})") from error
 
 
-def detect_pictures(
-    detector: Detector,
-    paths: Sequence[Path],
-    predictions: Predictions,
-    args: argparse.Namespace,
-    bar: tqdm[Any],
-) -> None:
-    """Go through picture files, whose numbers are their image ids.
+@dataclass
+class Inference:
+    """A detector at work.
 
     Args:
         detector: the model.
-        paths: the files. Those of one size go through the model together.
         predictions: gets what is found, and what cannot be read.
         args: the command line.
-        bar: is advanced by one for each file.
+        bar: is advanced by one for each picture and frame.
     """
-    ids = {path: number for number, path in enumerate(paths)}
-    files = PictureFiles(sorted(paths, key=header_size), detector.prepare)
-    metadata = _metadata(predictions)
-    # Without a batch size, worker processes hand over one item at a time.
-    workers = min(args.workers, len(files) // 4)
-    loader: DataLoader[Frame | str] = DataLoader(files, batch_size=None, num_workers=workers)
 
-    def readable() -> Iterator[Frame]:
-        for path, item in zip(files.paths, loader, strict=True):
-            if isinstance(item, Frame):
-                yield item
-            else:
-                predictions.unreadable[str(path)] = item
-                bar.update()
+    detector: Detector
+    predictions: Predictions
+    args: argparse.Namespace
+    bar: tqdm[Any]
 
-    for batch in batches(readable(), args.batch_size):
-        for frame, instances in zip(batch, detector(batch), strict=True):
+    def __post_init__(self) -> None:
+        names = [category["name"] for category in self.predictions.categories]
+        self.metadata = Metadata(thing_classes=names)
+
+    def pictures(self, paths: Sequence[Path]) -> None:
+        """Go through picture files, those of one size together. Image ids are their numbers."""
+        ids = {path: number for number, path in enumerate(paths)}
+        files = PictureFiles(sorted(paths, key=header_size), self.detector.prepare)
+        for frame, instances in self._detect(self._readable(files)):
             path = files.paths[frame.index]
             facts: dict[str, Any] = {
                 "image_id": ids[path],
@@ -135,69 +130,68 @@ def detect_pictures(
                 "height": frame.model_input["height"],
                 "objects": len(instances),
             }
-            predictions.add(ids[path], instances, file_name=str(path))
-            if not args.no_drawings:
-                drawing = predictions.drawing("pictures", path, ".jpg")
-                drawn = Visualizer(frame.pixels, metadata).draw_instance_predictions(instances)
-                Image.fromarray(drawn.get_image()).save(drawing, quality=92)
+            self.predictions.add(ids[path], instances, file_name=str(path))
+            if not self.args.no_drawings:
+                drawing = self.predictions.drawing("pictures", path, ".jpg")
+                painter = Visualizer(frame.pixels, self.metadata)
+                drawn = painter.draw_instance_predictions(instances).get_image()
+                Image.fromarray(drawn).save(drawing, quality=92)
                 facts["drawing"] = str(drawing)
-            predictions.pictures.append(facts)
-            bar.update()
+            self.predictions.pictures.append(facts)
 
+    def _readable(self, files: PictureFiles) -> Iterator[Frame]:
+        workers = min(self.args.workers, len(files) // 4)
+        # Without a batch size, worker processes hand over one item at a time.
+        loader: DataLoader[Frame | str] = DataLoader(files, batch_size=None, num_workers=workers)
+        for path, item in zip(files.paths, loader, strict=True):
+            if isinstance(item, Frame):
+                yield item
+            else:
+                self.predictions.unreadable[str(path)] = item
+                self.bar.update()
 
-def detect_video(
-    detector: Detector,
-    path: Path,
-    first_id: int,
-    predictions: Predictions,
-    args: argparse.Namespace,
-    bar: tqdm[Any],
-) -> int:
-    """Go through the frames of a video; what comes before damage is kept.
+    def video(self, path: Path, first_id: int) -> int:
+        """Go through the frames of a video; what comes before damage is kept.
 
-    Args:
-        detector: the model.
-        path: the video.
-        first_id: image id of the first frame; the others follow.
-        predictions: gets what is found, and why the video cannot be read, or not to its end.
-        args: the command line.
-        bar: is advanced by one for each frame.
+        Args:
+            path: the video.
+            first_id: image id of the first frame; the others follow.
 
-    Returns:
-        The number of frames.
+        Returns:
+            The number of frames.
 
-    Raises:
-        UnreadableError: the file is no video.
-    """
-    painter = VideoVisualizer(_metadata(predictions))
-    facts: dict[str, Any] = {"file_name": str(path), "first_image_id": first_id, "objects": 0}
-    number = 0
-    with VideoReader(path) as video, contextlib.ExitStack() as stack:
-        bar.total += video.num_frames
-        write = None
-        frames = (detector.prepare(when, pixels) for pixels, when in video)
-        for batch in batches(frames, args.batch_size):
-            for frame, instances in zip(batch, detector(batch), strict=True):
-                predictions.add(first_id + number, instances, file_name=str(path), frame=number)
-                if not args.no_drawings:
-                    drawn = painter.draw_instance_predictions(frame.pixels, instances).get_image()
+        Raises:
+            UnreadableError: the file is no video.
+        """
+        painter = VideoVisualizer(self.metadata)
+        facts: dict[str, Any] = {"file_name": str(path), "first_image_id": first_id, "objects": 0}
+        number, write = 0, None
+        with VideoReader(path) as video, contextlib.ExitStack() as stack:
+            self.bar.total += video.num_frames
+            frames = (self.detector.prepare(when, pixels) for pixels, when in video)
+            for frame, found in self._detect(frames):
+                where = {"file_name": str(path), "frame": number}
+                self.predictions.add(first_id + number, found, **where)
+                if not self.args.no_drawings:
+                    drawn = painter.draw_instance_predictions(frame.pixels, found).get_image()
                     if write is None:
-                        drawing = predictions.drawing("videos", path, ".mp4")
+                        drawing = self.predictions.drawing("videos", path, ".mp4")
                         size = drawn.shape[1], drawn.shape[0]
                         write = stack.enter_context(video_writer(drawing, video.time_base, size))
                         facts["drawing"] = str(drawing)
                     write(drawn, frame.index)
-                facts["objects"] += len(instances)
+                facts["objects"] += len(found)
                 number += 1
-                bar.update()
-    if video.error:
-        predictions.unreadable[str(path)] = f"{video.error}, after {number} frames"
-    if number:
-        predictions.videos.append({**facts, "frames": number})
-    elif not video.error:
-        predictions.unreadable[str(path)] = "holds no frame"
-    return number
+        if video.error:
+            self.predictions.unreadable[str(path)] = f"{video.error}, after {number} frames"
+        if number:
+            self.predictions.videos.append({**facts, "frames": number})
+        elif not video.error:
+            self.predictions.unreadable[str(path)] = "holds no frame"
+        return number
 
-
-def _metadata(predictions: Predictions) -> Metadata:
-    return Metadata(thing_classes=[category["name"] for category in predictions.categories])
+    def _detect(self, frames: Iterable[Frame]) -> Iterator[tuple[Frame, Instances]]:
+        for batch in batches(frames, self.args.batch_size):
+            for frame, instances in zip(batch, self.detector(batch), strict=True):
+                yield frame, instances
+                self.bar.update()

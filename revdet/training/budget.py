@@ -26,7 +26,7 @@ logger = logging.getLogger("revdet")
 
 
 def apply_memory_budget(
-    cfg: DictConfig, model: nn.Module, records: Iterable[Any], amp_dtype: torch.dtype | None
+    cfg: DictConfig, model: Any, records: Iterable[Any], amp_dtype: torch.dtype | None
 ) -> None:
     """Choose ``train.memory`` and ``train.stored_blocks`` so that training fits its budget.
 
@@ -44,45 +44,39 @@ def apply_memory_budget(
         plan = _plan(cfg, model, records, amp_dtype)
         settings.memory, settings.stored_blocks = plan.policy, plan.stored_blocks
     # Every process by the same plan, even where "auto" finds different GPUs.
-    settings.memory, settings.stored_blocks = comm.all_gather(
-        (settings.memory, settings.stored_blocks)
-    )[0]
-    backbones.set_memory(model.backbone, settings.memory, settings.stored_blocks)
+    chosen = comm.all_gather((settings.memory, settings.stored_blocks))[0]
+    settings.memory, settings.stored_blocks = chosen
+    backbones.set_memory(model.backbone, *chosen)
 
 
 def _plan(
-    cfg: DictConfig, model: nn.Module, records: Iterable[Any], amp_dtype: torch.dtype | None
+    cfg: DictConfig, model: Any, records: Iterable[Any], amp_dtype: torch.dtype | None
 ) -> backbones.MemoryPlan:
     settings, world_size = cfg.train, comm.get_world_size()
+    budget = settings.memory_budget
     images = cfg.dataloader.train.total_batch_size // (world_size * settings.accumulate)
     augmentations = instantiate(cfg.dataloader.train.mapper.augmentations)
-    height, width = largest_image(model.backbone, augmentations, records, images)
+    shape = (images, 3, *largest_image(model.backbone, augmentations, records, images))
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     # Gradients that are there before the backward pass: of the batch before, or in DDP's buckets.
     besides = weights if settings.accumulate > 1 or world_size > 1 else 0
     besides += weights if settings.ema_decay > 0 else 0
-    logger.info(f"counting the memory of a training step on {images} x 3 x {height} x {width}")
+    logger.info(f"counting the memory of a training step on {' x '.join(map(str, shape))}")
     try:
-        plan = fit_detector_memory(
-            model,
-            (images, 3, height, width),
-            settings.memory_budget,
-            amp_dtype=amp_dtype,
-            held_besides=besides,
-        )
+        plan = fit_detector_memory(model, shape, budget, amp_dtype=amp_dtype, held_besides=besides)
     except ValueError as error:
-        raise UserError(f"train.memory_budget={settings.memory_budget}: {error}") from error
+        raise UserError(f"train.memory_budget={budget}: {error}") from error
     logger.info(
-        f"train.memory_budget={settings.memory_budget}, of which {besides / 1e9:.2f} GB for weights"
-        f" averaged and gradients kept: {plan}\n  not counted: what depends on the ground truth, "
-        "and what the device needs for itself"
+        f"train.memory_budget={budget}, of which {besides / 1e9:.2f} GB for weights averaged and "
+        f"gradients kept: {plan}\n  not counted: what depends on the ground truth, and what the "
+        "device needs for itself"
     )
     return plan
 
 
 def fit_detector_memory(
     detector: nn.Module,
-    image_shape: tuple[int, int, int, int],
+    image_shape: tuple[int, ...],
     budget: int | str,
     *,
     amp_dtype: torch.dtype | None = None,
@@ -122,7 +116,7 @@ class ShapeOnlyDetector(nn.Module):
         detector: see :func:`fit_detector_memory`.
     """
 
-    def __init__(self, detector: nn.Module) -> None:
+    def __init__(self, detector: Any) -> None:
         super().__init__()
         try:
             heads = detector.roi_heads
@@ -138,8 +132,9 @@ class ShapeOnlyDetector(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> everything that a loss is computed on."""
-        features = self.detector.backbone(images)
-        rpn, heads = self.detector.proposal_generator, self.detector.roi_heads
+        detector: Any = self.detector
+        features = detector.backbone(images)
+        rpn, heads = detector.proposal_generator, detector.roi_heads
         scores, deltas = rpn.rpn_head([features[name] for name in rpn.in_features])
         boxes = len(images) * heads.batch_size_per_image
         outputs = [*scores, *deltas]

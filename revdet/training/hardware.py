@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from detectron2.engine import launch as spawn
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
+from omegaconf import DictConfig
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from backbones.common.console import try_device
@@ -59,38 +61,36 @@ def resolve_device(name: str, num_gpus: int) -> str:
 
 
 def launch(
-    function: Callable[..., None],
-    args: tuple[Any, ...],
-    *,
-    num_gpus: int,
-    num_machines: int,
-    machine_rank: int,
-    dist_url: str,
-    on_gpu: bool,
+    function: Callable[[DictConfig, str, Namespace], None],
+    cfg: DictConfig,
+    device: str,
+    args: Namespace,
 ) -> None:
-    """Call ``function(*args)`` in every process of the job, in one process group.
+    """Call ``function(cfg, device, args)`` in every process of the job, in one process group.
 
     Under torchrun this process is one of them already, and the counts are torchrun's. Otherwise
-    ``num_gpus`` processes are started on this machine; arguments as for Detectron2's ``launch``.
+    the processes are started that the command line asks for.
 
     Raises:
         UserError: one was raised, in whichever process.
     """
     if not under_torchrun():
         try:
-            spawn(_call, num_gpus, num_machines, machine_rank, dist_url, args=(function, *args))
+            counts = args.num_gpus, args.num_machines, args.machine_rank, args.dist_url
+            spawn(_call, *counts, args=(function, cfg, device, args))
         except ProcessRaisedException as error:
             if _USER_ERROR not in _last_line(error):
                 raise
             raise UserError(_last_line(error).removeprefix(_USER_ERROR)) from error
         return
     if int(os.environ["WORLD_SIZE"]) > 1:
+        on_gpu = device.startswith("cuda")
         if on_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
         comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
         comm.synchronize()
-    _call(function, *args)
+    _call(function, cfg, device, args)
 
 
 def _call(function: Callable[..., None], *args: Any) -> None:

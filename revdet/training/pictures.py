@@ -22,6 +22,8 @@ import matplotlib.pyplot as plt
 # Height of one panel in pixels; small images are enlarged so that labels are legible.
 PANEL_HEIGHT = 480
 
+SHOWN_SCORE = 0.5  # predictions below it are not drawn
+
 # Logged losses are those of one batch, which may hold no object; as many are averaged in the plot.
 SMOOTHED = 7
 
@@ -32,8 +34,6 @@ def draw_predictions(
     mapper: Any,
     dataset_name: str,
     output_dir: Path,
-    *,
-    score_threshold: float = 0.5,
 ) -> list[Path]:
     """Draw one picture for each image: ground truth on the left, predictions on the right.
 
@@ -43,7 +43,6 @@ def draw_predictions(
         mapper: the test mapper of the recipe.
         dataset_name: whose class names are drawn.
         output_dir: where ``<image name>.png`` is written.
-        score_threshold: predictions below it are not drawn, in [0, 1].
 
     Returns:
         The files written.
@@ -55,29 +54,26 @@ def draw_predictions(
     files = []
     for record in records:
         image = utils.read_image(record["file_name"], format="RGB")
-        scale = PANEL_HEIGHT / image.shape[0]
-        truth = Visualizer(image, metadata, scale, ColorMode.SEGMENTATION)
-        left = truth.draw_dataset_dict(record).get_image()
         with torch.no_grad():
-            instances = model([mapper(record)])[0]["instances"].to("cpu")
-        shown = instances[instances.scores >= score_threshold]
-        guess = Visualizer(image, metadata, scale, ColorMode.SEGMENTATION)
-        right = guess.draw_instance_predictions(shown).get_image()
-        file = output_dir / f"{Path(record['file_name']).stem}.png"
-        _side_by_side(
-            [left, right],
-            ["ground truth", f"predictions (score ≥ {score_threshold:g})"],
-            file,
-        )
-        files.append(file)
+            found = model([mapper(record)])[0]["instances"].to("cpu")
+        scale = PANEL_HEIGHT / image.shape[0]
+        left, right = (Visualizer(image, metadata, scale, ColorMode.SEGMENTATION) for _ in "12")
+        panels = {
+            "ground truth": left.draw_dataset_dict(record),
+            f"predictions (score ≥ {SHOWN_SCORE:g})": right.draw_instance_predictions(
+                found[found.scores >= SHOWN_SCORE]
+            ),
+        }
+        files.append(output_dir / f"{Path(record['file_name']).stem}.png")
+        _side_by_side({title: panel.get_image() for title, panel in panels.items()}, files[-1])
     model.train(was_training)
     return files
 
 
-def _side_by_side(panels: Sequence[np.ndarray], titles: Sequence[str], file: Path) -> None:
-    height, width = panels[0].shape[:2]
+def _side_by_side(panels: dict[str, np.ndarray], file: Path) -> None:
+    height, width = next(iter(panels.values())).shape[:2]
     figure, axes = plt.subplots(1, len(panels), figsize=(len(panels) * width / 90, height / 90))
-    for axis, panel, title in zip(axes, panels, titles, strict=True):
+    for axis, (title, panel) in zip(axes, panels.items(), strict=True):
         axis.imshow(panel)
         axis.set_title(title, fontsize=11)
         axis.axis("off")

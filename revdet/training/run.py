@@ -107,7 +107,8 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     if settings.init_checkpoint and not resume:
         load_initial_weights(model, settings.init_checkpoint)
     loader = instantiate(cfg.dataloader.train)
-    _log_schedule(cfg, loader)
+    if hasattr(getattr(loader, "dataset", None), "records"):  # the loader is revdet's
+        _log_schedule(cfg, loader)
     if settings.memory_budget:
         apply_memory_budget(cfg, model, loader.dataset.records, _amp_dtype(cfg))
     average = ModelEmaV3(model, settings.ema_decay, use_warmup=True) if settings.ema_decay else None
@@ -130,7 +131,7 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
         logger.info(f"{output_dir} has finished its {start_iter} iterations: evaluating")
         evaluations.set_iteration(trainer)
         metrics = evaluations.run()
-        facts = {"iterations": start_iter, "best": evaluations.best}
+        facts: dict[str, Any] = {"iterations": start_iter, "best": evaluations.best}
         finish(cfg, result, metrics, facts, trained=False)
         return
     sampler = getattr(loader, "batch_sampler", None)
@@ -157,8 +158,9 @@ def _trainer(cfg: DictConfig, model: nn.Module, loader: Any, average: ModelEmaV3
     """The trainer of a recipe, with the hooks that belong to a step."""
     settings = cfg.train
     optimizer, schedule = build_optimizer(cfg, model)
+    of_cpu = {} if next(model.parameters()).is_cuda else {"device_ids": None}
     trainer = Trainer(
-        _distributed(cfg, model),
+        create_ddp_model(model, **settings.ddp, **of_cpu),
         loader,
         optimizer,
         seed=settings.seed,
@@ -169,9 +171,8 @@ def _trainer(cfg: DictConfig, model: nn.Module, loader: Any, average: ModelEmaV3
     trainer.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(scheduler=schedule)])
     if average is not None:
         # The decay grows with the iteration, so that a short run too forgets how it started.
-        trainer.register_hooks(
-            [hooks.CallbackHook(after_step=lambda trainer: average.update(model, trainer.iter))]
-        )
+        update = hooks.CallbackHook(after_step=lambda trainer: average.update(model, trainer.iter))
+        trainer.register_hooks([update])
     return trainer
 
 
@@ -181,24 +182,14 @@ def _amp_dtype(cfg: DictConfig) -> torch.dtype | None:
 
 
 def _log_schedule(cfg: DictConfig, loader: Any) -> None:
-    dataset = getattr(loader, "dataset", None)
-    if not hasattr(dataset, "records"):
-        return
-    settings, batch = cfg.train, cfg.dataloader.train.total_batch_size
-    images, processes = len(dataset.records), comm.get_world_size()
-    each = batch // (processes * settings.accumulate)
+    iterations, accumulate = cfg.train.max_iter, cfg.train.accumulate
+    batch, processes = cfg.dataloader.train.total_batch_size, comm.get_world_size()
+    images, each = len(loader.dataset.records), batch // (processes * accumulate)
     logger.info(
-        f"{settings.max_iter} iterations of {batch} images, "
-        f"{settings.max_iter * batch / images:.4g} epochs of {images}; an iteration is "
-        f"{processes} × {settings.accumulate} × {each} (processes, batches of each, images of each)"
+        f"{iterations} iterations of {batch} images, {iterations * batch / images:.4g} epochs of "
+        f"{images}; an iteration is {processes} × {accumulate} × {each} (processes, batches of "
+        "each, images of each)"
     )
-
-
-def _distributed(cfg: DictConfig, model: nn.Module) -> nn.Module:
-    options = dict(cfg.train.ddp)
-    if not next(model.parameters()).is_cuda:
-        options["device_ids"] = None
-    return create_ddp_model(model, **options)
 
 
 def _reporting(

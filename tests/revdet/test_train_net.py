@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -136,6 +134,23 @@ def command(output: Path, *arguments: str) -> list[str]:
     ]
 
 
+KILLED_IN_ITERATION_5 = """
+import os, signal, sys
+from revdet.train_net import main
+from revdet.training.trainer import Trainer
+
+run_step = Trainer.run_step
+
+def run_step_or_die(trainer):
+    if trainer.iter == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    run_step(trainer)
+
+Trainer.run_step = run_step_or_die
+main(sys.argv[1:])
+"""
+
+
 def test_a_killed_run_resumes_as_if_nothing_had_happened(train_net, tmp_path, cpu_only):
     arguments = [
         "train.max_iter=10",
@@ -145,26 +160,18 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(train_net, tmp_path, cp
         "model.backbone.net.model.drop_path_rate=0.2",
     ]
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        # A process that reads the images is killed with it; it does not change them.
-        command(killed, *arguments, "dataloader.train.num_workers=1"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 240
-    while not (killed / "model_0000003.pth").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    # A process that reads the images is killed with it; it does not change them.
+    line = command(killed, *arguments, "dataloader.train.num_workers=1")
+    line[1:2] = ["-c", KILLED_IN_ITERATION_5]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    assert subprocess.run(line, **quiet, timeout=400).returncode == -signal.SIGKILL
     assert not (killed / "results.json").exists()
 
     assert train_net(killed, "--resume", *arguments) == 0
     assert train_net(tmp_path / "whole", *arguments) == 0
     log = (killed / "log.txt").read_text()
     starts = [int(n) for n in re.findall(r"Starting training from iteration (\d+)", log)]
-    # 2, where it was killed before the file that names the last checkpoint was written.
-    assert len(starts) == 2 and starts[0] == 0 and 2 <= starts[1] < 10
+    assert starts == [0, 4]
     whole, resumed = losses(tmp_path / "whole"), losses(killed)
     assert sorted(resumed) == list(range(10)) and resumed == whole
     ends = [torch.load(run / "model_final.pth") for run in (tmp_path / "whole", killed)]
