@@ -114,16 +114,18 @@ def test_at_any_time_every_place_and_angle_is_as_likely(name: str, time: float) 
     assert ((counts - expected) ** 2 / expected).sum() < 115
 
 
-@pytest.mark.parametrize("x", [0.3, 0.999, 0.49])
-def test_a_slide_moves_pictures_by_whole_pixels(x: float) -> None:
-    """Also where the photograph ends and its mirror image begins."""
-    view = start()
-    view.photograph, view.window, view.x, view.y, view.angle = "coffee.png", 0.5, x, 0.2, 0.0
-    view.size, view.speed, view.rate, view.frames = (128, 96), 0.25, Fraction(1), 2
+def test_slides_move_by_whole_pixels_over_a_mirrored_photograph() -> None:
+    def render(x: float, name: str) -> list[np.ndarray]:
+        view = start()
+        view.photograph, view.window, view.x, view.y, view.angle = "coffee.png", 0.5, x, 0.2, 0.0
+        view.size, view.speed, view.rate, view.frames = (128, 96), 0.25, Fraction(1), 2
+        return [np.asarray(picture, float) for picture in motion.render(view, name)]
+
     # A quarter of 96 px in a second; later pictures are earlier ones, shifted.
-    first, second = motion.render(view, "slide_left")
-    before, after = np.asarray(first, float), np.asarray(second, float)
+    before, after = render(0.49, "slide_left")  # at the border, a repetition being two photographs
     assert np.abs(before[:, 24:] - after[:, :-24]).max() <= 1
+    for picture, mirrored in zip(render(0.51, "slide_right"), (before, after), strict=True):
+        assert np.abs(picture - mirrored[:, ::-1]).max() <= 1
 
 
 def test_a_clip_depends_on_its_number_only(dataset: Path, tmp_path: Path) -> None:
