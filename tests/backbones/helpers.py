@@ -1,10 +1,11 @@
-"""One training step of a small reversible sequence, how two are compared, and refused commands."""
+"""Training steps of small sequences and models, how two are compared, and refused commands."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ SHAPE = (3, 5, DIM)
 
 # Every way to save memory, as (policy, stored blocks); the reference is ("store", 0).
 SAVERS: list[tuple[MemoryPolicy, int]] = [("checkpoint", 0), ("reversible", 0), ("reversible", 1)]
+every_saver = pytest.mark.parametrize("policy, k", SAVERS)
 
 Streams = tuple[Tensor, Tensor]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def make_block(dropout: float = 0.0, drop_path: float = 0.0) -> ReversibleBlock:
@@ -119,6 +122,25 @@ def assert_same_step(actual: Step, expected: Step, tolerance: float) -> None:
     assert_near(actual.loss, expected.loss, tolerance, "loss")
     assert_grads_near(actual.grads, expected.grads, tolerance)
     assert torch.equal(actual.random_state, expected.random_state), "generator state"
+
+
+def assert_as_stored(
+    module: nn.Module, policy: MemoryPolicy, k: int, tolerance: float = 1e-9, **options: Any
+) -> Step:
+    """A step under a policy is the one of stored activations, which is returned."""
+    stored = train_step(module, **options)
+    assert_same_step(train_step(module, policy, k, **options), stored, tolerance)
+    return stored
+
+
+def random_model(kind: type[Model], **arguments: Any) -> Model:
+    """In float64, with weights far from those of a new model, whose branches do almost nothing."""
+    torch.manual_seed(1)
+    model = kind(**arguments).double()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(0.2 * torch.randn_like(param))
+    return model
 
 
 @contextmanager

@@ -11,17 +11,15 @@ from torch import Tensor, nn
 
 from backbones import MemoryPolicy, ReversibleBlock, ReversibleSequence, set_memory
 from tests.backbones.helpers import (
-    SAVERS,
     Streams,
     assert_grads_near,
     assert_same_step,
+    every_saver,
     loss_of,
     make_sequence,
     make_streams,
     train_step,
 )
-
-every_saver = pytest.mark.parametrize("policy, k", SAVERS)
 
 
 @every_saver

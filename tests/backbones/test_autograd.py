@@ -11,19 +11,18 @@ from torch import Tensor, nn
 
 from backbones import MemoryPolicy, set_memory
 from tests.backbones.helpers import (
-    SAVERS,
     Streams,
+    assert_as_stored,
     assert_grads_near,
     assert_near,
     assert_same_step,
+    every_saver,
     forward_hook,
     loss_of,
     make_sequence,
     make_streams,
     train_step,
 )
-
-every_saver = pytest.mark.parametrize("policy, k", SAVERS)
 
 
 @every_saver
@@ -53,8 +52,7 @@ def test_one_input_stream_needs_grad(policy: MemoryPolicy, k: int, trained: int)
     sequence = make_sequence(3).requires_grad_(False)
     inputs = make_streams(requires_grad=False)
     inputs[trained].requires_grad_()
-    stored = train_step(sequence, inputs=inputs)
-    assert_same_step(train_step(sequence, policy, k, inputs=inputs), stored, 1e-9)
+    assert_as_stored(sequence, policy, k, inputs=inputs)
 
 
 @every_saver
@@ -63,8 +61,7 @@ def test_one_frozen_parameter_in_each_branch(policy: MemoryPolicy, k: int) -> No
     for block in sequence.blocks:
         block.f.norm.weight.requires_grad_(False)
         block.g.mlp.fc1.bias.requires_grad_(False)
-    stored = train_step(sequence)
-    assert_same_step(train_step(sequence, policy, k), stored, 1e-9)
+    assert_as_stored(sequence, policy, k)
 
 
 @every_saver
@@ -138,8 +135,7 @@ def test_two_uses_in_one_graph(policy: MemoryPolicy, k: int, chained: bool) -> N
             return y1 + z1, y2 * z2
 
     module = Twice()
-    stored = train_step(module)
-    assert_same_step(train_step(module, policy, k), stored, 1e-9)
+    assert_as_stored(module, policy, k)
 
 
 @every_saver
@@ -187,8 +183,7 @@ def test_a_forward_hook_that_replaces_the_output(policy: MemoryPolicy, k: int) -
     sequence = make_sequence(4)
     sequence.blocks[1].register_forward_hook(lambda _m, _args, y: (2 * y[0], y[1] + y[0]))
     sequence.blocks[3].register_forward_pre_hook(lambda _m, args: (args[1], args[0], *args[2:]))
-    stored = train_step(sequence)
-    assert_same_step(train_step(sequence, policy, k), stored, 1e-9)
+    assert_as_stored(sequence, policy, k)
 
 
 @every_saver

@@ -8,9 +8,14 @@ from torch import Tensor, nn
 
 from backbones import MemoryPolicy, ReversibleBlock, ReversibleSequence
 from backbones.models.layers import MLPBranch
-from tests.backbones.helpers import DIM, SAVERS, assert_same_step, make_sequence, train_step
-
-every_saver = pytest.mark.parametrize("policy, k", SAVERS)
+from tests.backbones.helpers import (
+    DIM,
+    assert_as_stored,
+    assert_same_step,
+    every_saver,
+    make_sequence,
+    train_step,
+)
 
 
 @every_saver
@@ -25,8 +30,7 @@ def test_tied_parameters(policy: MemoryPolicy, k: int) -> None:
     both.g.mlp.fc2 = both.g.mlp.fc1  # and twice within g
     both.g.norm.weight = both.f.norm.weight  # a weight of two different layers
     module = ReversibleSequence([*sequence.blocks, both])
-    stored = train_step(module)
-    assert_same_step(train_step(module, policy, k), stored, 1e-9)
+    assert_as_stored(module, policy, k)
 
 
 @every_saver
@@ -44,8 +48,7 @@ def test_branches_without_parameters(policy: MemoryPolicy, k: int) -> None:
     sequence = ReversibleSequence(
         [ReversibleBlock(nn.Identity(), nn.Tanh()), *make_sequence(2).blocks]
     )
-    stored = train_step(sequence)
-    assert_same_step(train_step(sequence, policy, k), stored, 1e-9)
+    assert_as_stored(sequence, policy, k)
 
 
 class Detached(nn.Module):
@@ -57,8 +60,7 @@ class Detached(nn.Module):
 def test_a_branch_that_detaches_its_output(policy: MemoryPolicy, k: int) -> None:
     sequence = make_sequence(3)
     sequence.blocks[1].g = Detached()
-    stored = train_step(sequence)
-    assert_same_step(train_step(sequence, policy, k), stored, 1e-9)
+    assert_as_stored(sequence, policy, k)
 
 
 def test_a_hook_that_puts_other_parameters_in_place() -> None:

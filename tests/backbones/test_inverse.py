@@ -9,16 +9,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backbones import MemoryPolicy, ReversibleBlock, ReversibleSequence, set_memory
 from tests.backbones.helpers import (
-    SAVERS,
     assert_near,
     assert_same_step,
+    every_saver,
     loss_of,
     make_sequence,
     make_streams,
     train_step,
 )
-
-every_saver = pytest.mark.parametrize("policy, k", SAVERS)
 
 
 @pytest.mark.parametrize("depth", (1, 2, 6))

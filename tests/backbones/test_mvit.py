@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from backbones import MViT, ReversibleBlock, RevMViT, create_model
 from backbones.engine.policies import blocks_of
 from backbones.models.layers import MLPBranch, SpaceTimePositionEmbedding
 from backbones.models.pooled_attention import PooledAttentionBranch, StageTransition
+from tests.backbones.helpers import random_model
 
 SMALL = {"img_size": 32, "embed_dim": 6, "depth": 6, "transitions": (1, 3), "num_classes": 3}
 SMALL_CLIP = {**SMALL, "num_frames": 4, "kv_stride": 8, "qkv_bias": False}
@@ -23,16 +23,6 @@ def small_input(clips: bool, batch: int = 3, size: tuple[int, int] = (32, 32)) -
     generator = torch.Generator().manual_seed(2)
     shape = (batch, 3, 4, *size) if clips else (batch, 3, *size)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def random_model(model: type[MViT], **arguments: Any) -> MViT:
-    """In float64, with weights far from those of a new model, whose branches do almost nothing."""
-    torch.manual_seed(1)
-    built = model(**arguments).double()
-    with torch.no_grad():
-        for param in built.parameters():
-            param.add_(0.2 * torch.randn_like(param))
-    return built
 
 
 @pytest.mark.parametrize("model", (RevMViT, MViT))

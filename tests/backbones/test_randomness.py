@@ -10,13 +10,12 @@ from backbones import MemoryPolicy, set_memory
 from tests.backbones.helpers import (
     SAVERS,
     assert_same_step,
+    every_saver,
     loss_of,
     make_sequence,
     make_streams,
     train_step,
 )
-
-every_saver = pytest.mark.parametrize("policy, k", SAVERS)
 
 
 @every_saver

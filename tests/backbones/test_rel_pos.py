@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from backbones import MViT, RevMViT, set_memory
+from backbones import MViT, RevMViT
 from backbones.models import attention
 from backbones.models.attention import Attention, rel_pos_attention, relative_rows
 from backbones.models.pooled_attention import PooledAttention
-from tests.backbones.helpers import SAVERS, assert_grads_near
+from tests.backbones.helpers import random_model
 
 Grid = tuple[int, int, int]
 
@@ -297,43 +297,6 @@ SMALL = {
     "residual_pooling": True,
     "drop_path_rate": 0.3,
 }
-CLIP = {**SMALL, "num_frames": 4, "kv_stride": 8}
-
-
-def random_model(model: type[MViT], **arguments: Any) -> MViT:
-    torch.manual_seed(1)
-    built = model(**arguments).double()
-    with torch.no_grad():
-        for param in built.parameters():
-            param.add_(0.2 * torch.randn_like(param))
-    return built
-
-
-@pytest.mark.parametrize("arguments", (SMALL, CLIP), ids=("2d", "3d"))
-@pytest.mark.parametrize("model_class", (RevMViT, MViT))
-def test_policies_agree(model_class: type[MViT], arguments: dict[str, Any]) -> None:
-    model = random_model(model_class, **arguments)
-    shape = (1, 3, 4, 40, 33) if model.clips else (1, 3, 40, 33)
-    inputs = torch.randn(shape, dtype=torch.float64)
-
-    def grads() -> dict[str, Tensor | None]:
-        model.zero_grad(set_to_none=True)
-        torch.manual_seed(3)
-        sum((stage_map**2).mean() for stage_map in model.feature_maps(inputs)).backward()
-        return {
-            name: param.grad for name, param in model.named_parameters() if "norm_k" not in name
-        }
-
-    set_memory(model, "store")
-    expected = grads()
-    tables = {name: grad for name, grad in expected.items() if "rel_pos" in name}
-    assert len(tables) == 5 * (3 if model.clips else 2)
-    assert all(grad.abs().max() > 0 for grad in tables.values())
-    for policy, k in SAVERS:
-        if policy == "reversible" and model_class is MViT:
-            continue
-        set_memory(model, policy, k)
-        assert_grads_near(grads(), expected, 1e-9)
 
 
 def test_sizes_of_the_tables() -> None:
