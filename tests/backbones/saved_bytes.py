@@ -1,4 +1,7 @@
-"""How much memory autograd holds between the forward and the backward pass."""
+"""How much memory autograd holds between the forward and the backward pass.
+
+The witness of the tests: it asks autograd what it saves, where the package counts what is alive.
+"""
 
 from __future__ import annotations
 
@@ -64,14 +67,10 @@ def saved_bytes(ignore: nn.Module | None = None) -> Iterator[SavedBytes]:
     >>> held.bytes
 
     Counts each storage once, however many views of it are saved, and whole, since a view keeps
-    all of it alive. What autograd saved and has let go again does not count. Works on every
-    device. On the meta device a model can be measured that would not fit, but with the attention
-    kernel of that device, which saves a little more than the fused ones.
-
-    Not seen: tensors that a custom autograd function keeps on its ``ctx`` instead of saving them
-    through ``save_for_backward``; and what is saved inside other saved-tensor hooks, which
-    replace these (of ``torch.utils.checkpoint``, that is what the recomputation holds for the
-    moment). Hooks that were installed around this context are out of force within it.
+    all of it alive. What autograd saved and has let go again does not count. Not seen: tensors that
+    a custom autograd function keeps on its ``ctx`` instead of saving them through
+    ``save_for_backward``; and what is saved inside other saved-tensor hooks, which replace these
+    (of ``torch.utils.checkpoint``, that is what the recomputation holds for the moment).
 
     Args:
         ignore: its parameters and buffers do not count, since they are there anyway. Copies of

@@ -5,45 +5,29 @@ from __future__ import annotations
 import pytest
 import torch
 
-from backbones import MemoryPolicy
 from tests.backbones.helpers import assert_same_step, make_sequence, train_step
 
 DEPTHS = (1, 2, 5, 6)
 RANDOM = {"plain": (0.0, 0.0), "dropout": (0.3, 0.0), "drop_path": (0.0, 0.4), "both": (0.3, 0.4)}
-
-
-def policies(depth: int) -> list[tuple[MemoryPolicy, int]]:
-    """Checkpointing, and reversing with 0 … depth blocks stored."""
-    return [("checkpoint", 0), *(("reversible", k) for k in range(depth + 1))]
+# The dtype of the parameters, whether they run under autocast to bfloat16, and how near is equal.
+PRECISIONS = {
+    "float64": (torch.float64, False, 1e-9),
+    "float32": (torch.float32, False, 1e-5),
+    "autocast": (torch.float32, True, 5e-3),
+}
 
 
 @pytest.mark.parametrize("randomness", RANDOM)
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_float64(depth: int, randomness: str) -> None:
-    sequence = make_sequence(depth, *RANDOM[randomness])
-    stored = train_step(sequence)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_policy(precision: str, depth: int, randomness: str) -> None:
+    dtype, autocast, tolerance = PRECISIONS[precision]
+    sequence = make_sequence(depth, *RANDOM[randomness], dtype=dtype)
+    stored = train_step(sequence, autocast=autocast)
+    assert stored.outputs[0].dtype == dtype
     assert all(grad is not None for grad in stored.grads.values())
-    for policy, k in policies(depth):
-        assert_same_step(train_step(sequence, policy, k), stored, 1e-9)
-
-
-@pytest.mark.parametrize("randomness", RANDOM)
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_float32(depth: int, randomness: str) -> None:
-    sequence = make_sequence(depth, *RANDOM[randomness], dtype=torch.float32)
-    stored = train_step(sequence)
-    for policy, k in policies(depth):
-        assert_same_step(train_step(sequence, policy, k), stored, 1e-5)
-
-
-@pytest.mark.parametrize("randomness", RANDOM)
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_bfloat16_autocast(depth: int, randomness: str) -> None:
-    sequence = make_sequence(depth, *RANDOM[randomness], dtype=torch.float32)
-    stored = train_step(sequence, autocast=True)
-    assert stored.outputs[0].dtype == torch.float32
-    for policy, k in policies(depth):
-        assert_same_step(train_step(sequence, policy, k, autocast=True), stored, 5e-3)
+    for policy, k in [("checkpoint", 0), *(("reversible", k) for k in range(depth + 1))]:
+        assert_same_step(train_step(sequence, policy, k, autocast=autocast), stored, tolerance)
 
 
 def test_depths_and_randomness_make_a_difference() -> None:

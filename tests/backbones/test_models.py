@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from backbones import RevViT, ViT, create_model, list_models, register_model, set_memory
+from backbones import (
+    MViT,
+    RevMViT,
+    RevViT,
+    ViT,
+    create_model,
+    list_models,
+    register_model,
+    set_memory,
+)
+from backbones.registry import input_shape
+from tests.backbones.helpers import random_model
+from tests.backbones.test_mvit import SMALL as MVIT
+from tests.backbones.test_mvit import SMALL_CLIP as CLIPS
+from tests.backbones.test_windows import SMALL as WINDOWS
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -14,16 +30,6 @@ SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_head
 def meta_model(name: str, **overrides: object) -> nn.Module:
     with torch.device("meta"):
         return create_model(name, **overrides)
-
-
-@pytest.mark.parametrize(
-    "name, count", [("rev_vit_small", 22_434_664), ("rev_vit_base", 87_335_656)]
-)
-def test_parameters_of_the_released_models(name: str, count: int) -> None:
-    assert sum(param.numel() for param in meta_model(name).parameters()) == count
-
-
-VIT_NAMES = [name for name in list_models() if "mvit" not in name]
 
 
 def test_list_models() -> None:
@@ -35,45 +41,100 @@ def test_list_models() -> None:
         assert not name.startswith("rev_") or name.removeprefix("rev_") in names, "has no twin"
 
 
-@pytest.mark.parametrize("name", VIT_NAMES)
+@pytest.mark.parametrize("name", list_models())
 def test_every_model_at_its_published_width(name: str) -> None:
-    """On the meta device: a batch of two through the model and back. Two blocks say it all."""
-    model = meta_model(name, depth=2)
-    logits = model(torch.empty(2, 3, 224, 224, device="meta"))
-    assert logits.shape == (2, 1000)
+    """On the meta device: a batch of two through the model and back. One block a stage says all."""
+    shallow = {"depth": 5, "transitions": (1, 2, 3)} if "mvit" in name else {"depth": 2}
+    model = meta_model(name, **shallow)
+    inputs = torch.empty(2, *input_shape(model), device="meta")
+    reductions = [4, 8, 16, 32] if "mvit" in name else [14 if "huge" in name else 16]
+    assert [info["reduction"] for info in model.feature_info] == reductions
+    for stage_map, info in zip(model.feature_maps(inputs), model.feature_info, strict=True):
+        time = (8,) if inputs.ndim == 5 else ()
+        side = 224 // info["reduction"]
+        assert stage_map.shape == (2, info["num_chs"], *time, side, side)
+    logits = model(inputs)
+    assert logits.shape == (2, 400 if "16x4" in name else 1000)
     logits.sum().backward()
     assert all(param.grad is not None for param in model.parameters())
 
 
-@pytest.mark.parametrize("name", VIT_NAMES)
-@pytest.mark.parametrize("depth", (0, 1, 3))
-def test_shapes_of_every_model(name: str, depth: int) -> None:
-    model = create_model(name, num_classes=5, **{**SMALL, "depth": depth}).eval()
-    images = torch.randn(2, 3, 32, 48)
-    channels = model.num_features
-    assert channels == (64 if name.startswith("rev_") else 32)
-    features = model.forward_features(images)
-    assert features.shape == (2, 4 * 6, channels)
-    (features_as_map,) = model.feature_maps(images)
-    assert features_as_map.shape == (2, channels, 4, 6)
-    assert torch.equal(features_as_map.flatten(2).transpose(1, 2), features)
-    assert model.feature_info == [{"num_chs": channels, "reduction": 8}]
-    logits = model(images)
-    assert logits.shape == (2, 5)
-    torch.testing.assert_close(logits, model.head(features.mean(1)))
+KINDS: dict[str, tuple[tuple[type[nn.Module], ...], dict[str, Any]]] = {
+    "vit": ((ViT, RevViT), {**SMALL, "num_classes": 3}),
+    "windows": ((ViT, RevViT), WINDOWS),
+    "mvit": ((MViT, RevMViT), MVIT),
+    "clips": ((MViT, RevMViT), CLIPS),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+both = pytest.mark.parametrize("streams", (1, 2), ids=("twin", "reversible"))
 
 
-@pytest.mark.parametrize("name", ("rev_vit_small", "vit_small"))
-@pytest.mark.parametrize("size", ((32, 32), (64, 64), (8, 8), (48, 24), (33, 50), (31, 7), (1, 1)))
-def test_any_input_size(name: str, size: tuple[int, int]) -> None:
-    model = create_model(name, num_classes=3, **SMALL)
-    images = torch.randn(1, 3, *size)
-    rows, columns = -(-size[0] // 8), -(-size[1] // 8)
-    assert model.feature_maps(images)[0].shape[-2:] == (rows, columns)
-    logits = model(images)
-    assert logits.shape == (1, 3) and logits.isfinite().all()
-    logits.sum().backward()
-    assert model.pos_embed.weight.grad.isfinite().all()
+def small_model(kind: str, streams: int, **overrides: Any) -> nn.Module:
+    pair, arguments = KINDS[kind]
+    return pair[streams - 1](**{**arguments, **overrides})
+
+
+def random_input(kind: str, batch: int, *size: int, frames: int = 4) -> Tensor:
+    return torch.randn(batch, 3, *((frames,) if kind == "clips" else ()), *size)
+
+
+@every_kind
+@both
+def test_shapes(kind: str, streams: int) -> None:
+    model = small_model(kind, streams).eval()
+    inputs = random_input(kind, 2, 32, 64)
+    widths = {"vit": [32], "windows": [8]}.get(kind, [6, 12, 24])
+    channels = [streams * width for width in widths]
+    assert [info["num_chs"] for info in model.feature_info] == channels
+    assert model.num_features == channels[-1]
+    maps = model.feature_maps(inputs)
+    assert [stage_map.shape[1] for stage_map in maps] == channels
+    features = model.forward_features(inputs)
+    assert features.shape == (2, maps[-1].shape[2:].numel(), channels[-1])
+    assert torch.equal(maps[-1].flatten(2).transpose(1, 2), features)
+    torch.testing.assert_close(model(inputs), model.head(features.mean(1)))
+    pooled = small_model(kind, streams, num_classes=0).eval()
+    torch.testing.assert_close(pooled(inputs), pooled.forward_features(inputs).mean(1))
+    assert not any(key.startswith("head") for key in pooled.state_dict())
+
+
+@pytest.mark.parametrize(
+    "size",
+    ((32, 32), (64, 64), (48, 24), (96, 40), (120, 16), (33, 71), (33, 50), (31, 7), (1, 1)),
+    ids=str,
+)
+@every_kind
+@both
+def test_any_input_size(kind: str, streams: int, size: tuple[int, int]) -> None:
+    """Other than the configured one, no multiples of a patch or a window, odd at a transition."""
+    model = small_model(kind, streams)
+    for frames in (1, 3, 4, 8) if kind == "clips" else (1,):
+        inputs = random_input(kind, 1, *size, frames=frames)
+        for stage_map, info in zip(model.feature_maps(inputs), model.feature_info, strict=True):
+            sides = [-(-side // info["reduction"]) for side in size]
+            time = [-(-frames // 2)] if kind == "clips" else []
+            assert stage_map.shape == (1, info["num_chs"], *time, *sides)
+        logits = model(inputs)
+        assert logits.shape == (1, 3) and logits.isfinite().all()
+        model.zero_grad()
+        logits.sum().backward()
+        assert all(param.grad.isfinite().all() for param in model.pos_embed.parameters())
+
+
+@every_kind
+def test_samples_of_a_batch_do_not_touch_each_other(kind: str) -> None:
+    (_, reversible), arguments = KINDS[kind]
+    model = random_model(reversible, **arguments).eval()
+    inputs = random_input(kind, 3, 50, 37).double()
+    alone = torch.cat([model(sample[None]) for sample in inputs])
+    torch.testing.assert_close(model(inputs), alone)
+
+
+@both
+def test_few_blocks(streams: int) -> None:
+    for depth in (0, 1):
+        model = small_model("vit", streams, depth=depth)
+        assert model(random_input("vit", 1, 32, 32)).isfinite().all()
 
 
 def test_an_image_is_padded_on_the_right_and_at_the_bottom() -> None:
@@ -96,22 +157,6 @@ def test_position_embedding_of_a_rectangle_is_resized_along_each_axis() -> None:
     torch.testing.assert_close(
         resized[0, 4:12], torch.arange(4, 12) / 2 - 0.25, atol=0.05, rtol=0.0
     )
-
-
-def test_samples_of_a_batch_do_not_touch_each_other() -> None:
-    model = create_model("rev_vit_small", **SMALL).eval()
-    images = torch.randn(3, 3, 32, 32)
-    alone = torch.cat([model(image[None]) for image in images])
-    torch.testing.assert_close(model(images), alone)
-
-
-@pytest.mark.parametrize("name", ("rev_vit_small", "vit_small"))
-def test_pooled_features_without_classes(name: str) -> None:
-    model = create_model(name, num_classes=0, **SMALL)
-    images = torch.randn(2, 3, 32, 32)
-    pooled = model(images)
-    torch.testing.assert_close(pooled, model.forward_features(images).mean(1))
-    assert not any(key.startswith("head") for key in model.state_dict())
 
 
 @pytest.mark.parametrize("name", ("rev_vit_small", "vit_small"))

@@ -45,27 +45,6 @@ def test_generator_moves_as_in_plain_training(
 
 
 @every_saver
-def test_same_loss_curve(policy: MemoryPolicy, k: int) -> None:
-    def losses(policy: MemoryPolicy, k: int) -> Tensor:
-        sequence = make_sequence(4, 0.2, 0.3)
-        set_memory(sequence, policy, k)
-        optimizer = torch.optim.SGD(sequence.parameters(), lr=0.05)
-        torch.manual_seed(8)
-        values = []
-        for _ in range(6):
-            optimizer.zero_grad()
-            loss = loss_of(*sequence(*make_streams()))
-            loss.backward()
-            optimizer.step()
-            values.append(loss.detach())
-        return torch.stack(values)
-
-    stored = losses("store", 0)
-    assert stored.unique().numel() == 6
-    torch.testing.assert_close(losses(policy, k), stored, rtol=1e-9, atol=0.0)
-
-
-@every_saver
 def test_drop_path_drops_whole_samples_by_its_rate(policy: MemoryPolicy, k: int) -> None:
     """One draw for both branches: a dropped sample passes unchanged, a kept one is scaled."""
     sequence = make_sequence(1, drop_path=0.75)

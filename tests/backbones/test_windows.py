@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from backbones import (
     RevViT,
-    ViT,
     WeightsError,
     create_model,
     load_model,
@@ -98,22 +97,6 @@ SMALL = {
     "global_attn_indexes": (1, 3),
     "use_rel_pos": True,
 }
-
-
-@pytest.mark.parametrize("size", ((40, 40), (8, 8), (1, 1), (120, 16), (33, 71)), ids=str)
-@pytest.mark.parametrize("model_class", (RevViT, ViT))
-def test_any_input_size(model_class: type[ViT], size: tuple[int, int]) -> None:
-    model = model_class(**SMALL)
-    (stage_map,) = model.feature_maps(torch.randn(1, 3, *size))
-    assert stage_map.shape == (1, model.num_features, -(-size[0] // 8), -(-size[1] // 8))
-    assert stage_map.isfinite().all()
-
-
-def test_samples_of_a_batch_do_not_touch_each_other() -> None:
-    model = random_model(RevViT, **SMALL).eval()
-    images = torch.randn(3, 3, 50, 37, dtype=torch.float64)
-    alone = torch.cat([model(image[None]) for image in images])
-    torch.testing.assert_close(model(images), alone)
 
 
 def test_which_blocks_have_windows_and_which_tables() -> None:
