@@ -26,12 +26,7 @@ MOST_WINDOWS = 240
 
 
 class Windows(NamedTuple):
-    """Scores of a video over time.
-
-    Attributes:
-        starts, ends: of each window, in seconds, ascending.
-        scores: (windows, classes), each row summing to 1.
-    """
+    """Scores of a video over time, (windows, classes); when windows start and end, in seconds."""
 
     starts: list[float]
     ends: list[float]
@@ -116,10 +111,8 @@ class Predictor:
     def windows(self, video: Video, step: float | None = None) -> Windows | None:
         """Scores of clips all along a video; None if it is no longer than ``LONG`` clips.
 
-        Args:
-            video: opened.
-            step: from one window to the next, in seconds, at most. None for half a clip's length,
-                or more, so that there are no more than ``MOST_WINDOWS``.
+        From one window to the next it is at most ``step`` seconds, or half a clip's length, or
+        more, so that there are no more than ``MOST_WINDOWS``.
 
         Raises:
             VideoError: a frame does not decode.

@@ -61,15 +61,9 @@ def set_up_log(output_dir: Path) -> None:
 class StepLog(pl.Callback):
     """Logs the learning rate and how long training waits for data, and a line for each epoch.
 
-    Times are those of the first process. A loss that is no number any more ends the run before it
-    gets into a checkpoint.
-
-    Args:
-        log_every: steps between two looks at the loss.
-
-    Attributes:
-        seconds, waited: spent in training batches, and of that waiting for data, since training
-            began or resumed.
+    ``seconds`` are those spent in training batches since training began or resumed, ``waited``
+    those of them that went by waiting for data, both on the first process. A loss that is no number
+    any more, seen every ``log_every`` steps, ends the run before it gets into a checkpoint.
     """
 
     def __init__(self, log_every: int) -> None:

@@ -25,12 +25,9 @@ _OF_IMAGES = ". Released weights for images have the architecture of model.name=
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights that were read from a file.
+    """The state dict of a file, which the user named ``source``.
 
-    Attributes:
-        source: the file, as the user named it.
-        checkpoint: its state dict.
-        classes: the names of the classes, which a run's checkpoint holds; empty for others.
+    ``classes`` are their names, which a run's checkpoint holds; empty for others.
     """
 
     source: str

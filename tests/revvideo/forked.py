@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
-from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -18,14 +17,6 @@ from revvideo.run import main
 _context = multiprocessing.get_context("forkserver")
 
 
-def prepare() -> None:
-    """Start the server that processes are forked from; it imports while the caller goes on."""
-    _context.set_forkserver_preload(["revvideo.training.run", __name__])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        forkserver.ensure_running()
-
-
 def start(arguments: Sequence[str], log: Path, **environment: str) -> BaseProcess:
     """``run.py`` with these arguments in a new process, which exits with its status.
 
@@ -35,7 +26,10 @@ def start(arguments: Sequence[str], log: Path, **environment: str) -> BaseProces
         environment: variables to add.
     """
     process = _context.Process(target=_run, args=(list(arguments), str(log), environment))
-    process.start()
+    _context.set_forkserver_preload(["revvideo.training.run", __name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # of the server that processes are forked from
+        process.start()
     return process
 
 

@@ -21,7 +21,8 @@ from revvideo.training.hardware import Hardware, find_hardware
         (0, ["train.device=cuda"], "no GPU is found"),
         (4, ["train.devices=5"], "4 GPUs are there"),
         (4, ["train.device=cpu", "train.precision=16-mixed"], "needs a GPU"),
-        (4, ["train.strategy=fsdp", "train.precision=16-mixed"], "does not go with fsdp"),
+        (4, ["train.strategy=fsdp", "train.precision=16-mixed"], "set bf16-mixed"),
+        (4, ["train.strategy=fsdp", "optim.ema=0.9"], "set optim.ema=0, or ddp"),
     ],
 )
 def test_what_a_config_comes_to(monkeypatch, gpus, overrides, found):

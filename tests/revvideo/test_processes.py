@@ -15,11 +15,6 @@ from tests.revvideo import forked
 from tests.revvideo.tiny_set import arguments, build_set, losses, predictions, results, spoil
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _forks() -> None:
-    forked.prepare()
-
-
 @pytest.fixture(scope="module")
 def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A scanned set of which a video for validation has broken since the scan."""

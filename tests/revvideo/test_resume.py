@@ -17,11 +17,6 @@ from tests.revvideo import forked
 from tests.revvideo.tiny_set import RANDOM, arguments, losses, predictions
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _forks() -> None:
-    forked.prepare()
-
-
 def assert_same(resumed: Path, whole: Path) -> None:
     """Every loss, learning rate, weight and score, to the last bit."""
     rows, expected = (
@@ -71,9 +66,9 @@ def test_a_stopped_run_reads_the_same_remaining_clips(run, tmp_path, monkeypatch
         output = tmp_path / f"killed{killed_at}"
         assert max(losses(output)) == killed_at - 1 and not (output / "results.json").exists()
         read.clear()
-        opened.clear()
+        opened.reset_mock()
         assert run(output, "--resume", *more) == 0
-        assert len(opened) == 2, "once to go on from, and once, at the end, to test"
+        assert opened.call_count == 2, "once to go on from, and once, at the end, to test"
         assert read == whole[4 * killed_at :]
         assert_same(output, tmp_path / "whole")
 
