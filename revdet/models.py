@@ -63,22 +63,19 @@ class TrunkBackbone(Backbone):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Images (B, 3, H, W) -> {name: (B, C, H / stride, W / stride)}."""
-        if getattr(self.model, "clips", False):
-            maps = [clip_map.squeeze(2) for clip_map in self.model.feature_maps(x.unsqueeze(2))]
-        else:
-            maps = self.model.feature_maps(x)
+        clips = getattr(self.model, "clips", False)
+        maps = self.model.feature_maps(x.unsqueeze(2) if clips else x)
         named = dict(zip(self._names, maps, strict=True))
-        return {
-            name: self.norms[name](named[name]) if name in self.norms else named[name]
-            for name in self._out_features
+        out = {
+            name: named[name].squeeze(2) if clips else named[name] for name in self._out_features
         }
+        return out | {name: norm(out[name]) for name, norm in self.norms.items()}
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of each map in :meth:`forward`'s result."""
+        channels, strides = self._out_feature_channels, self._out_feature_strides
         return {
-            name: ShapeSpec(
-                channels=self._out_feature_channels[name], stride=self._out_feature_strides[name]
-            )
+            name: ShapeSpec(channels=channels[name], stride=strides[name])
             for name in self._out_features
         }
 

@@ -38,13 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--weights", required=True, metavar="FILE", help="a checkpoint of that run or recipe")
     add("--input", required=True, nargs="+", metavar="PATH", help="pictures, videos, folders, …")
-    add(
-        "--output",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="a folder, made if it is not there",
-    )
+    add("--output", required=True, type=Path, metavar="DIR", help="a folder, made if need be")
     add(
         "--threshold",
         type=float,
@@ -61,10 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "(default: %(default)s)",
     )
     add(
-        "--device",
-        default="auto",
-        metavar="NAME",
-        help="cuda, cpu, … (default: a GPU if there is one)",
+        "--device", default="auto", metavar="NAME", help="cuda, cpu, or auto (default: %(default)s)"
     )
     add(
         "--workers",

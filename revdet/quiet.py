@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import warnings
 
-# Detectron2 is older than the torch it runs on here.
+# Detectron2 is older than the torch it runs on here. The last message is about RLE masks.
 _MESSAGES = (
-    ".*torch.jit.script. is deprecated",
-    "pkg_resources is deprecated",
-    "torch.meshgrid: in an upcoming release",
-    "The given NumPy array is not writable",  # of RLE masks
+    ".*torch.jit.script. is deprecated|pkg_resources is deprecated|"
+    "torch.meshgrid: in an upcoming release|The given NumPy array is not writable"
 )
 _LOGGERS = (
     "torch.utils.cpp_extension",
@@ -23,7 +21,6 @@ _LOGGERS = (
 
 def quiet() -> None:
     """Hide them in this process; to be called before Detectron2 is imported, by commands alone."""
-    for message in _MESSAGES:
-        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", message=_MESSAGES)
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -10,17 +10,11 @@ Everything in a recipe can be overridden by key=value, for example:
     dataset.train_json=FILE dataset.train_images=FOLDER
     dataset.val_json=FILE dataset.val_images=FOLDER
                                                your own data in COCO format, with its classes
-    dataset.skip_broken=true                   train without what is found broken in the data
     train.init_checkpoint=REV_VIT_B.pyth       start from a trunk's weights, or from a detector's
-    train.memory=store|checkpoint|reversible   what the trunk keeps for the backward pass
-    train.stored_blocks=4                      … except its last four blocks, which store
-    train.memory_budget=8GB                    … or choose both, so that a step fits 8 GB
+    train.memory_budget=8GB                    choose what the trunk keeps so that a step fits 8 GB
     dataloader.train.total_batch_size=16       images per iteration, over all processes; the
                                                learning rate follows (linear scaling rule)
-    train.accumulate=8                         … in 8 batches, one after the other
-    train.ema_decay=0.9999                     average the weights
-    train.deterministic=true                   the same bits in every run, where that is possible
-    train.max_iter=1000 optimizer.lr=1e-4 train.amp.dtype=float16
+    train.max_iter=1000 optimizer.lr=1e-4      any other key, such as those below
 
 On several machines, either of these on each:
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from backbones.common.errors import UserError, error_line
+from backbones.common.errors import UserError, error_line, optional_import
 from backbones.common.files import replacing
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
@@ -34,16 +34,11 @@ def header_size(path: Path) -> tuple[int, int]:
 
 
 def import_av() -> Any:
-    """PyAV, which only videos need.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """PyAV, which only videos need; a UserError if it is not installed."""
     try:
-        import av
+        return optional_import("av", "av", "reading videos (the extra 'detection')")
     except ImportError as error:
-        raise UserError("videos need PyAV: pip install av (the extra 'detection')") from error
-    return av
+        raise UserError(str(error)) from error
 
 
 class UnreadableError(Exception):

@@ -38,11 +38,7 @@ class Frame:
 
 
 class Preparation:
-    """What a recipe does to a picture before its model, in evaluation.
-
-    Args:
-        mapper: the config of ``dataloader.test.mapper``.
-    """
+    """What a recipe does to a picture before its model: that of its ``dataloader.test.mapper``."""
 
     def __init__(self, mapper: DictConfig) -> None:
         self.augmentations = T.AugmentationList(instantiate(mapper.augmentations))
@@ -58,12 +54,7 @@ class Preparation:
 
 
 class PictureFiles(Dataset[Frame | str]):
-    """Picture files, prepared, or the reason why one cannot be read.
-
-    Args:
-        paths: the files.
-        prepare: of the recipe.
-    """
+    """Picture files, prepared, or the reason why one cannot be read."""
 
     def __init__(self, paths: Sequence[Path], prepare: Preparation) -> None:
         self.paths = paths

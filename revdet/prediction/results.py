@@ -35,13 +35,7 @@ class Predictions:
     _drawings: set[Path] = field(default_factory=set)
 
     def add(self, image_id: int, instances: Instances, **where: Any) -> None:
-        """Add what was found in one picture or frame.
-
-        Args:
-            image_id: a number of its own.
-            instances: Detectron2's predictions, on the CPU.
-            where: more keys for each object, such as ``file_name``.
-        """
+        """Add what was found in one picture or frame, with more keys such as ``file_name``."""
         for found in instances_to_coco_json(instances, image_id):
             found["category_id"] = self.categories[found["category_id"]]["id"]
             self.objects.append({**where, **found})

@@ -153,12 +153,7 @@ class Inference:
     def video(self, path: Path, first_id: int) -> int:
         """Go through the frames of a video; what comes before damage is kept.
 
-        Args:
-            path: the video.
-            first_id: image id of the first frame; the others follow.
-
-        Returns:
-            The number of frames.
+        Their image ids count from ``first_id`` on; how many they are is returned.
 
         Raises:
             UnreadableError: the file is no video.

@@ -30,11 +30,8 @@ def apply_memory_budget(
 ) -> None:
     """Choose ``train.memory`` and ``train.stored_blocks`` so that training fits its budget.
 
-    Args:
-        cfg: the recipe; what is chosen is written into it.
-        model: its detector, which gets the policy.
-        records: the training images, as Detectron2's dataset dictionaries.
-        amp_dtype: dtype of autocast, or None for none.
+    Writes them into the recipe, and gives its detector the policy. ``records`` are the training
+    images, as Detectron2's dataset dictionaries.
 
     Raises:
         UserError: nothing fits the budget, or it cannot be counted for this recipe.
@@ -110,11 +107,7 @@ def fit_detector_memory(
 
 
 class ShapeOnlyDetector(nn.Module):
-    """What a detector computes in training, without what depends on the values of tensors.
-
-    Args:
-        detector: see :func:`fit_detector_memory`.
-    """
+    """What a detector computes in training, without what depends on the values of tensors."""
 
     def __init__(self, detector: Any) -> None:
         super().__init__()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from backbones.common.errors import UserError
 from backbones.common.files import replacing
-from backbones.weights.checkpoint import Checkpoint, WeightsError, read_checkpoint
-from backbones.weights.download import download
+from backbones.weights.checkpoint import Checkpoint, read_checkpoint
+from backbones.weights.download import local_file
 from backbones.weights.loading import load_checkpoint
 from revdet.models import find_trunk
 
@@ -65,12 +65,12 @@ class Checkpointer(DetectionCheckpointer):
             UserError: the file is missing, is no checkpoint, or does not fit the model, which is
                 then untouched.
         """
-        self._path = fetch_weights(path)
+        self._path = str(fetch_weights(path))
         result: dict[str, Any] = super().load(self._path, *args, **kwargs)
         return result
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        checkpoint = read_checkpoint(Path(filename))
+        checkpoint = read_checkpoint(filename)
         return {**checkpoint.content, "model": checkpoint.tensors}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
@@ -83,10 +83,7 @@ class Checkpointer(DetectionCheckpointer):
         return self._copy(checkpoint.pop("model"), self._path, strict=True)
 
     def start_from(self, checkpoint: Checkpoint) -> None:
-        """Start from pretrained weights of a detector.
-
-        Its class layers may differ and weights may be missing, but none that is there may have
-        another shape.
+        """Start from a detector: class layers may differ, weights may be missing.
 
         Raises:
             UserError: the checkpoint does not fit the model, which is then untouched.
@@ -131,41 +128,33 @@ def _misfit(path: str, missing: list[str], unexpected: list[str], reshaped: list
 def load_initial_weights(model: nn.Module, source: str) -> None:
     """Start a detector from pretrained weights, those of a detector or of its trunk alone.
 
-    Which of them it is shows in the names of the weights. Of a detector the class layers may
-    differ, and weights may be missing. A trunk's file is loaded as :func:`backbones.load_weights`
-    does: PySlowFast's layout, mmpretrain's or this package's; all of the trunk must be in it, and
-    position embeddings are resized. What was loaded goes to the log.
-
-    Args:
-        model: the detector, on a :class:`revdet.models.TrunkBackbone` for a trunk's file.
-        source: a file; or an address, which is downloaded once.
+    Which of them it is shows in the names of the weights. Those of a detector are loaded as by
+    :meth:`Checkpointer.start_from`, those of a trunk as by :func:`backbones.load_weights`, into
+    the :class:`revdet.models.TrunkBackbone` of the model. What was loaded goes to the log.
 
     Raises:
         UserError: the file cannot be had or read, or does not fit. The model is then untouched.
     """
     path = fetch_weights(source)
     try:
-        checkpoint = read_checkpoint(Path(path))
+        checkpoint = read_checkpoint(path)
         names = {name.removeprefix("module.") for name in checkpoint.tensors}
         if names.isdisjoint(model.state_dict()):
             _, trunk = find_trunk(model)
-            logger.info(f"trunk: {load_checkpoint(trunk, checkpoint, path)}")
+            logger.info(f"trunk: {load_checkpoint(trunk, checkpoint, str(path))}")
         else:
             Checkpointer(model).start_from(checkpoint)
     except (ImportError, ValueError) as error:
         raise UserError(f"train.init_checkpoint: {error}") from error
 
 
-def fetch_weights(source: str) -> str:
-    """The path of the file that ``source`` names; an address is downloaded once.
+def fetch_weights(source: str) -> Path:
+    """The file that ``source`` names; an address is downloaded once.
 
     Raises:
         UserError: there is no such file, or it cannot be had.
     """
-    try:
-        path = str(download(source)) if "://" in source else source
-    except WeightsError as error:
-        raise UserError(f"checkpoint: {error}") from error
-    if not Path(path).is_file():
+    path = local_file(source)
+    if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist: check the path")
     return path

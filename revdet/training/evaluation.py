@@ -50,12 +50,10 @@ class FasterCOCOEvaluator(COCOEvaluator):
     def _evaluate_task(self, task: str, results: list[dict[str, Any]], img_ids: Any) -> Any:
         class_names = self._metadata.get("thing_classes")
         if not results:
-            empty = self._derive_coco_results(None, task, class_names)
-            return {metric: 0.0 for metric in empty}
+            return dict.fromkeys(self._derive_coco_results(None, task, class_names), 0.0)
         with contextlib.redirect_stdout(io.StringIO()):
-            evaluation = COCOeval_faster(
-                self._coco_api, self._coco_api.loadRes(results), iouType=task
-            )
+            found = self._coco_api.loadRes(results)
+            evaluation = COCOeval_faster(self._coco_api, found, iouType=task)
             evaluation.params.maxDets = self._max_dets_per_image
             if img_ids is not None:
                 evaluation.params.imgIds = img_ids
@@ -76,9 +74,7 @@ class Evaluations:
     def __init__(
         self, cfg: DictConfig, model: nn.Module, checkpointer: Checkpointer, *, resume: bool
     ) -> None:
-        self.cfg = cfg
-        self.model = model
-        self.checkpointer = checkpointer
+        self.cfg, self.model, self.checkpointer = cfg, model, checkpointer
         self.iteration = 0
         self.last: dict[str, Any] = {}
         self.best: dict[str, float] = {}

@@ -40,12 +40,9 @@ def rank_of_this_process(machine_rank: int) -> int:
 
 
 def resolve_device(name: str, num_gpus: int) -> str:
-    """The device that ``train.device`` stands for in this process or those that it starts.
+    """The device that ``train.device`` stands for in this process or the ``num_gpus`` it starts.
 
-    Args:
-        name: ``train.device``, which itself stays as it is: the config.yaml that a run saves may
-            be used on another machine.
-        num_gpus: the processes that this one starts.
+    The key itself stays as it is: the config.yaml of a run may be used on another machine.
 
     Raises:
         UserError: it cannot be used.
@@ -60,12 +57,7 @@ def resolve_device(name: str, num_gpus: int) -> str:
     return str(try_device(name, f"train.device={given}", "set train.device=cpu or auto"))
 
 
-def launch(
-    function: Callable[[DictConfig, str, Namespace], None],
-    cfg: DictConfig,
-    device: str,
-    args: Namespace,
-) -> None:
+def launch(function: Callable[..., None], cfg: DictConfig, device: str, args: Namespace) -> None:
     """Call ``function(cfg, device, args)`` in every process of the job, in one process group.
 
     Under torchrun this process is one of them already, and the counts are torchrun's. Otherwise

@@ -50,11 +50,8 @@ def get_optimizer_params(
         weight_decay_norm=weight_decay_norm,
         lr_factor_func=lambda name: factors[name.lstrip(".")],  # ".name" at the root of the model
     )
-    positions = {
-        parameter
-        for name, parameter in model.named_parameters()
-        if "pos_embed." in name or ".rel_pos_" in name
-    }
+    named = model.named_parameters()
+    positions = {p for name, p in named if "pos_embed." in name or ".rel_pos_" in name}
     apart = []
     for group in groups:
         moved = [p for p in group["params"] if p in positions]

@@ -35,17 +35,14 @@ def draw_predictions(
     dataset_name: str,
     output_dir: Path,
 ) -> list[Path]:
-    """Draw one picture for each image: ground truth on the left, predictions on the right.
+    """Draw ground truth and predictions side by side, for each image a PNG of its name.
 
     Args:
-        model: a detector; evaluated in eval mode and put back as it was.
+        model: a detector; put back into the mode that it was in.
         records: the images, as Detectron2's dataset dictionaries.
         mapper: the test mapper of the recipe.
         dataset_name: whose class names are drawn.
-        output_dir: where ``<image name>.png`` is written.
-
-    Returns:
-        The files written.
+        output_dir: of the files, which are returned.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     metadata = MetadataCatalog.get(dataset_name)
@@ -82,12 +79,7 @@ def _side_by_side(panels: dict[str, np.ndarray], file: Path) -> None:
 
 
 def draw_curves(metrics_file: Path, output: Path) -> None:
-    """Plot the losses, the learning rate and the evaluations.
-
-    Args:
-        metrics_file: the ``metrics.json`` of a run.
-        output: the PNG to write.
-    """
+    """Plot losses, learning rate and evaluations of a ``metrics.json`` into a PNG."""
     lines = read_metrics(metrics_file)
     if not lines:
         return

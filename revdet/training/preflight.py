@@ -13,13 +13,8 @@ from omegaconf import DictConfig
 from backbones.common.errors import UserError
 from backbones.memory.budget import parse_budget
 from revdet.data.normalise import normalise
+from revdet.training import hardware
 from revdet.training.checkpoint import fetch_weights
-from revdet.training.hardware import (
-    is_first_on_machine,
-    rank_of_this_process,
-    resolve_device,
-    under_torchrun,
-)
 
 
 def preflight(cfg: DictConfig, args: argparse.Namespace) -> str:
@@ -32,7 +27,7 @@ def preflight(cfg: DictConfig, args: argparse.Namespace) -> str:
         UserError: with the thing and the remedy.
     """
     train = cfg.train
-    device = resolve_device(train.device, args.num_gpus)
+    device = hardware.resolve_device(train.device, args.num_gpus)
     _check_budget(train)
     _check_processes(device, args)
     if args.eval_only:
@@ -42,8 +37,8 @@ def preflight(cfg: DictConfig, args: argparse.Namespace) -> str:
             f"{train.output_dir} already holds a run ({Path(last).name}): add --resume to continue "
             "it, or set train.output_dir to a new folder"
         )
-    if is_first_on_machine():
-        log_to(train.output_dir, rank_of_this_process(args.machine_rank))
+    if hardware.is_first_on_machine():
+        log_to(train.output_dir, hardware.rank_of_this_process(args.machine_rank))
         if args.eval_only:
             fetch_weights(args.weights)
         elif train.init_checkpoint and not _last_checkpoint(train.output_dir):
@@ -74,7 +69,7 @@ def _check_budget(train: DictConfig) -> None:
 
 
 def _check_processes(device: str, args: argparse.Namespace) -> None:
-    if under_torchrun():
+    if hardware.under_torchrun():
         if args.num_gpus != 1 or args.num_machines != 1:
             raise UserError("torchrun starts the processes: leave out --num-gpus, --num-machines")
         return
@@ -87,13 +82,11 @@ def _check_processes(device: str, args: argparse.Namespace) -> None:
         )
     if args.num_machines > 1 and args.dist_url == "auto":
         raise UserError("--num-machines > 1 needs --dist-url tcp://HOST:PORT")
-    if args.num_gpus > 1 and not device.startswith("cuda") and torch.cuda.is_available():
+    found, on_gpu = torch.cuda.device_count(), device.startswith("cuda")
+    if args.num_gpus > 1 and found and not on_gpu:
         raise UserError("several processes on the CPU: hide the GPUs with CUDA_VISIBLE_DEVICES=''")
-    found = torch.cuda.device_count()
-    if device.startswith("cuda") and args.num_gpus > found:
-        raise UserError(
-            f"--num-gpus {args.num_gpus}, but {found} are found: set --num-gpus {found}"
-        )
+    if on_gpu and args.num_gpus > found:
+        raise UserError(f"--num-gpus {args.num_gpus}, but {found} are found: set {found}")
 
 
 def _last_checkpoint(output_dir: str) -> str:

@@ -45,14 +45,14 @@ def finish(
     records = DatasetCatalog.get(name)[: cfg.train.pictures]
     mapper = instantiate(cfg.dataloader.test.mapper)
     files = draw_predictions(model, records, mapper, name, output_dir / "pictures")
-    written = ["results.json", f"{len(files)} pictures in pictures/"]
+    written = f"results.json, {len(files)} pictures in pictures/"
     if (output_dir / "metrics.json").exists():
         draw_curves(output_dir / "metrics.json", output_dir / "curves.png")
-        written.append("curves.png")
+        written += ", curves.png"
     for task, scores in metrics.items():
         line = "  ".join(f"{key} {value:.2f}" for key, value in scores.items() if "-" not in key)
         logger.info(f"{task}: {line}")
-    logger.info(f"{output_dir}: {', '.join(written)}")
+    logger.info(f"{output_dir}: {written}")
 
 
 def _finite(metrics: Any) -> Any:

@@ -38,12 +38,7 @@ logger = logging.getLogger("revdet")
 
 
 def run(cfg: DictConfig, device: str, args: argparse.Namespace) -> None:
-    """Do what the command line says, as one of the processes of the job.
-
-    Args:
-        cfg: the recipe, after :func:`revdet.training.preflight.preflight`.
-        device: what that has returned.
-        args: the command line; with ``eval_only``, ``weights`` are those to evaluate.
+    """Do what the command line says after its preflight, as one of the processes of the job.
 
     Raises:
         UserError: something in the recipe does not fit together.
@@ -74,8 +69,7 @@ def _set_up_output(cfg: DictConfig, args: argparse.Namespace) -> None:
 
 
 def _is_not_for_the_user(record: logging.LogRecord) -> bool:
-    error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, UserError | FloatingPointError)
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError | FloatingPointError))
 
 
 def _be_deterministic() -> None:
@@ -91,11 +85,7 @@ def _be_deterministic() -> None:
 def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     """Train to ``train.max_iter``, evaluate, and write ``results.json``.
 
-    Args:
-        cfg: the recipe.
-        model: its detector, on its device.
-        resume: go on from the last checkpoint in ``train.output_dir``, if there is one, instead of
-            starting from ``train.init_checkpoint``.
+    With ``resume`` from the last checkpoint in ``train.output_dir`` on, if there is one.
 
     Raises:
         UserError: weights, budget or optimizer settings do not fit the model, or the processes
@@ -109,12 +99,16 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     loader = instantiate(cfg.dataloader.train)
     if hasattr(getattr(loader, "dataset", None), "records"):  # the loader is revdet's
         _log_schedule(cfg, loader)
+    amp_dtype = AMP_DTYPES[settings.amp.dtype] if settings.amp.enabled else None
     if settings.memory_budget:
-        apply_memory_budget(cfg, model, loader.dataset.records, _amp_dtype(cfg))
+        apply_memory_budget(cfg, model, loader.dataset.records, amp_dtype)
     average = ModelEmaV3(model, settings.ema_decay, use_warmup=True) if settings.ema_decay else None
-    trainer = _trainer(cfg, model, loader, average)
+    trainer = _trainer(cfg, model, loader, amp_dtype)
     result, trained = model, {}
     if average is not None:
+        # The decay grows with the iteration, so that a short run too forgets how it started.
+        update = hooks.CallbackHook(after_step=lambda trainer: average.update(model, trainer.iter))
+        trainer.register_hooks([update])
         result, trained = average.module, {"training_model": model}
     checkpointer = Checkpointer(result, settings.output_dir, trainer=trainer, **trained)
     start_iter = 0
@@ -154,8 +148,9 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     finish(cfg, result, evaluations.last, facts, trained=True)
 
 
-def _trainer(cfg: DictConfig, model: nn.Module, loader: Any, average: ModelEmaV3 | None) -> Trainer:
-    """The trainer of a recipe, with the hooks that belong to a step."""
+def _trainer(
+    cfg: DictConfig, model: nn.Module, loader: Any, amp_dtype: torch.dtype | None
+) -> Trainer:
     settings = cfg.train
     optimizer, schedule = build_optimizer(cfg, model)
     of_cpu = {} if next(model.parameters()).is_cuda else {"device_ids": None}
@@ -165,20 +160,11 @@ def _trainer(cfg: DictConfig, model: nn.Module, loader: Any, average: ModelEmaV3
         optimizer,
         seed=settings.seed,
         accumulate=settings.accumulate,
-        amp_dtype=_amp_dtype(cfg),
+        amp_dtype=amp_dtype,
         clip_grad_norm=settings.clip_grad_norm,
     )
     trainer.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(scheduler=schedule)])
-    if average is not None:
-        # The decay grows with the iteration, so that a short run too forgets how it started.
-        update = hooks.CallbackHook(after_step=lambda trainer: average.update(model, trainer.iter))
-        trainer.register_hooks([update])
     return trainer
-
-
-def _amp_dtype(cfg: DictConfig) -> torch.dtype | None:
-    """The dtype of autocast in training, None for none."""
-    return AMP_DTYPES[cfg.train.amp.dtype] if cfg.train.amp.enabled else None
 
 
 def _log_schedule(cfg: DictConfig, loader: Any) -> None:

@@ -68,15 +68,13 @@ class Trainer(SimpleTrainer):
                 "train.accumulate, or set train.memory=reversible train.stored_blocks=0"
             ) from error
         except FloatingPointError as error:
-            raise UserError(
-                f"{error_line(error)} Lower optimizer.lr, or set train.clip_grad_norm"
-            ) from error
+            remedy = "Lower optimizer.lr, or set train.clip_grad_norm"
+            raise UserError(f"{error_line(error)} {remedy}") from error
         except RuntimeError as error:
             if "deterministic" not in str(error):
                 raise
-            raise UserError(
-                f"train.deterministic=true is not possible here: {error_line(error)}"
-            ) from error
+            what = "train.deterministic=true is not possible here"
+            raise UserError(f"{what}: {error_line(error)}") from error
 
     def _run_step(self) -> None:
         data_time = 0.0
@@ -115,8 +113,7 @@ class Trainer(SimpleTrainer):
             return nullcontext()
         if self.model.static_graph and self.iter == self.start_iter:
             return nullcontext()
-        no_sync: AbstractContextManager[None] = self.model.no_sync()
-        return no_sync
+        return self.model.no_sync()
 
     def state_dict(self) -> dict[str, Any]:
         """Iteration, hooks, optimizer and loss scale."""

@@ -146,7 +146,7 @@ def test_a_recipe_trains_evaluates_and_is_loaded_again(recipe, data, tmp_path, m
         start.update({name: value.detach().clone() for name, value in model.named_parameters()})
         train(trainer, *iterations)
 
-    monkeypatch.setattr("revdet.training.checkpoint.download", download)
+    monkeypatch.setattr("backbones.weights.download.download", download)
     monkeypatch.setattr("revdet.training.results.draw_curves", lambda *_: None)  # takes its time
     monkeypatch.setattr(Trainer, "train", spy)
     cheap = ["train.max_iter=2", "train.log_period=1", "train.pictures=0", "train.device=cpu"]
