@@ -51,8 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
         default=1,
         metavar="N",
-        help="pictures or frames of one size that go through the model together "
-        "(default: %(default)s)",
+        help="pictures or frames of one size to detect together (default: %(default)s)",
     )
     add(
         "--device", default="auto", metavar="NAME", help="cuda, cpu, or auto (default: %(default)s)"

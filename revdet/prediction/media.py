@@ -106,15 +106,11 @@ class VideoReader:
 def video_writer(
     path: Path, time_base: Fraction, size: tuple[int, int]
 ) -> Iterator[Callable[[np.ndarray, int], None]]:
-    """A function that appends frames to an H.264 video, which is there whole or not at all.
+    """A function that appends frames to an H.264 ``.mp4``, which is there whole or not at all.
 
-    It takes a frame (H, W, 3), uint8 RGB, and its time, later than the last one's.
-
-    Args:
-        path: the ``.mp4`` to write.
-        time_base: of the frames' times, in seconds.
-        size: width and height of the frames in pixels; an odd one loses its last row or column,
-            because H.264 halves the resolution of its colours.
+    It takes a frame (H, W, 3), uint8 RGB, and its time in ``time_base`` seconds, later than the
+    last one's. Of an odd ``size`` (width, height) the last row or column is lost, because H.264
+    halves the resolution of its colours.
     """
     av = import_av()
     width, height = (side // 2 * 2 for side in size)

@@ -72,16 +72,9 @@ class PictureFiles(Dataset[Frame | str]):
 
 
 class Detector:
-    """Model, weights and threshold of a recipe.
+    """The model of a recipe with weights; ``prepare`` makes frames for it.
 
-    Args:
-        cfg: the recipe.
-        weights: a checkpoint that fits it.
-        device: where the model runs.
-        threshold: scores below it are left out, in [0, 1].
-
-    Attributes:
-        prepare: makes frames of pixels.
+    What scores less than ``threshold``, in [0, 1], is left out.
 
     Raises:
         UserError: the model cannot be built, or the weights do not fit it.

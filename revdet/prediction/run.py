@@ -99,14 +99,7 @@ def _check_options(args: argparse.Namespace) -> None:
 
 @dataclass
 class Inference:
-    """A detector at work.
-
-    Args:
-        detector: the model.
-        predictions: gets what is found, and what cannot be read.
-        args: the command line.
-        bar: is advanced by one for each picture and frame.
-    """
+    """A detector at work: ``predictions`` gets what is found, and what cannot be read."""
 
     detector: Detector
     predictions: Predictions
@@ -126,8 +119,7 @@ class Inference:
             facts: dict[str, Any] = {
                 "image_id": ids[path],
                 "file_name": str(path),
-                "width": frame.model_input["width"],
-                "height": frame.model_input["height"],
+                **{side: frame.model_input[side] for side in ("width", "height")},
                 "objects": len(instances),
             }
             self.predictions.add(ids[path], instances, file_name=str(path))

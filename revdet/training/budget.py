@@ -49,8 +49,8 @@ def apply_memory_budget(
 def _plan(
     cfg: DictConfig, model: Any, records: Iterable[Any], amp_dtype: torch.dtype | None
 ) -> backbones.MemoryPlan:
-    settings, world_size = cfg.train, comm.get_world_size()
-    budget = settings.memory_budget
+    settings, budget = cfg.train, cfg.train.memory_budget
+    world_size = comm.get_world_size()
     images = cfg.dataloader.train.total_batch_size // (world_size * settings.accumulate)
     augmentations = instantiate(cfg.dataloader.train.mapper.augmentations)
     shape = (images, 3, *largest_image(model.backbone, augmentations, records, images))
@@ -155,14 +155,10 @@ def _pool(features: dict[str, Tensor], names: Sequence[str], pooler: Any, count:
 def largest_image(
     backbone: Any, augmentations: Sequence[T.Augmentation], records: Iterable[Any], batch: int
 ) -> tuple[int, int]:
-    """The largest (H, W) in pixels that a batch is padded to.
+    """The largest (H, W) in pixels that a batch of images is padded to, which the pyramid asks for.
 
-    Args:
-        backbone: the pyramid, which says to what images are padded.
-        augmentations: of the training mapper. Those that flip, resize the shorter edge or crop to
-            a fixed size are understood; what others leave may be of any shape.
-        records: the training images, as Detectron2's dataset dictionaries.
-        batch: images in a batch.
+    Of the training mapper's augmentations those that flip, resize the shorter edge or crop to a
+    fixed size are understood; what others leave may be of any shape.
     """
     if square := backbone.padding_constraints.get("square_size", 0):
         return square, square

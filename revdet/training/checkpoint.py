@@ -101,28 +101,18 @@ class Checkpointer(DetectionCheckpointer):
         reshaped = [key for key in reshaped if key not in anew]
         nothing_fits = len(missing) == len(ours)
         if reshaped or nothing_fits or (strict and (missing or unexpected)):
-            raise UserError(_misfit(path, missing, unexpected, reshaped))
+            kinds = {"have another shape": reshaped, "are missing": missing}
+            kinds["are unknown to the model"] = unexpected
+            counts = [f"{len(k)} weights {what} (first: {k[0]})" for what, k in kinds.items() if k]
+            raise UserError(
+                f"checkpoint {path} is of another architecture: {'; '.join(counts)}. Use the "
+                "config it was trained with (config.yaml beside it)"
+            )
         fitting = {key: value for key, value in theirs.items() if key not in anew}
         self.model.load_state_dict(fitting, strict=False)
         if anew:
             self.logger.warning(f"trained anew, for other classes: {', '.join(anew)}")
         return _IncompatibleKeys(missing, unexpected, [])
-
-
-def _misfit(path: str, missing: list[str], unexpected: list[str], reshaped: list[str]) -> str:
-    counts = [
-        f"{len(keys)} weights {what} (first: {keys[0]})"
-        for what, keys in (
-            ("have another shape", reshaped),
-            ("are missing", missing),
-            ("are unknown to the model", unexpected),
-        )
-        if keys
-    ]
-    return (
-        f"checkpoint {path} is of another architecture: {'; '.join(counts)}. Use the config it was "
-        "trained with (config.yaml beside it)"
-    )
 
 
 def load_initial_weights(model: nn.Module, source: str) -> None:

@@ -25,7 +25,7 @@ class MetricsWriter(EventWriter):
 
     def __init__(self, path: Path, start_iter: int) -> None:
         cut_lines(path, lambda line: json.loads(line)["iteration"] < start_iter)
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
         self._written: dict[str, int] = {}
 
     def write(self) -> None:
@@ -41,16 +41,10 @@ class MetricsWriter(EventWriter):
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a ``metrics.json``, without the last one if a kill has cut it off."""
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -33,8 +33,7 @@ def get_optimizer_params(
         model: a detector; with ``layer_decay``, on a :class:`revdet.models.TrunkBackbone`.
         base_lr: learning rate of what lies behind the trunk.
         weight_decay_norm: weight decay of norm layers; None for the optimizer's.
-        layer_decay: factor from one block of the trunk to the one before it, in (0, 1]; see
-            :func:`backbones.models.trunk.layer_decay_factors`.
+        layer_decay: see :func:`backbones.models.trunk.layer_decay_factors`.
 
     Raises:
         ValueError: ``layer_decay`` is outside (0, 1], or the detector has no trunk.

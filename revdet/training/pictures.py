@@ -37,12 +37,8 @@ def draw_predictions(
 ) -> list[Path]:
     """Draw ground truth and predictions side by side, for each image a PNG of its name.
 
-    Args:
-        model: a detector; put back into the mode that it was in.
-        records: the images, as Detectron2's dataset dictionaries.
-        mapper: the test mapper of the recipe.
-        dataset_name: whose class names are drawn.
-        output_dir: of the files, which are returned.
+    ``records`` are the images, as Detectron2's dataset dictionaries, ``mapper`` the recipe's for
+    tests, ``dataset_name`` says whose class names are drawn. Returns the files.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     metadata = MetadataCatalog.get(dataset_name)
@@ -53,24 +49,20 @@ def draw_predictions(
         image = utils.read_image(record["file_name"], format="RGB")
         with torch.no_grad():
             found = model([mapper(record)])[0]["instances"].to("cpu")
-        scale = PANEL_HEIGHT / image.shape[0]
-        left, right = (Visualizer(image, metadata, scale, ColorMode.SEGMENTATION) for _ in "12")
-        panels = {
-            "ground truth": left.draw_dataset_dict(record),
-            f"predictions (score ≥ {SHOWN_SCORE:g})": right.draw_instance_predictions(
-                found[found.scores >= SHOWN_SCORE]
-            ),
-        }
+        look = image, metadata, PANEL_HEIGHT / image.shape[0], ColorMode.SEGMENTATION
+        truth = Visualizer(*look).draw_dataset_dict(record)
+        guess = Visualizer(*look).draw_instance_predictions(found[found.scores >= SHOWN_SCORE])
         files.append(output_dir / f"{Path(record['file_name']).stem}.png")
-        _side_by_side({title: panel.get_image() for title, panel in panels.items()}, files[-1])
+        _side_by_side([truth.get_image(), guess.get_image()], files[-1])
     model.train(was_training)
     return files
 
 
-def _side_by_side(panels: dict[str, np.ndarray], file: Path) -> None:
-    height, width = next(iter(panels.values())).shape[:2]
-    figure, axes = plt.subplots(1, len(panels), figsize=(len(panels) * width / 90, height / 90))
-    for axis, (title, panel) in zip(axes, panels.items(), strict=True):
+def _side_by_side(panels: Sequence[np.ndarray], file: Path) -> None:
+    titles = "ground truth", f"predictions (score ≥ {SHOWN_SCORE:g})"
+    height, width = panels[0].shape[:2]
+    figure, axes = plt.subplots(1, 2, figsize=(2 * width / 90, height / 90))
+    for axis, title, panel in zip(axes, titles, panels, strict=True):
         axis.imshow(panel)
         axis.set_title(title, fontsize=11)
         axis.axis("off")

@@ -20,8 +20,7 @@ from revdet.training.checkpoint import fetch_weights
 def preflight(cfg: DictConfig, args: argparse.Namespace) -> str:
     """Check the settings; then, in one process of each machine, have the weights and the data.
 
-    Returns:
-        the device to run on.
+    Returns the device to run on.
 
     Raises:
         UserError: with the thing and the remedy.

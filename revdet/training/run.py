@@ -116,17 +116,15 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
         checkpointer.load(checkpointer.get_checkpoint_file())
         start_iter = trainer.iter + 1
     if len(set(comm.all_gather(start_iter))) > 1:
-        raise UserError(
-            f"the processes find different checkpoints in {output_dir}: put it where all machines "
-            "see it, to resume"
-        )
+        remedy = "put it where all machines see it, to resume"
+        raise UserError(f"the processes find different checkpoints in {output_dir}: {remedy}")
     evaluations = Evaluations(cfg, result, checkpointer, resume=resume)
     if start_iter >= settings.max_iter:
         logger.info(f"{output_dir} has finished its {start_iter} iterations: evaluating")
         evaluations.set_iteration(trainer)
         metrics = evaluations.run()
-        facts: dict[str, Any] = {"iterations": start_iter, "best": evaluations.best}
-        finish(cfg, result, metrics, facts, trained=False)
+        known = {"iterations": start_iter, "best": evaluations.best}
+        finish(cfg, result, metrics, known, trained=False)
         return
     sampler = getattr(loader, "batch_sampler", None)
     if isinstance(sampler, ResumableBatchSampler):

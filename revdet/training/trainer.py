@@ -116,11 +116,9 @@ class Trainer(SimpleTrainer):
         return self.model.no_sync()
 
     def state_dict(self) -> dict[str, Any]:
-        """Iteration, hooks, optimizer and loss scale."""
         return {**super().state_dict(), "grad_scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
         super().load_state_dict(state_dict)
         if state_dict["grad_scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state_dict["grad_scaler"])
