@@ -26,15 +26,12 @@ Output = TypeVar("Output")
 
 
 class Block(nn.Module):
-    """Two residual branches, whose activation memory is a policy. See :func:`set_memory`.
+    """Two residual branches f and g, whose activation memory is a policy; see :func:`set_memory`.
 
     What runs in ``forward``, and how the branches are joined, is the subclass's; under which
     policy it runs is decided here, in :meth:`run`.
 
-    Args:
-        f: the first branch, attention with its norm.
-        g: the second branch, the MLP with its norm.
-        drop_path: the probability that a sample skips both branches in training, in [0, 1).
+    ``drop_path`` is the probability that a sample skips both in training, in [0, 1).
 
     Raises:
         ValueError: ``drop_path`` outside [0, 1).
@@ -52,10 +49,7 @@ class Block(nn.Module):
         self.drop_path = float(drop_path)
 
     def draw_mask(self, x: Tensor) -> Tensor | None:
-        """Draw the stochastic-depth mask of one forward pass (Huang et al., 2016).
-
-        Args:
-            x: (B, …), any floating dtype. Only its shape, dtype and device are used.
+        """Draw the stochastic-depth mask (Huang et al., 2016) of a forward pass for ``x``, (B, …).
 
         Returns:
             (B, 1, …) in ``x``'s dtype: 0 for a dropped sample, ``1 / (1 - drop_path)`` for a kept
@@ -67,15 +61,11 @@ class Block(nn.Module):
         return x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)
 
     def run(
-        self,
-        piece: Callable[..., Output],
-        *args: Any,
-        reverse: Callable[[], Output] | None = None,
+        self, piece: Callable[..., Output], *args: Any, reverse: Callable[[], Output] | None = None
     ) -> Output:
         """``piece(*args)``, a piece of the forward pass, under the policy that is in force.
 
-        Args:
-            reverse: computes the same and keeps nothing, for blocks that can be inverted.
+        Blocks that can be inverted have ``reverse``, which computes the same and keeps nothing.
         """
         if self.memory_policy == "store" or not torch.is_grad_enabled():
             return piece(*args)

@@ -177,8 +177,7 @@ def largest_that_fits(simulation: Simulation, budget: int) -> MemoryPlan:
 
 
 def _device_of(model: nn.Module) -> torch.device:
-    first = next(chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if first is None else first.device
+    return next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
 
 
 def _auto_budget(model: nn.Module | None, device: torch.device) -> int:

@@ -76,12 +76,8 @@ class GridAttention(nn.Module):
 class Attention(GridAttention):
     """Multi-head self-attention over the grid, or within windows of it.
 
-    Args:
-        dim: channels of a token.
-        num_heads: heads; divides ``dim``.
-        qkv_bias: whether the projections to q, k and v have a bias.
-        attn_drop: dropout on the attention weights.
-        proj_drop: dropout on the output.
+    Args (the others as for :class:`backbones.ViT`):
+        dim: channels of a token, a multiple of ``num_heads``.
         window_size: side of the windows in tokens; 0 for attention over the whole grid.
         rel_pos_sides: (T, H, W) that tables of relative positions are made for, of a window where
             there are windows, T = 0 for images; None for no relative positions.
@@ -128,14 +124,10 @@ class Attention(GridAttention):
 
 
 def to_windows(x: Tensor, size: int) -> Tensor:
-    """Cut a grid into windows that do not overlap.
+    """Cut (B, T, H, W, C) into square windows that do not overlap.
 
     A grid whose sides are no multiples of ``size`` is padded with zeros below and on the right. As
     in ViTDet nothing tells these tokens from others afterwards.
-
-    Args:
-        x: (B, T, H, W, C).
-        size: side of a window in tokens.
 
     Returns:
         (B ceil(H / size) ceil(W / size), T, size, size, C), row by row within each sample.
@@ -149,15 +141,7 @@ def to_windows(x: Tensor, size: int) -> Tensor:
 
 
 def from_windows(windows: Tensor, height: int, width: int) -> Tensor:
-    """Undo :func:`to_windows`, the padding included.
-
-    Args:
-        windows: (B ceil(height / size) ceil(width / size), T, size, size, C).
-        height, width: of the grid that was cut, in tokens.
-
-    Returns:
-        (B, T, height, width, C).
-    """
+    """Undo :func:`to_windows` of (B, T, height, width, C), the padding included."""
     _, time, size, _, channels = windows.shape
     rows, columns = -(-height // size), -(-width // size)
     x = windows.reshape(-1, rows, columns, time, size, size, channels).permute(0, 3, 1, 4, 2, 5, 6)

@@ -34,13 +34,7 @@ NORM_EPS = 1e-6
 
 
 class PatchEmbed(nn.Module):
-    """Cut an image into patches and project each to one token.
-
-    Args:
-        patch_size: side of a square patch in pixels.
-        in_chans: channels of the image.
-        embed_dim: channels of a token.
-    """
+    """Cut an image into square patches and project each to one token."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
@@ -71,11 +65,6 @@ class ConvEmbed(nn.Module):
 
     The stem of MViT (arXiv 2104.11227, section 3.2): patches of 7 pixels every 4, and in clips of 3
     frames every 2.
-
-    Args:
-        in_chans: channels of the input.
-        embed_dim: channels of a token.
-        clips: whether the input has a time axis.
     """
 
     def __init__(self, in_chans: int, embed_dim: int, clips: bool = False) -> None:
@@ -117,12 +106,7 @@ def resize_plane(weight: Tensor, grid: tuple[int, int], wanted: tuple[int, int])
 
 
 class PositionEmbedding(nn.Module):
-    """One learned vector for each cell of the token grid.
-
-    Args:
-        grid: (H, W) of the grid that the embedding is made for, in tokens.
-        embed_dim: channels of a token.
-    """
+    """One learned vector for each cell of a grid of tokens, (H, W)."""
 
     def __init__(self, grid: tuple[int, int], embed_dim: int) -> None:
         super().__init__()
@@ -138,13 +122,9 @@ class PositionEmbedding(nn.Module):
 
 
 class SpaceTimePositionEmbedding(nn.Module):
-    """The sum of one learned vector for each place of the grid and one for each point in time.
+    """The sum of one learned vector for each place of a grid (T, H, W) and one for each time.
 
     Separable, as in MViT (arXiv 2104.11227): H W + T vectors instead of T H W.
-
-    Args:
-        grid: (T, H, W) of the grid that the embedding is made for, in tokens.
-        embed_dim: channels of a token.
     """
 
     def __init__(self, grid: tuple[int, int, int], embed_dim: int) -> None:
@@ -154,10 +134,7 @@ class SpaceTimePositionEmbedding(nn.Module):
         nn.init.trunc_normal_(self.temporal, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add the embedding to (B, T, H, W, C), resized where the grid differs.
-
-        Bicubically in space, linearly in time.
-        """
+        """Likewise, and resized linearly in time."""
         temporal = resize_table(self.temporal[0], x.shape[1])
         return cast(Tensor, self.spatial(x)) + temporal[:, None, None]
 

@@ -30,12 +30,7 @@ _STEM_STRIDE = (2, 4)
 
 
 class Stage(nn.Module):
-    """A transition, except in the first stage, and the blocks behind it on one grid.
-
-    Args:
-        transition: what brings the tokens of the stage before to this one.
-        blocks: a :class:`ReversibleSequence` for two streams, any other module for one.
-    """
+    """A transition, except in the first stage, and the blocks behind it on one grid."""
 
     def __init__(self, transition: StageTransition | None, blocks: nn.Module) -> None:
         super().__init__()

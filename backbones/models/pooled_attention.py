@@ -31,18 +31,15 @@ class PooledAttention(GridAttention):
     Pooling is a depthwise convolution over the grid, with one kernel that all heads share, and a
     layer norm over the channels of a head.
 
-    Args:
+    Args (the others as for :class:`backbones.MViT`):
         dim: channels of a token at the input.
         dim_out: channels of a token at the output; the projection to q, k and v changes the width.
-        num_heads: heads; divides ``dim_out``.
+        num_heads: of which ``dim_out`` is a multiple.
         kernel: size of every pooling kernel in (T, H, W), odd.
         kv_stride: (T, H, W) strides of the pooling of keys and values.
         q_stride: (T, H, W) strides of the pooling of queries; None leaves them as they are.
-        qkv_bias: whether the projections to q, k and v have a bias.
         residual_pooling: whether the queries are added to the output of the attention (MViTv2,
             arXiv 2112.01526, section 4.1).
-        attn_drop: dropout on the attention weights.
-        proj_drop: dropout on the output.
         rel_pos_grid: (T, H, W) of the input that tables of relative positions are made for, T = 0
             for images; None for no relative positions.
 
