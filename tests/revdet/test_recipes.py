@@ -22,7 +22,7 @@ from pycocotools import mask as rle
 import backbones
 from backbones.registry import MODELS
 from revdet.config import load_config
-from revdet.models import build_model, find_trunk
+from revdet.models import build_model
 from revdet.train_net import main
 from revdet.training.checkpoint import Checkpointer
 from revdet.training.metrics import read_metrics
@@ -195,6 +195,7 @@ def test_recipes_and_their_twins_are_as_published(recipe):
     assert cfg.train.max_iter == cfg.lr_multiplier.scheduler.num_updates == iterations
     assert cfg.dataloader.train.total_batch_size == cfg.train.reference_batch_size == 64
     assert (cfg.optimizer.lr, cfg.optimizer.params.layer_decay) == (rate, decay)
+    assert cfg.train.init_checkpoint == (MODELS[trunk.name].weights or "")
     assert cfg.train.amp.enabled and cfg.train.amp.dtype == "bfloat16"
     assert cfg.train.memory == ("store" if twin else "reversible")
     assert Path(cfg.train.output_dir).name == stem
@@ -210,14 +211,3 @@ def test_a_cascade_has_three_heads_and_learns_other_classes_by_one_key():
     assert heads.mask_head.predictor.out_channels == 7
     weights = [p.box2box_transform.weights[0] for p in heads.box_predictor]
     assert weights == [10, 20, 30]
-
-
-@pytest.mark.parametrize("name", ["rev_vit_base", "rev_mvit_base"])
-def test_published_trunks_start_from_the_released_weights(name):
-    cfg = load_config(str(next(Path("configs/detection/coco").glob(f"mask_rcnn_{name}_*.py"))))
-    assert cfg.train.init_checkpoint == MODELS[name].weights
-
-
-def test_find_trunk_says_what_is_missing():
-    with pytest.raises(ValueError, match="TrunkBackbone"):
-        find_trunk(torch.nn.Linear(1, 1))
