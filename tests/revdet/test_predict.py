@@ -77,7 +77,9 @@ def photos(datasets_root: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_predictions_are_those_of_evaluation(predict, photos, run, datasets_root, tmp_path):
+def test_predictions_and_drawings_are_those_of_evaluation(
+    predict, photos, run, datasets_root, tmp_path
+):
     assert predict("--input", photos) == 0
     objects, results = read(tmp_path / "out")
 
@@ -109,23 +111,25 @@ def test_predictions_are_those_of_evaluation(predict, photos, run, datasets_root
             overlap = rle.iou([our["segmentation"]], [their["segmentation"]], [0])
             assert overlap > 0.99 or rle.area(their["segmentation"]) == 0
 
+    drawings = [Path(picture["drawing"]) for picture in results["pictures"]]
+    assert len(set(drawings)) == 4  # also of the two that have one name
+    for drawing, picture in zip(drawings, results["pictures"], strict=True):
+        drawn = np.asarray(Image.open(drawing), int)
+        assert drawn.shape == (picture["height"], picture["width"], 3)
+        assert np.abs(drawn - np.asarray(Image.open(picture["file_name"]), int)).max() > 50
 
-def test_json_is_what_the_coco_api_loads(predict, photos, tmp_path):
-    assert predict("--input", photos, "--no-drawings") == 0
-    objects, results = read(tmp_path / "out")
-    truth = COCO()
+    truth = COCO()  # what is written is what pycocotools takes
     images = [{"id": p["image_id"], **p} for p in results["pictures"]]
     truth.dataset = {"images": images, "categories": results["categories"], "annotations": []}
     truth.createIndex()
     loaded = truth.loadRes(str(tmp_path / "out" / "predictions.json"))
     assert len(loaded.anns) == len(objects)
-    height, width = results["pictures"][0]["height"], results["pictures"][0]["width"]
-    assert loaded.annToMask(loaded.anns[1]).shape == (height, width)
-    assert not (tmp_path / "out" / "pictures").exists()
+    assert loaded.annToMask(loaded.anns[1]).shape == (images[0]["height"], images[0]["width"])
 
 
 def test_the_batch_changes_nothing(predict, photos, tmp_path):
     assert predict("--input", photos, "--no-drawings") == 0
+    assert not (tmp_path / "out" / "pictures").exists()
     assert predict("--input", photos, "--batch-size", 3, output=tmp_path / "three") == 0
     (one, _), (three, results) = read(tmp_path / "out"), read(tmp_path / "three")
     assert results["run"]["batch_size"] == 3
@@ -143,17 +147,6 @@ def test_a_batch_is_of_one_size():
     ]
     indices = [[frame.index for frame in batch] for batch in batches(frames, 3)]
     assert indices == [[0, 1], [2], [3, 4, 5], [6]]
-
-
-def test_drawings(predict, photos, tmp_path):
-    assert predict("--input", photos) == 0
-    _, results = read(tmp_path / "out")
-    drawings = [Path(picture["drawing"]) for picture in results["pictures"]]
-    assert len(set(drawings)) == 4  # also of the two that have one name
-    for drawing, picture in zip(drawings, results["pictures"], strict=True):
-        drawn = np.asarray(Image.open(drawing), int)
-        assert drawn.shape == (picture["height"], picture["width"], 3)
-        assert np.abs(drawn - np.asarray(Image.open(picture["file_name"]), int)).max() > 50
 
 
 def test_the_threshold(predict, photos, tmp_path):
@@ -187,10 +180,6 @@ def test_what_cannot_be_read_is_counted_and_named(predict, photos, tmp_path, cap
     assert len(results["pictures"]) == 4
     printed = capsys.readouterr().err
     assert "3 unreadable" in printed and all(path in printed for path in unreadable)
-
-
-def test_nothing_that_can_be_read_is_an_error(predict, photos, capsys):
-    (photos / "empty.jpg").touch()
     assert predict("--input", photos / "empty.jpg") == 2
     assert "none of the 1 inputs" in error_of(capsys)
 

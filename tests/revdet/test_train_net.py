@@ -257,6 +257,7 @@ def test_the_best_weights_are_kept_also_when_a_run_resumes(train_net, tmp_path, 
     monkeypatch.setattr("revdet.training.evaluation.evaluate", Mock(side_effect=scores))
     monkeypatch.setattr("revdet.training.results.draw_predictions", lambda *_: [])
     arguments = ["train.eval_period=1", "train.checkpointer.period=1", "train.check_data=false"]
+    arguments += ["train.checkpointer.max_to_keep=9", "--resume"]
 
     def best() -> tuple[int, float]:
         content = torch.load(tmp_path / "model_best.pth")
@@ -266,16 +267,12 @@ def test_the_best_weights_are_kept_also_when_a_run_resumes(train_net, tmp_path, 
         assert all(torch.equal(at[name], value) for name, value in content["model"].items())
         return content["iteration"], content["bbox/AP"]
 
-    keep = "train.checkpointer.max_to_keep=9"
-    assert train_net(tmp_path, "train.max_iter=4", keep, *arguments) == 0
-    assert best() == (2, 30.0)
-    assert train_net(tmp_path, "train.max_iter=5", keep, "--resume", *arguments) == 0
-    assert best() == (2, 30.0)
-    assert train_net(tmp_path, "train.max_iter=6", keep, "--resume", *arguments) == 0
-    assert best() == (6, 31.0)
+    for iterations, expected in ((4, (2, 30.0)), (5, (2, 30.0)), (6, (6, 31.0))):
+        assert train_net(tmp_path, f"train.max_iter={iterations}", *arguments) == 0
+        assert best() == expected
     with pytest.raises(RuntimeError, match="killed"):
-        train_net(tmp_path, "train.max_iter=7", keep, "--resume", *arguments)
-    assert train_net(tmp_path, "train.max_iter=7", keep, "--resume", *arguments) == 0
+        train_net(tmp_path, "train.max_iter=7", *arguments)
+    assert train_net(tmp_path, "train.max_iter=7", *arguments) == 0
     assert best() == (7, 32.0)
 
 
