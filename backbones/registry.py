@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,6 +129,9 @@ def build(name: str, **overrides: Any) -> nn.Module:
             near = ", ".join(near_names(key, known))
             raise ValueError(f"{name} takes no argument {key!r}; did you mean {near}?")
     arguments = {**record.arguments, **overrides}
+    for key, value in overrides.items():
+        if isinstance(value, Sequence) and not isinstance(value, str | tuple):
+            arguments[key] = [*value]  # a recipe's kind of list cannot be saved as JSON
     model = record.constructor(**arguments)
     # Not `model.config = …`: nn.Module declares its attributes to be tensors and modules.
     vars(model)["config"] = {"name": name, "arguments": arguments}

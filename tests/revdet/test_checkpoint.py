@@ -135,7 +135,7 @@ TRUNKS = {
 
 
 @pytest.mark.parametrize("file", TRUNKS)
-def test_a_detector_starts_from_every_golden_trunk(file, caplog):
+def test_a_detector_starts_from_every_golden_trunk(file, tmp_path, caplog):
     recipe = DEMO.replace("rev_vit", "rev_mvit") if "mvit" in file else DEMO
     section = "model.backbone.bottom_up" if "mvit" in file else "model.backbone.net"
     overrides = [f"{section}.model.{key}={value}" for key, value in TRUNKS[file].items()]
@@ -159,6 +159,8 @@ def test_a_detector_starts_from_every_golden_trunk(file, caplog):
             resized.append(name)
             assert not torch.equal(value, before[prefix + name])
     assert len(resized) == 1 and resized[0].startswith("pos_embed.")
+    backbones.save_weights(trunk, tmp_path / "trunk.safetensors")
+    assert backbones.load_model(tmp_path / "trunk.safetensors").config == trunk.config
     assert f": {len(trunk.state_dict())} tensors loaded" in caplog.text
     assert f"resized {resized[0]}: from" in caplog.text
     rest = {name for name in before if not name.startswith(prefix)}
