@@ -17,12 +17,7 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 
 
 class PriorRPNHead(StandardRPNHead):
-    """Detectron2's head of the region proposal network, for training from scratch.
-
-    Args:
-        foreground: the share of anchors that is expected to be objects, in (0, 1).
-        kwargs: as for ``StandardRPNHead``.
-    """
+    """``StandardRPNHead``, of whose anchors the share ``foreground``, in (0, 1), is objects."""
 
     def __init__(self, *, foreground: float = 0.03, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -30,12 +25,9 @@ class PriorRPNHead(StandardRPNHead):
 
 
 class PriorOutputLayers(FastRCNNOutputLayers):
-    """Detectron2's classes and boxes of proposals, for training from scratch.
+    """``FastRCNNOutputLayers``, of whose proposals the share ``foreground``, in (0, 1), is objects.
 
-    Args:
-        foreground: the share of proposals that is expected to be objects, in (0, 1), of all
-            classes alike.
-        kwargs: as for ``FastRCNNOutputLayers``, with the softmax that is its default.
+    Of all classes alike. With the softmax that is the default of ``FastRCNNOutputLayers``.
     """
 
     def __init__(self, *, foreground: float = 0.2, **kwargs: Any) -> None:

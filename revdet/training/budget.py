@@ -88,12 +88,10 @@ def fit_detector_memory(
     Args:
         detector: a ``GeneralizedRCNN`` with an RPN and standard or cascaded heads.
         image_shape: (B, 3, H, W) of the batch that one process trains on at a time, padded.
-        budget: see :func:`backbones.fit_memory`.
-        amp_dtype: dtype of autocast, or None for none.
+        budget, amp_dtype: see :func:`backbones.fit_memory`.
         held_besides: bytes that something else holds all the time.
 
-    Returns:
-        the plan, which is in force. Its bytes and its budget are without ``held_besides``.
+    Returns the plan, which is in force. Its bytes and its budget are without ``held_besides``.
 
     Raises:
         ValueError: a budget that cannot be read or is too small, or another kind of detector.

@@ -98,7 +98,7 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
         load_initial_weights(model, settings.init_checkpoint)
     loader = instantiate(cfg.dataloader.train)
     if hasattr(getattr(loader, "dataset", None), "records"):  # the loader is revdet's
-        _log_schedule(cfg, loader)
+        _log_schedule(cfg, len(loader.dataset.records))
     amp_dtype = AMP_DTYPES[settings.amp.dtype] if settings.amp.enabled else None
     if settings.memory_budget:
         apply_memory_budget(cfg, model, loader.dataset.records, amp_dtype)
@@ -165,10 +165,10 @@ def _trainer(
     return trainer
 
 
-def _log_schedule(cfg: DictConfig, loader: Any) -> None:
+def _log_schedule(cfg: DictConfig, images: int) -> None:
     iterations, accumulate = cfg.train.max_iter, cfg.train.accumulate
     batch, processes = cfg.dataloader.train.total_batch_size, comm.get_world_size()
-    images, each = len(loader.dataset.records), batch // (processes * accumulate)
+    each = batch // (processes * accumulate)
     logger.info(
         f"{iterations} iterations of {batch} images, {iterations * batch / images:.4g} epochs of "
         f"{images}; an iteration is {processes} × {accumulate} × {each} (processes, batches of "
