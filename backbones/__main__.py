@@ -27,14 +27,7 @@ _COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit status.
-
-    Args:
-        arguments: of the command line; None for those that the process was given.
-
-    Raises:
-        SystemExit: with status 2, after a usage error or one line on stderr about what is wrong.
-    """
+    """Run a command as :func:`run_command` does; return its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = make_parser("python -m backbones", __doc__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -11,8 +11,6 @@ from backbones.engine.compiled import compile_blocks
 from backbones.registry import MODELS, build, record_of
 from backbones.weights.loading import load_weights
 
-__all__ = ["create_model"]
-
 _log = logging.getLogger(__name__)
 
 

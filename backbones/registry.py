@@ -13,35 +13,19 @@ from backbones.common.errors import near_names
 from backbones.models.mvit import MViT, RevMViT
 from backbones.models.vit import RevViT, ViT
 
-__all__ = [
-    "MODELS",
-    "ModelRecord",
-    "build",
-    "input_shape",
-    "list_models",
-    "name_of",
-    "record_of",
-    "register_model",
-]
-
 # Arguments that may differ without making another model: they follow the data and the training.
 _OF_THE_DATA = {"img_size", "num_classes", "num_frames"}
 
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """What a name stands for.
-
-    Attributes:
-        constructor, arguments: build the model.
-        weights: address of the file that the authors have released, or None.
-        top1, top5: published accuracy in percent, or None: of one view of ImageNet-1k at 224
-            pixels; of a model of clips, of 1 x 5 views of Kinetics-400.
-    """
+    """What a name stands for."""
 
     constructor: type[nn.Module]
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    weights: str | None = None
+    weights: str | None = None  # address of the file that the authors have released
+    # Published, in percent: of one view of ImageNet-1k at 224 pixels; of a model of clips, of 1 x 5
+    # views of Kinetics-400.
     top1: float | None = None
     top5: float | None = None
 
@@ -114,10 +98,7 @@ def record_of(name: str) -> ModelRecord:
 
 
 def build(name: str, **overrides: Any) -> nn.Module:
-    """Build a model by name, with arguments that replace those of its record.
-
-    Its attribute ``config`` holds ``name`` and all ``arguments`` that were not left to the
-    constructor.
+    """As :func:`backbones.create_model` without weights: ``overrides`` replace arguments.
 
     Raises:
         ValueError: unknown name or argument (the message lists the near ones).

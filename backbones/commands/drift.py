@@ -17,14 +17,12 @@ from typing import get_args
 
 import torch
 
-from backbones.common.console import add_device, parse_device, positive
+from backbones.common.console import add_device, positive, try_device
 from backbones.common.errors import UserError
 from backbones.factory import create_model
 from backbones.memory.drift import Precision, probe_drift
 from backbones.registry import input_shape
 from backbones.weights.loading import load_weights
-
-__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    device = parse_device(options.device)
+    device = try_device(options.device, f"--device {options.device}", "--device cpu")
     given = {"depth": options.depth, "img_size": options.img_size}
     overrides = {key: value for key, value in given.items() if value is not None}
     torch.manual_seed(0)

@@ -31,8 +31,6 @@ from backbones.common.files import printable, write_json
 from backbones.common.images import IMAGENET_CLASSES, image_suffixes, import_images
 from backbones.registry import MODELS, input_shape, name_of
 
-__all__ = ["ClassFolders", "accuracy", "add_arguments", "find_classes", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -44,14 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     folders = find_classes(options.data.expanduser())
     model = prepare(options)
-    _note_order(folders)
+    classes = folders.classes
+    if len(classes) == IMAGENET_CLASSES and not all(re.fullmatch(r"n\d{8}", c) for c in classes):
+        print(
+            f"note: the folders in {folders.root} are not named by wnid; their sorted order "
+            f"({_some(classes)}) is taken for that of the head",
+            file=sys.stderr,
+        )
     name = name_of(model)
     record = MODELS.get(name or "") if model.num_classes == IMAGENET_CLASSES else None
     results: dict[str, Any] = {
         "model": name or type(model).__name__,
         "weights": options.weights or "released weights",
         "data": str(folders.root),
-        "classes": len(folders.classes),
+        "classes": len(classes),
         "img_size": options.img_size or input_shape(model)[-1],
         "precision": options.amp or "float32",
         "device": options.device,
@@ -74,17 +78,6 @@ def _score(results: dict[str, Any], k: int) -> str:
     published = results[f"published_top{k}"]
     beside = "" if published is None else f" (published {published})"
     return f"{results[f'top{k}']:.2f} top-{k}{beside}"
-
-
-def _note_order(folders: ClassFolders) -> None:
-    """Say so where the order of the folders is hardly that of ImageNet's classes."""
-    names = folders.classes
-    if len(names) == IMAGENET_CLASSES and not all(re.fullmatch(r"n\d{8}", n) for n in names):
-        print(
-            f"note: the folders in {folders.root} are not named by wnid; their sorted order "
-            f"({_some(names)}) is taken for that of the head",
-            file=sys.stderr,
-        )
 
 
 class ClassFolders(NamedTuple):

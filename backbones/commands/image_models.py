@@ -12,19 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backbones.common.console import add_device, not_negative, parse_device, positive
+from backbones.common.console import add_device, not_negative, positive, try_device
 from backbones.common.errors import UserError
 from backbones.common.files import printable
 from backbones.common.images import ImageFiles, image_loader, import_images
 from backbones.factory import create_model
 from backbones.registry import input_shape, record_of
-from backbones.weights.checkpoint import Checkpoint, read_checkpoint
+from backbones.weights.checkpoint import read_checkpoint
 from backbones.weights.download import local_file
 from backbones.weights.formats import convert_state_dict
-from backbones.weights.loading import CONFIG, build_saved, load_checkpoint
-from backbones.weights.pyslowfast import build_pyslowfast
-
-__all__ = ["add_options", "infer", "prepare", "prepare_file"]
+from backbones.weights.loading import CONFIG, load_checkpoint, load_model
+from backbones.weights.pyslowfast import from_pyslowfast
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +63,7 @@ def prepare(options: argparse.Namespace, head: bool = True) -> nn.Module:
     Returns:
         the model with its weights, on its device, in eval mode.
     """
-    device = parse_device(options.device)
+    device = try_device(options.device, f"--device {options.device}", "--device cpu")
     if options.json:
         prepare_file(options.json)
     name, weights = options.model, options.weights
@@ -93,7 +91,7 @@ def prepare(options: argparse.Namespace, head: bool = True) -> nn.Module:
 def _model_of_file(name: str | None, weights: str, size: dict[str, Any]) -> nn.Module:
     checkpoint = read_checkpoint(local_file(weights))
     if CONFIG in checkpoint.metadata:
-        model = build_saved(checkpoint)
+        model = load_model(checkpoint)
         own: str = vars(model)["config"]["name"]
         if name not in (None, own):
             raise UserError(f"{weights} is of {own}, not of {name}; leave --model out")
@@ -101,21 +99,17 @@ def _model_of_file(name: str | None, weights: str, size: dict[str, Any]) -> nn.M
     if name is None:
         if checkpoint.cfg is None:
             raise UserError(f"{weights} does not say which model it is of; add --model NAME")
-        return build_pyslowfast(checkpoint)
-    model = create_model(name, num_classes=_head_of(checkpoint, name), **size)
+        return from_pyslowfast(checkpoint)
+    with torch.device("meta"):
+        outline = create_model(name)
+    head = convert_state_dict(checkpoint.tensors, outline).get("head.weight")
+    classes = head.shape[0] if head is not None and head.ndim == 2 else 0
+    model = create_model(name, num_classes=classes, **size)
     report = load_checkpoint(model, checkpoint, weights)
     if report.missing:
         raise UserError(f"{weights} has no {', '.join(report.missing)}")
     print(report, file=sys.stderr)
     return model
-
-
-def _head_of(checkpoint: Checkpoint, name: str) -> int:
-    """The number of classes of the head in a checkpoint, 0 if it has none."""
-    with torch.device("meta"):
-        model = create_model(name)
-    head = convert_state_dict(checkpoint.tensors, model).get("head.weight")
-    return head.shape[0] if head is not None and head.ndim == 2 else 0
 
 
 def infer(
@@ -145,18 +139,18 @@ def infer(
     loader = image_loader(files, options.batch_size, options.workers, pin_memory=on_gpu)
     tqdm = import_images("tqdm").tqdm
     with tqdm(total=len(files), unit="image", disable=None) as bar:
-        for batch in loader:
-            unreadable |= {paths[index]: reason for index, reason in batch.unreadable.items()}
-            bar.update(len(batch.images) + len(batch.unreadable))
-            if not len(batch.images):
+        for indices, images, reasons in loader:
+            unreadable |= {paths[index]: reason for index, reason in reasons.items()}
+            bar.update(len(images) + len(reasons))
+            if not indices:
                 continue
-            values = _forward(model, batch.images.to(device, non_blocking=True), options.amp)
+            values = _forward(model, images.to(device, non_blocking=True), options.amp)
             finite = values.isfinite().all(1)
             if not finite.all():
-                file = printable(paths[batch.indices[int(finite.int().argmin())]])
+                file = printable(paths[indices[int(finite.int().argmin())]])
                 remedy = "try another --amp, or none" if options.amp else "are the weights damaged?"
                 raise UserError(f"the output for {file} is not finite; {remedy}")
-            yield batch.indices, values
+            yield indices, values
     if 0 < len(files) == len(unreadable):
         path, reason = next(iter(unreadable.items()))
         raise UserError(

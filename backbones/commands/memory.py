@@ -28,15 +28,12 @@ from pathlib import Path
 
 import torch
 
-from backbones.commands.real_steps import Trial
+from backbones.commands.real_steps import ROUNDS, Settings, Trial
 from backbones.common.console import show_progress
 from backbones.common.errors import UserError, optional_import
-from backbones.engine.policies import MemoryPolicy
 from backbones.memory.budget import free_bytes, largest_that_fits, parse_budget, readable
 from backbones.memory.simulation import Simulation
 from backbones.registry import build
-
-__all__ = ["add_arguments", "run"]
 
 # Of the memory that is free, what steps are planned with: other programs want some of it too.
 _MEASURED_SHARE = 0.9
@@ -77,8 +74,8 @@ def run(options: argparse.Namespace) -> None:
 
     simulation = _simulate(options.model, shape, device, autocast)
     saving = simulation.saving_policy
-    settings: dict[str, tuple[MemoryPolicy, int]] = {"store": ("store", 0)}
-    settings |= {"checkpoint": ("checkpoint", 0), saving: (saving, 0)}
+    settings: Settings = {"store": ("store", 0), "checkpoint": ("checkpoint", 0)}
+    settings[saving] = saving, 0
     for name, setting in settings.items():
         show_progress(f"counting a step under {name}")
         simulation.step(*setting)
@@ -100,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
     operations = simulation.step("store").operations
     _print_row("speed, counted", (f"{operations / x.operations:.2f}" for x in steps.values()))
     if options.measure or (options.measure is None and device.type == "cuda" and here):
-        _measure(options.model, shape, device, settings, simulation)
+        _measure(options, settings, simulation)
     elif here:
         print("\nnot measured; --measure runs real steps")
     else:
@@ -118,7 +115,6 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check_plot(path: Path) -> None:
-    """Find out before the work whether a picture can be written there."""
     if not path.absolute().parent.is_dir():
         raise UserError(f"--plot {path}: there is no such folder")
     backend = optional_import("matplotlib.backend_bases", "matplotlib", "--plot")
@@ -139,17 +135,12 @@ def _print_row(label: str, cells: Iterable[str]) -> None:
     print(f"{label:<16}" + "".join(f"{cell:>15}" for cell in cells))
 
 
-def _measure(
-    name: str,
-    shape: tuple[int, ...],
-    device: torch.device,
-    settings: dict[str, tuple[MemoryPolicy, int]],
-    simulation: Simulation,
-) -> None:
+def _measure(options: argparse.Namespace, settings: Settings, simulation: Simulation) -> None:
     """Print rows of what real steps say: the peak on a GPU, and the speed."""
+    device, shape = torch.device(options.device), _parse_shape(options.input)
     free = free_bytes(device)
     with device:
-        trial = Trial(build(name), simulation.autocast)
+        trial = Trial(build(options.model), simulation.autocast)
     if device.type == "cuda":
         rows = []
         for setting in settings.values():
@@ -162,7 +153,7 @@ def _measure(
     batch, *sample = shape
     while simulation.step("store").peak_bytes > _MEASURED_SHARE * free and batch > 1:
         batch //= 2
-        simulation = _simulate(name, (batch, *sample), device, simulation.autocast)
+        simulation = _simulate(options.model, (batch, *sample), device, simulation.autocast)
     if simulation.step("store").peak_bytes > _MEASURED_SHARE * free:
         print(f"\nspeed not measured: of {readable(free)}, 'store' has no room for one sample")
         return
@@ -170,7 +161,7 @@ def _measure(
     speeds = {"store": 1.0, **trial.relative_speeds((batch, *sample), others)}
     _print_row("speed, measured", (f"{speed:.2f}" for speed in speeds.values()))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
-    print(f"\nspeed measured on {where}, batch {batch}, median of 5 rounds")
+    print(f"\nspeed measured on {where}, batch {batch}, median of {ROUNDS} rounds")
 
 
 def _parse_shape(text: str) -> tuple[int, ...]:

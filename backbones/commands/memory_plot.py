@@ -8,8 +8,6 @@ from typing import Any
 from backbones.memory.budget import readable
 from backbones.memory.simulation import StepMemory
 
-__all__ = ["plot"]
-
 
 def plot(steps: Mapping[str, StepMemory], title: str, budget: int | None, path: str) -> None:
     """Write a picture of training steps: the parts of each peak, and the bytes over each step.

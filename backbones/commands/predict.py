@@ -26,10 +26,6 @@ from backbones.common.errors import UserError
 from backbones.common.files import find_files, printable, replacing, write_json
 from backbones.common.images import IMAGENET_CLASSES, image_suffixes, import_images
 
-__all__ = ["add_arguments", "class_names", "run"]
-
-_TOP = 5
-
 _Batches = Iterator[tuple[list[int], Tensor]]
 
 
@@ -82,8 +78,7 @@ def class_names(classes: int, file: Path | None = None) -> list[str]:
         if classes != IMAGENET_CLASSES:
             return [str(index) for index in range(classes)]
         weights = import_images("torchvision.models").ResNet18_Weights.IMAGENET1K_V1
-        names: list[str] = weights.meta["categories"]
-        return names
+        return list(weights.meta["categories"])
     try:
         names = file.read_text(encoding="utf-8").strip().splitlines()
     except UnicodeDecodeError as error:
@@ -98,7 +93,7 @@ def _rank(paths: list[str], batches: _Batches, names: list[str]) -> list[dict[st
     write = import_images("tqdm").tqdm.write  # beside the progress bar, not into it
     predictions = []
     for indices, logits in batches:
-        top = logits.softmax(1).topk(min(_TOP, len(names)))
+        top = logits.softmax(1).topk(min(5, len(names)))
         for index, *ranking in zip(indices, top.indices.tolist(), top.values.tolist(), strict=True):
             classes = [
                 {"index": c, "name": names[c], "probability": p}
@@ -111,7 +106,6 @@ def _rank(paths: list[str], batches: _Batches, names: list[str]) -> list[dict[st
 
 
 def _save_features(paths: list[str], batches: _Batches, file: Path) -> None:
-    """Write the features of the images that can be read."""
     numpy = import_images("numpy")
     rows: list[Tensor] = []
     files: list[str] = []

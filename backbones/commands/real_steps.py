@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,9 @@ from torch import Tensor, nn
 from backbones.common.console import show_progress
 from backbones.engine.policies import MemoryPolicy, set_memory
 
-__all__ = ["Trial"]
+Settings = dict[str, tuple[MemoryPolicy, int]]  # by a name: the policy, the stored blocks
+
+ROUNDS = 5  # that count
 
 
 class Trial:
@@ -29,7 +30,10 @@ class Trial:
         self.autocast = autocast
         self.optimizer = torch.optim.AdamW(model.parameters())
 
-    def _step(self, x: Tensor) -> None:
+    def _step(self, x: Tensor, policy: MemoryPolicy, stored_blocks: int) -> float:
+        """Do a step; return its seconds."""
+        set_memory(self.model, policy, stored_blocks)
+        start = time.perf_counter()
         enabled = self.autocast is not None
         with torch.autocast(self.device.type, self.autocast, enabled=enabled):
             output = self.model(x)
@@ -38,48 +42,38 @@ class Trial:
         self.optimizer.zero_grad()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
 
     def allocated_peak(
         self, shape: tuple[int, ...], policy: MemoryPolicy, stored_blocks: int
     ) -> int | None:
         """The peak of a training step in bytes, by the allocator of a GPU; None: out of memory."""
-        set_memory(self.model, policy, stored_blocks)
         try:
             x = torch.randn(shape, device=self.device)
-            self._step(x)  # makes the state of the optimizer, which is there from now on
+            # Makes the state of the optimizer, which is there from now on.
+            self._step(x, policy, stored_blocks)
             torch.cuda.reset_peak_memory_stats(self.device)
-            self._step(x)
+            self._step(x, policy, stored_blocks)
         except torch.cuda.OutOfMemoryError:
             self.optimizer.zero_grad()
             return None
         return torch.cuda.max_memory_allocated(self.device)
 
-    def relative_speeds(
-        self,
-        shape: tuple[int, ...],
-        settings: Mapping[str, tuple[MemoryPolicy, int]],
-        rounds: int = 5,
-    ) -> dict[str, float]:
+    def relative_speeds(self, shape: tuple[int, ...], settings: Settings) -> dict[str, float]:
         """The throughput of each policy over that of ``"store"``, measured.
 
-        Each round times one step of ``"store"`` and one of each setting (policy, stored blocks), so
+        Each round times one step of ``"store"`` and one of each setting, so
         that what else the machine does weighs on all alike; the result is the median over the
         rounds. The first round does not count.
         """
         x = torch.randn(shape, device=self.device)
         ratios: dict[str, list[float]] = {name: [] for name in settings}
-        for done in range(rounds + 1):
-            show_progress(f"measuring the speed, round {done + 1} of {rounds + 1}")
-            stored = self._seconds(x, "store", 0)
+        for done in range(ROUNDS + 1):
+            show_progress(f"measuring the speed, round {done + 1} of {ROUNDS + 1}")
+            stored = self._step(x, "store", 0)
             for name, setting in settings.items():
-                ratio = stored / self._seconds(x, *setting)
+                ratio = stored / self._step(x, *setting)
                 if done > 0:
                     ratios[name].append(ratio)
         show_progress("")
         return {name: statistics.median(values) for name, values in ratios.items()}
-
-    def _seconds(self, x: Tensor, policy: MemoryPolicy, stored_blocks: int) -> float:
-        set_memory(self.model, policy, stored_blocks)
-        start = time.perf_counter()
-        self._step(x)
-        return time.perf_counter() - start

@@ -18,8 +18,6 @@ from backbones.common.console import show_progress
 from backbones.memory.simulation import Simulation
 from backbones.registry import MODELS, build, input_shape, list_models
 
-__all__ = ["ZooEntry", "add_arguments", "describe", "run", "zoo_table"]
-
 _HEADER = (
     *("name", "params (M)", "GFLOPs", "input", "top-1", "weights"),
     *("stored (MB)", "reversed (MB)"),
@@ -56,9 +54,7 @@ class ZooEntry(NamedTuple):
     input_shape: tuple[int, ...]  # of that sample, (3, H, W) or (3, T, H, W)
     top1: float | None  # published, in percent
     released: bool  # whether pretrained=True finds weights
-    stored_bytes: (
-        int  # for the backward pass of the sample, in float32 on a GPU, without parameters
-    )
+    stored_bytes: int  # for the backward pass, in float32 on a GPU, without parameters
     reversible_bytes: int | None  # likewise; None for a model that cannot be reversed
 
 
@@ -85,9 +81,11 @@ def describe(name: str) -> ZooEntry:
 
 def zoo_table(entries: Iterable[ZooEntry]) -> str:
     """A table of models, and its notes."""
-    rows = [_HEADER, *(_cells(entry) for entry in entries)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(_align(row, widths)).rstrip() for row in rows]
+    columns = []
+    for index, cells in enumerate(zip(_HEADER, *map(_cells, entries), strict=True)):
+        width = max(map(len, cells))
+        columns.append([c.ljust(width) if index in _LEFT else c.rjust(width) for c in cells])
+    lines = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
     return "\n".join([*lines, "", _NOTES])
 
 
@@ -103,10 +101,3 @@ def _cells(entry: ZooEntry) -> tuple[str, ...]:
         f"{entry.stored_bytes / 1e6:.1f}",
         "-" if reversible is None else f"{reversible / 1e6:.1f}",
     )
-
-
-def _align(row: tuple[str, ...], widths: list[int]) -> list[str]:
-    return [
-        cell.ljust(width) if i in _LEFT else cell.rjust(width)
-        for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]

@@ -12,20 +12,6 @@ import torch
 from backbones.common.errors import UserError, first_line
 from backbones.common.files import printable
 
-__all__ = [
-    "add_device",
-    "config_parser",
-    "explain",
-    "make_parser",
-    "name_unreadable",
-    "not_negative",
-    "parse_device",
-    "positive",
-    "run_command",
-    "show_progress",
-    "try_device",
-]
-
 _NAMED = 20  # files that are printed where a JSON file has all
 
 # What a command ends with one line about: something that the user gave, or that is not installed.
@@ -101,17 +87,12 @@ def not_negative(text: str) -> int:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """The option ``--device``, for :func:`parse_device`."""
+    """The option ``--device``, whose value is for :func:`try_device`."""
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="such as cuda:1 (default: %(default)s)",
     )
-
-
-def parse_device(text: str) -> torch.device:
-    """Try the device of the option ``--device``; see :func:`try_device`."""
-    return try_device(text, f"--device {text}", "--device cpu")
 
 
 def try_device(name: str, setting: str, remedy: str) -> torch.device:

@@ -7,8 +7,6 @@ import importlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["UserError", "error_line", "first_line", "near_names", "optional_import", "some_of"]
-
 
 class UserError(ValueError):
     """Something the user gave is wrong. The message is one line: the thing, then the remedy.

@@ -13,8 +13,6 @@ from typing import Any
 
 from backbones.common.errors import UserError
 
-__all__ = ["cut_lines", "find_files", "printable", "replacing", "write_json"]
-
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,19 +18,6 @@ from backbones.common.errors import error_line, first_line, optional_import
 
 if TYPE_CHECKING:
     from PIL import Image
-
-__all__ = [
-    "IMAGENET_CLASSES",
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "Batch",
-    "ImageFiles",
-    "eval_transform",
-    "image_loader",
-    "image_suffixes",
-    "import_images",
-    "read_image",
-]
 
 IMAGENET_CLASSES = 1000
 
@@ -45,7 +32,7 @@ def import_images(module: str) -> Any:
     Raises:
         ImportError: it is not installed, or does not fit the installed torch.
     """
-    package = {"PIL": "Pillow"}.get(module.partition(".")[0], module.partition(".")[0])
+    package = module.partition(".")[0]
     try:
         return optional_import(module, package, "working on images (the extra 'images')")
     except RuntimeError as error:  # torchvision, where its compiled operators were not made for it
@@ -56,8 +43,7 @@ def import_images(module: str) -> Any:
 
 def image_suffixes() -> tuple[str, ...]:
     """Suffixes of the files in a folder that are taken for images, in lower case."""
-    suffixes: tuple[str, ...] = import_images("torchvision.datasets.folder").IMG_EXTENSIONS
-    return suffixes
+    return tuple(import_images("torchvision.datasets.folder").IMG_EXTENSIONS)
 
 
 def eval_transform(height: int, width: int) -> Any:
@@ -106,14 +92,6 @@ def read_image(path: str | os.PathLike[str], upright: bool = False) -> Image.Ima
         return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
 
 
-class Batch(NamedTuple):
-    """Some of the images of an :class:`ImageFiles`."""
-
-    indices: list[int]  # which files
-    images: Tensor  # (B, 3, H, W) float32; (0,) if none could be read
-    unreadable: dict[int, str]  # the reason by the index of a file, for those that are left out
-
-
 class ImageFiles(Dataset[tuple[int, Tensor | str]]):
     """Pairs of an index and a prepared image, or the reason why that file cannot be read.
 
@@ -143,7 +121,11 @@ class ImageFiles(Dataset[tuple[int, Tensor | str]]):
 def image_loader(
     files: ImageFiles, batch_size: int, workers: int, pin_memory: bool = False
 ) -> DataLoader[tuple[int, Tensor | str]]:
-    """Batches of type :class:`Batch`, in the order of the files, whatever ``workers`` is."""
+    """Batches in the order of the files, whatever ``workers`` is.
+
+    Each is a triple: the indices of the files, their images, (B, 3, H, W) in float32 or (0,) if
+    none could be read, and the reason by the index of a file for those that are left out.
+    """
     batches = -(-len(files) // batch_size)
     return DataLoader(
         files,
@@ -155,7 +137,9 @@ def image_loader(
     )
 
 
-def _collate(items: list[tuple[int, Tensor | str]]) -> Batch:
+def _collate(
+    items: list[tuple[int, Tensor | str]],
+) -> tuple[list[int], Tensor, dict[int, str]]:
     read = {index: image for index, image in items if isinstance(image, Tensor)}
     images = torch.stack([*read.values()]) if read else torch.empty(0)
-    return Batch([*read], images, {i: reason for i, reason in items if isinstance(reason, str)})
+    return [*read], images, {i: reason for i, reason in items if isinstance(reason, str)}

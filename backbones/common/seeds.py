@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["seed_of"]
-
 
 def seed_of(*key: int) -> int:
     """A 32-bit seed that depends on every number of ``key``, all of them >= 0. Needs NumPy."""

@@ -18,17 +18,6 @@ from typing import Any
 
 from backbones.common.errors import UserError, near_names
 
-__all__ = [
-    "Key",
-    "check_values",
-    "describe",
-    "key",
-    "keys_of",
-    "split_override",
-    "unknown_key",
-    "verbatim",
-]
-
 
 def key(
     default: Any,
@@ -47,19 +36,12 @@ def key(
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a section.
+    """One key of a section."""
 
-    Attributes:
-        path: its name from the root on, such as ``"train.amp.enabled"``.
-        kind: its type, such as ``list[float]``.
-        default: what it is if nobody sets it.
-        rules: what :func:`key` was told.
-    """
-
-    path: str
-    kind: Any
-    default: Any
-    rules: typing.Mapping[str, Any]
+    path: str  # its name from the root on, such as "train.amp.enabled"
+    kind: Any  # its type, such as list[float]
+    default: Any  # what it is if nobody sets it
+    rules: typing.Mapping[str, Any]  # what key() was told
 
     @property
     def type_name(self) -> str:

@@ -20,8 +20,6 @@ from torch import Tensor
 from backbones.common.errors import UserError, first_line, optional_import
 from backbones.common.files import replacing
 
-__all__ = ["Checkpoint", "WeightsError", "read_checkpoint", "write_safetensors"]
-
 # Under which key the state dict lies in the files of PySlowFast, mmpretrain and Detectron2.
 _CONTAINERS = ("model_state", "state_dict", "model")
 
@@ -32,19 +30,13 @@ class WeightsError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The content of a checkpoint file, which is opened once and passed on like this.
-
-    Attributes:
-        path: of the file.
-        tensors: the state dict, on the CPU, under the file's own names.
-        metadata: what a safetensors file says besides its tensors.
-        content: all entries of a file of ``torch.save`` that has the state dict under one of them:
-            those of a run's checkpoint, among others.
-    """
+    """The content of a checkpoint file, which is opened once and passed on like this."""
 
     path: Path
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor]  # the state dict, on the CPU, under the file's own names
+    # What a safetensors file says besides its tensors.
     metadata: dict[str, str] = field(default_factory=dict)
+    # All entries of a file of torch.save that has the state dict under one of them: of a run, say.
     content: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -54,14 +46,16 @@ class Checkpoint:
         return cfg if isinstance(cfg, str) else None
 
 
-def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
-    """Read a checkpoint file into memory, whatever its suffix.
+def read_checkpoint(path: str | PathLike[str] | Checkpoint) -> Checkpoint:
+    """Read a checkpoint file into memory, whatever its suffix; one that was read already stays.
 
     Raises:
         WeightsError: no file, or one that is empty, damaged, no checkpoint, or holds objects
             other than tensors and plain containers.
         ImportError: a safetensors file, and safetensors is not installed.
     """
+    if isinstance(path, Checkpoint):
+        return path
     path = Path(path).expanduser()
     try:
         with path.open("rb") as file:
@@ -92,9 +86,8 @@ def _read_torch(path: Path, file: IO[bytes]) -> Checkpoint:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # Torch names the class or function that it refused to import.
-        found = re.search(r"GLOBAL (\S+)", str(error))
         what = "is no checkpoint, or a damaged one"
-        if found:
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
             why = "which is not loaded because it could run code"
             what = f"holds more than tensors ({found[1]}), {why}"
         raise WeightsError(f"{path} {what}") from error
@@ -113,12 +106,7 @@ def _read_torch(path: Path, file: IO[bytes]) -> Checkpoint:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, all of it or nothing.
-
-    Raises:
-        ImportError: safetensors is not installed.
-        OSError: the file cannot be written.
-    """
+    """Write a safetensors file, all of it or nothing."""
     save = optional_import("safetensors.torch", "safetensors", f"writing {path}").save_file
     # Cloned, because tensors that share a storage cannot be written.
     own = {

@@ -17,8 +17,6 @@ import torch
 from backbones.common.files import replacing
 from backbones.weights.checkpoint import WeightsError
 
-__all__ = ["download", "local_file"]
-
 _TIMEOUT = 30.0  # seconds for a server to answer
 
 
@@ -61,11 +59,7 @@ def download(url: str) -> Path:
 
 
 def cached_path(url: str) -> Path:
-    """Where :func:`download` keeps the file of ``url``. Downloads nothing.
-
-    Raises:
-        WeightsError: no such kind of address.
-    """
+    """Where :func:`download` keeps the file of ``url``, which need not be there yet."""
     parts = urllib.parse.urlsplit(url)
     name = Path(urllib.parse.unquote(parts.path)).name
     if parts.scheme not in ("http", "https", "file") or not name:

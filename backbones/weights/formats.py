@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from backbones.engine.policies import blocks_of
 from backbones.weights.checkpoint import WeightsError
 
-__all__ = ["Layout", "convert_state_dict", "recognise"]
-
 Layout = Literal["own", "PySlowFast", "mmpretrain"]
 
 # Their names for our names, first match first. ``{block}`` is the i-th block of the model, in the

@@ -25,17 +25,6 @@ from backbones.weights.download import local_file
 from backbones.weights.formats import Layout, convert_state_dict, recognise
 from backbones.weights.resizing import Grid, grids_of, is_table, resize_positions, resize_tables
 
-__all__ = [
-    "CONFIG",
-    "LoadReport",
-    "build_described",
-    "build_saved",
-    "load_checkpoint",
-    "load_model",
-    "load_weights",
-    "save_weights",
-]
-
 # Entries of a safetensors file's metadata, both JSON: the model's name and arguments, and the
 # grids of its position embeddings, which the number of their rows does not tell.
 CONFIG = "backbones.config"
@@ -204,7 +193,6 @@ def _drop_head(tensors: dict[str, Tensor], own: dict[str, Tensor], report: LoadR
 def _check_names_and_shapes(
     tensors: dict[str, Tensor], own: dict[str, Tensor], allowed: Iterable[str]
 ) -> None:
-    """Raise an error with everything that does not fit."""
     problems = {
         "not in the file": own.keys() - tensors.keys() - set(allowed),
         "not in the model": tensors.keys() - own.keys(),
@@ -218,7 +206,7 @@ def _check_names_and_shapes(
         raise WeightsError("; ".join(found))
 
 
-def load_model(path: str | PathLike[str]) -> nn.Module:
+def load_model(path: str | PathLike[str] | Checkpoint) -> nn.Module:
     """Build the model that :func:`save_weights` wrote to ``path``, and load its weights.
 
     Raises:
@@ -226,11 +214,7 @@ def load_model(path: str | PathLike[str]) -> nn.Module:
             other tensors than that model.
         ImportError: safetensors is not installed.
     """
-    return build_saved(read_checkpoint(path))
-
-
-def build_saved(checkpoint: Checkpoint) -> nn.Module:
-    """As :func:`load_model`, of a checkpoint that was read already."""
+    checkpoint = read_checkpoint(path)
     if CONFIG not in checkpoint.metadata:
         raise WeightsError(
             f"{checkpoint.path} does not say which model it is of; use create_model(…) and "
@@ -245,11 +229,7 @@ def build_saved(checkpoint: Checkpoint) -> nn.Module:
 
 
 def build_described(checkpoint: Checkpoint, name: str, arguments: dict[str, Any]) -> nn.Module:
-    """The model that a checkpoint says it is of, with no less than all of its weights.
-
-    Raises:
-        WeightsError: there is no such model, or it has other weights.
-    """
+    """The model that a checkpoint says it is of, with no less than all of its weights."""
     path = checkpoint.path
     try:
         model = build(name, **arguments)
@@ -277,7 +257,6 @@ def save_weights(model: nn.Module, path: str | PathLike[str]) -> None:
         TypeError: arguments that JSON cannot hold.
     """
     metadata = {_GRIDS: json.dumps(grids_of(model))}
-    config = getattr(model, "config", None)
-    if config is not None:
+    if config := getattr(model, "config", None):
         metadata[CONFIG] = json.dumps(config)
     write_safetensors(Path(path).expanduser(), model.state_dict(), metadata)

@@ -12,10 +12,8 @@ from backbones.registry import name_of
 from backbones.weights.checkpoint import Checkpoint, WeightsError, read_checkpoint
 from backbones.weights.loading import build_described
 
-__all__ = ["build_pyslowfast", "from_pyslowfast"]
 
-
-def from_pyslowfast(path: str | PathLike[str]) -> nn.Module:
+def from_pyslowfast(path: str | PathLike[str] | Checkpoint) -> nn.Module:
     """Build the model of a PySlowFast checkpoint from the cfg inside it, and load its weights.
 
     Unlike the original, the model returns raw logits in eval mode too, without the softmax.
@@ -32,11 +30,7 @@ def from_pyslowfast(path: str | PathLike[str]) -> nn.Module:
             not have, or holds other tensors than that model.
         ImportError: PyYAML is not installed.
     """
-    return build_pyslowfast(read_checkpoint(path))
-
-
-def build_pyslowfast(checkpoint: Checkpoint) -> nn.Module:
-    """As :func:`from_pyslowfast`, of a checkpoint that was read already."""
+    checkpoint = read_checkpoint(path)
     if checkpoint.cfg is None:
         raise WeightsError(
             f"{checkpoint.path} has no PySlowFast cfg inside; use create_model(…) and "
@@ -72,12 +66,7 @@ _EXPECTED: dict[str, object] = {
 
 
 def _model_of_cfg(cfg: str) -> tuple[str, dict[str, Any]]:
-    """A registered name of that kind of model, of whatever size, and all of its arguments.
-
-    Raises:
-        WeightsError: no YAML; a key that is needed is missing; or a model that this package does
-            not have. The message names the key.
-    """
+    """A registered name of that kind of model, of whatever size, and all of its arguments."""
     yaml = optional_import("yaml", "pyyaml", "reading the cfg of a PySlowFast checkpoint")
     try:
         tree = yaml.safe_load(cfg)

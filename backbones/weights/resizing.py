@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from backbones.models.attention import resize_table
 from backbones.models.layers import PositionEmbedding, SpaceTimePositionEmbedding, resize_plane
 
-__all__ = ["Grid", "grids_of", "is_table", "resize_positions", "resize_tables"]
-
 Grid = tuple[int, int, int]  # T, H, W
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from backbones.__main__ import main
-from backbones.common.console import make_parser, parse_device, run_command
+from backbones.common.console import make_parser, run_command, try_device
 
 COMMANDS = ("zoo", "memory", "drift", "evaluate", "predict")
 
@@ -84,7 +84,7 @@ def test_the_exit_status_and_errors_in_one_line(capsys: pytest.CaptureFixture[st
 
 
 def test_devices() -> None:
-    assert parse_device("cpu").type == "cpu"
-    for text in ("cuda:99", "nothing"):
-        with pytest.raises(ValueError, match=f"--device {text} cannot be used here .*: --device c"):
-            parse_device(text)
+    assert try_device("cpu", "", "").type == "cpu"
+    for name in ("cuda:99", "nothing"):
+        with pytest.raises(ValueError, match=f"^x={name} cannot be used here .*: try another$"):
+            try_device(name, f"x={name}", "try another")
