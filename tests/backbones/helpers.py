@@ -22,6 +22,7 @@ SHAPE = (3, 5, DIM)
 SAVERS: list[tuple[MemoryPolicy, int]] = [("checkpoint", 0), ("reversible", 0), ("reversible", 1)]
 every_saver = pytest.mark.parametrize("policy, k", SAVERS)
 
+Capture = pytest.CaptureFixture[str]
 Streams = tuple[Tensor, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -153,7 +154,7 @@ def forward_hook(module: nn.Module, keep: list[Streams]) -> Iterator[None]:
         handle.remove()
 
 
-def refused(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+def refused(arguments: Sequence[str], capsys: Capture) -> str:
     """The one line with which ``python -m backbones`` refuses these arguments."""
     with pytest.raises(SystemExit) as stop:
         main([*arguments])

@@ -15,15 +15,11 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 # The class of each rank, likeliest first, by the colour of the image. Class 5 is that of no colour.
-RANKING = {
-    "red": (0, 1, 2, 3, 4, 5),
-    "green": (1, 2, 3, 4, 0, 5),
-    "blue": (2, 0, 4, 3, 1, 5),
-}
+RANKING = {"red": (0, 1, 2, 3, 4, 5), "green": (1, 2, 3, 4, 0, 5), "blue": (2, 0, 4, 3, 1, 5)}
 
 
-def colour_model(scale: float = 1.0, img_size: int | tuple[int, int] = 32) -> RevViT:
-    """A tiny model whose logits rank the classes as :data:`RANKING` says.
+def save_colour_model(file: Path, scale: float = 1.0, img_size: int | tuple[int, int] = 32) -> str:
+    """Save a tiny model whose logits rank the classes as :data:`RANKING` says.
 
     Its blocks add nothing. The first three channels of a token are the image's mean red, green and
     blue in [0, 1], and the head turns the largest of them into the ranks.
@@ -44,13 +40,8 @@ def colour_model(scale: float = 1.0, img_size: int | tuple[int, int] = 32) -> Re
         for channel, ranking in enumerate(RANKING.values()):
             for rank, label in enumerate(ranking):
                 model.head.weight[label, channel] = -scale * rank
-    return model
-
-
-def save_colour_model(folder: Path) -> str:
-    path = folder / "colours.safetensors"
-    backbones.save_weights(colour_model(), path)
-    return str(path)
+    backbones.save_weights(model, file)
+    return str(file)
 
 
 def save_image(path: Path, colour: str, size: tuple[int, int] = (40, 48)) -> Path:

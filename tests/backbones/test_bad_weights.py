@@ -64,11 +64,8 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
 def test_code_in_a_pickle_is_not_run(save: Callable[[Any, Path], Any], tmp_path: Path) -> None:
     file, made = tmp_path / "code.pyth", tmp_path / "made"
     save({**read(VIT), "cfg": Code(made)}, file)
-    refuse(
-        tiny(),
-        file,
-        r"holds more than tensors \(.*\), which is not loaded because it could run code",
-    )
+    why = "which is not loaded because it could run code"
+    refuse(tiny(), file, rf"holds more than tensors \(.*\), {why}")
     with pytest.raises(WeightsError):
         backbones.from_pyslowfast(file)
     assert not made.exists()
@@ -171,16 +168,14 @@ def test_bad_metadata(tmp_path: Path) -> None:
     for grids in ("{", "3", '{"pos_embed.weight": 3}', '{"pos_embed.weight": [1, "a", 2]}'):
         save_file(model.state_dict(), file, metadata={"backbones.grids": grids})
         refuse(model, file, "metadata is damaged")
+    small = '{"name": "rev_vit_small", "arguments": %s}'
     for config, message in (
         ("{", "metadata is damaged"),
         ("[]", "metadata is damaged"),
         ('{"name": ["a"], "arguments": {}}', "cannot be built"),
         ('{"name": "rev_vit_smal", "arguments": {}}', "did you mean rev_vit_small"),
-        (
-            '{"name": "rev_vit_small", "arguments": {"pretrained": true}}',
-            "no argument 'pretrained'",
-        ),
-        ('{"name": "rev_vit_small", "arguments": {"depth": 1, "img_size": 32}}', "does not fit"),
+        (small % '{"pretrained": true}', "no argument 'pretrained'"),
+        (small % '{"depth": 1, "img_size": 32}', "does not fit"),
     ):
         save_file(model.state_dict(), file, metadata={"backbones.config": config})
         with pytest.raises(WeightsError, match=message):

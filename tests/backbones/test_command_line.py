@@ -11,14 +11,13 @@ import pytest
 
 from backbones.__main__ import main
 from backbones.common.console import make_parser, run_command, try_device
+from tests.backbones.helpers import Capture
 
 COMMANDS = ("zoo", "memory", "drift", "evaluate", "predict")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_teaches(
-    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_help_teaches(command: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -30,8 +29,8 @@ def test_help_teaches(
     assert max(map(len, captured.out.splitlines())) <= 100
 
 
-def test_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    """By --help, and on stderr by the bare command, which did nothing."""
+def test_the_commands_are_listed(capsys: Capture) -> None:
+    """By --help; on stderr by the bare command, which did nothing, and for an unknown one."""
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     shown = capsys.readouterr().out
@@ -41,9 +40,6 @@ def test_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", shown)
-
-
-def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["probe"])
     assert stop.value.code == 2 and "choose from 'zoo', 'memory'" in capsys.readouterr().err
@@ -63,7 +59,7 @@ def test_only_the_chosen_command_is_imported() -> None:
     assert done.stdout.splitlines()[1].startswith("vit_tiny ")
 
 
-def test_the_exit_status_and_errors_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exit_status_and_errors_in_one_line(capsys: Capture) -> None:
     def run(work: Callable[[argparse.Namespace], int | None]) -> int:
         return run_command(make_parser("x", ""), work, [])
 

@@ -104,9 +104,7 @@ def test_several_at_once_download_it_once(server: str, cache: Path) -> None:
     assert len(list(cache.iterdir())) == 2 * 20, "a partial file is left"
 
 
-def test_without_a_network_the_error_says_where_to_put_the_file(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_a_network_it_says_where_to_put_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/REV_VIT_S.pyth"
@@ -140,9 +138,7 @@ def test_addresses(cache: Path) -> None:
             download(url)
 
 
-def test_create_model_pretrained(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_pretrained(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     release(monkeypatch, VIT.as_uri())
     with caplog.at_level(logging.INFO, "backbones"):
         model = create_model("rev_vit_small", pretrained=True, num_classes=7, **TINY)

@@ -10,6 +10,7 @@ import pytest
 from backbones.common.console import name_unreadable
 from backbones.common.errors import UserError
 from backbones.common.files import cut_lines, find_files, replacing, write_json
+from tests.backbones.helpers import Capture
 
 
 @pytest.fixture
@@ -70,9 +71,7 @@ def test_lines_that_are_not_kept_are_cut_and_half_a_line_too(tmp_path: Path) -> 
     assert file.read_text() == "step\n2\n"
 
 
-def test_many_unreadable_files_are_counted_and_some_named(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_many_unreadable_files_are_counted_and_some_named(capsys: Capture) -> None:
     name_unreadable({}, None)
     assert capsys.readouterr().err == ""
     unreadable = {f"{i}.png": "damaged" for i in range(1021)}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import backbones
 from backbones import create_model, from_pyslowfast, load_model, load_weights, save_weights
-from backbones.weights.checkpoint import read_checkpoint
+from backbones.weights.checkpoint import WeightsError, read_checkpoint
 from tests.backbones.helpers import assert_near
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -111,13 +111,11 @@ def test_from_pyslowfast_with_relative_positions(path: Path, tmp_path: Path) -> 
     assert (model(x) - plain(x)).abs().max() > 1e-3
     if path == VIDEO:
         save_as_pyslowfast(tmp_path / "x.pyth", tensors, path, **{**cfg, "REL_POS_TEMPORAL": False})
-        with pytest.raises(backbones.WeightsError, match=r"TEMPORAL False with .*SPATIAL True"):
+        with pytest.raises(WeightsError, match=r"TEMPORAL False with .*SPATIAL True"):
             from_pyslowfast(tmp_path / "x.pyth")
 
 
-def test_from_pyslowfast_tells_what_a_cfg_lacks_or_asks_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_cfg_lacks_or_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = read(VIT)
 
     def from_cfg(old: str, new: str) -> None:
@@ -138,11 +136,11 @@ def test_from_pyslowfast_tells_what_a_cfg_lacks_or_asks_for(
         ("DEPTH: 3", "DEPTH: 2", "not in the model: .*layers.2"),
         ("MVIT:", "MVIT: [", "no YAML"),
     ):
-        with pytest.raises(backbones.WeightsError, match=message):
+        with pytest.raises(WeightsError, match=message):
             from_cfg(old, new)
     # The published Kinetics configuration says so, although its model has no class token.
     from_cfg("CLS_EMBED_ON: false", "CLS_EMBED_ON: true")
-    with pytest.raises(backbones.WeightsError, match="no PySlowFast cfg"):
+    with pytest.raises(WeightsError, match="no PySlowFast cfg"):
         from_pyslowfast(MMPRETRAIN)
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(ImportError, match="pip install pyyaml"):
@@ -166,9 +164,8 @@ def test_prefixes_and_plain_state_dicts(path: Path, tmp_path: Path) -> None:
 
 def test_containers(tmp_path: Path) -> None:
     """A run's other entries stay in reach: of Detectron2's checkpoints, for one."""
-    tensors = tiny().state_dict()
+    tensors, file = tiny().state_dict(), tmp_path / "run.pth"
     for container in ("model_state", "state_dict", "model"):
-        file = tmp_path / "run.pth"
         torch.save({container: tensors, "iteration": 3}, file)
         checkpoint = read_checkpoint(str(file))
         assert checkpoint.tensors.keys() == tensors.keys() and checkpoint.content["iteration"] == 3
@@ -198,21 +195,17 @@ def test_positions_are_resized_as_at_run_time(tmp_path: Path) -> None:
 
     # A rectangle, whose sides the number of its rows does not tell, from and to our own format.
     save_weights(large, tmp_path / "large.safetensors")
-    tall = tiny(img_size=(64, 48))
-    assert load_weights(tall, tmp_path / "large.safetensors").resized == {
-        "pos_embed.weight": "from 6×8 to 8×6"
-    }
+    report = load_weights(tiny(img_size=(64, 48)), tmp_path / "large.safetensors")
+    assert report.resized == {"pos_embed.weight": "from 6×8 to 8×6"}
     torch.save(large.state_dict(), tmp_path / "large.pth")
-    with pytest.raises(backbones.WeightsError, match="another shape: pos_embed"):
+    with pytest.raises(WeightsError, match="another shape: pos_embed"):
         load_weights(small, tmp_path / "large.pth")
 
 
 def test_positions_in_time_are_resized() -> None:
     model = from_pyslowfast(VIDEO).eval()
-    config = model.config
-    other = create_model(
-        config["name"], **{**config["arguments"], "num_frames": 10, "img_size": 96}
-    ).eval()
+    arguments = {**model.config["arguments"], "num_frames": 10, "img_size": 96}
+    other = create_model(model.config["name"], **arguments).eval()
     report = load_weights(other, VIDEO)
     assert report.resized == {
         "pos_embed.spatial.weight": "from 16×16 to 24×24",
@@ -284,14 +277,12 @@ def test_our_own_format_without_a_name(tmp_path: Path, monkeypatch: pytest.Monke
     file = tmp_path / "model.safetensors"
     save_weights(model, file)
     load_weights(model, file)
-    with pytest.raises(backbones.WeightsError, match="does not say which model"):
+    with pytest.raises(WeightsError, match="does not say which model"):
         load_model(file)
     model = tiny()
     model.head = nn.Linear(64, 9)
     save_weights(model, file)
-    with pytest.raises(
-        backbones.WeightsError, match=r"describes: head\.bias: 9 classes, .* 5; .* 5$"
-    ):
+    with pytest.raises(WeightsError, match=r"describes: head\.bias: 9 classes, .* 5; .* 5$"):
         load_model(file)
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ImportError, match="pip install safetensors"):
