@@ -1,19 +1,100 @@
-"""Every recipe builds what it is named after."""
+"""Every recipe trains and tests as it stands, and builds what it is named after."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 import backbones
+from backbones.registry import MODELS
 from revvideo.config import load_config
 from revvideo.data.transforms import TestTransform, TrainTransform
 from revvideo.models import build_model
+from revvideo.run import main
+from tests.revvideo.tiny_set import CLASSES, losses, results
 
 ROOT = Path("configs/video")
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("*/*.yaml"))
+
+# What makes a run small. Augmentations, views, schedule and precision are those of the recipe.
+TINY = {"embed_dim": 8, "depth": 4, "transitions": [1, 3], "kv_stride": 2}
+SHRINK = [
+    "data.crop_size=32",
+    "data.decode_short_side=32",
+    "data.workers=0",
+    f"model.arguments={TINY}",
+    "optim.batch_size=4",
+    "optim.max_steps=2",
+    "train.device=cpu",
+    "train.log_every=1",
+    "test.short_side=32",
+]
+
+# How the videos lie, in each of the layouts that people have; folders of classes where none is
+# named. The labels of a list are those of the model, which may have more classes.
+LAYOUTS = {
+    "finetune/ucf101.yaml": "ucf101",
+    "kinetics400/rev_mvit_b_16x4.yaml": "list",
+    "kinetics600/rev_mvit_b_32x3.yaml": "csv",
+}
+
+
+def lay_out(videos: Path, folder: Path, layout: str) -> list[str]:
+    """Describe the small set in ``folder`` as people have theirs; gives the overrides for it."""
+    if layout == "folders":
+        return [f"data.root={videos}"]
+    for split, name in (("train", "trainlist01.txt"), ("val", "testlist01.txt")):
+        lines = {"ucf101": [], "list": [], "csv": ["label,youtube_id,time_start,time_end,split"]}
+        for path in sorted(videos.glob(f"{split}/*/*.mp4")):
+            kind, label = path.parent.name, CLASSES.index(path.parent.name)
+            copy = folder / "UCF-101" / kind / f"{split}{path.name}"
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.symlink_to(path)
+            lines["ucf101"].append(f"{kind}/{copy.name} {label + 1}")
+            lines["list"].append(f"{path} {label}")
+            lines["csv"].append(f"{kind},{path.stem},0,10,{split}")
+        file = name if layout == "ucf101" else f"{split}.csv"
+        (folder / file).write_text("\n".join(lines[layout]))
+    if layout == "ucf101":
+        return [f"data.root={folder / 'UCF-101'}", f"data.annotations={folder}/{{split}}01.txt"]
+    annotations = f"data.annotations={folder}/{{split}}.csv"
+    return [f"data.root={videos}", f"data.layout={layout}", annotations]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [
+        *((recipe, []) for recipe in RECIPES),
+        # What no recipe names.
+        ("demo/motion.yaml", ["test.crops=3", "optim.ema=0.5", "augment.color_jitter=0.4"]),
+    ],
+)
+def test_a_recipe_trains_two_steps_and_is_tested(
+    recipe: str, more: list[str], videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("revvideo.training.results.draw_curves", lambda *_: None)
+    own = load_config(ROOT / recipe)
+    layout, output = LAYOUTS.get(recipe, "folders"), tmp_path / "run"
+    overrides = [*SHRINK, *more, f"train.output_dir={output}"]
+    overrides += lay_out(videos, tmp_path, layout)
+    if own.model.num_classes and layout != "list":
+        overrides.append("model.num_classes=3")
+    if own.model.weights:
+        # In the place of the released file: of other classes, so that its head is left out.
+        other = backbones.create_model(own.model.name, num_classes=5, **TINY)
+        backbones.save_weights(other, tmp_path / "weights.safetensors")
+        overrides.append(f"model.weights={tmp_path / 'weights.safetensors'}")
+    assert main(["--config", str(ROOT / recipe), *overrides]) == 0
+    found = results(output)
+    assert found["run"]["steps"] == 2 and found["left_out"] == {}
+    assert sorted(losses(output)) == [0, 1] and all(map(math.isfinite, losses(output).values()))
+    used = load_config(output / "config.yaml")
+    assert found["test"]["videos"] == found["test"]["of"] == 7
+    assert found["test"]["clips"] == own.test.clips and found["test"]["crops"] == used.test.crops
+    assert more or used.augment == own.augment
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -55,6 +136,7 @@ def test_the_published_settings():
     assert (config.augment.mixup, config.augment.cutmix) == (0.8, 1.0)
     assert config.augment.rand_augment == "rand-m7-n4-mstd0.5-inc1"
     assert (config.test.clips, config.test.crops, config.test.short_side) == (5, 1, 256)
+    assert config.test.published_top1 == MODELS["rev_mvit_base_16x4"].top1
 
 
 def test_the_twin_differs_in_the_coupling():
