@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import random
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -33,7 +33,7 @@ KINETICS_FPS = 30.0
 
 @dataclass(frozen=True)
 class _Clips:
-    """What samplers of clips have in common.
+    """A sampler of clips.
 
     Attributes:
         frames: of a clip.
@@ -48,8 +48,7 @@ class _Clips:
     def _clip(self, timestamps: Sequence[float], part: float, whole: int) -> list[int]:
         """The clip that starts at ``part / whole`` of the latest start."""
         latest = max(timestamps[-1] - (self.frames - 1) * self.stride / KINETICS_FPS, 0.0)
-        # From the time of a frame on, so that rounded timestamps (Matroska: milliseconds) do no
-        # harm.
+        # From the time of a frame on: rounded timestamps (Matroska: milliseconds) do no harm.
         first = timestamps[_nearest(timestamps, latest * part / whole)]
         times = [first + i * self.stride / KINETICS_FPS for i in range(self.frames)]
         return [_nearest(timestamps, time) for time in times]
@@ -60,7 +59,6 @@ class RandomClip(_Clips):
     """A clip that starts anywhere in the video, drawn from torch's global generator.
 
     Attributes:
-        frames, stride: of the clip.
         views: how often to give it, for repeated augmentation.
     """
 
@@ -79,7 +77,6 @@ class UniformClips(_Clips):
     the last of ``n`` clips starts at ``(n - 1) / n`` of the latest start.
 
     Attributes:
-        frames, stride: of each clip.
         clips: how many.
     """
 
@@ -145,13 +142,17 @@ class ClipDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         index, position = key
         path = os.fsdecode(self._paths[index])
-        video, problem = None, ""
-        try:
-            with _seeded(seed_of(self.seed, position)):
+        video, label, problem = None, int(self._labels[index]), ""
+        seed = seed_of(self.seed, position)
+        with isolate_rng(include_cuda=False):
+            # Not torch.manual_seed, which would seed the generators of the GPUs as well.
+            torch.default_generator.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+            try:  # in here: an error that leaves isolate_rng would pass its end by
                 video = self._views(os.path.join(self.root, path), index)
-        except VideoError as error:
-            problem = error.reason
-        label = int(self._labels[index])
+            except VideoError as error:
+                problem = error.reason
         return {"video": video, "label": label, "index": index, "path": path, "problem": problem}
 
     def _views(self, path: str, index: int) -> Tensor:
@@ -186,19 +187,3 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "index": repeated("index"),
         "problems": [(s["path"], s["problem"]) for s in samples if s["video"] is None],
     }
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed the global CPU generators, and put them back afterwards."""
-    python, numpy_ = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would seed the generators of the GPUs as well.
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy_)

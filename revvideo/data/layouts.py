@@ -12,14 +12,15 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from backbones.common.errors import UserError, near_names, some_of
 
 Layout = Literal["auto", "folders", "list", "csv"]
-Entries = list[tuple[str, int]]
+Entries = list[tuple[str, int]]  # path and label
+_Named = list[tuple[str, str]]  # path and class
 
 _VIDEO_NAME = re.compile(
     r".*\.(3gp|avi|flv|m2ts|m4v|mkv|mov|mp4|mpe?g|mts|ogv|ts|vob|webm|wmv)", re.IGNORECASE
@@ -53,8 +54,7 @@ def find_videos(
     Args:
         root: the folder that holds the set.
         split: ``train``, ``val``, ``test``, …
-        annotations: see above.
-        layout: see above.
+        annotations, layout: see above.
         classes: the names that labels stand for, where they are known: of the training set, when
             this is the validation set. Otherwise they are found and sorted by name, with ``_``
             taken for a space, which for Kinetics is the order of the released weights.
@@ -72,14 +72,20 @@ def find_videos(
     file = _annotation_file(root, split, annotations, layout)
     if layout == "auto":
         layout = "folders" if file is None else _guess_layout(file)
-    if layout == "folders":
-        names, entries = _folders(root, split, file, classes)
-    elif file is None:
+    if file is None and layout != "folders":
         tried = ", ".join(_candidates(split))
         raise UserError(f"no annotations for split {split!r} in {root}: tried {tried}; name yours")
+    if file is not None and layout == "list":
+        entries = _listed(root, split, file, classes)
+        names = list(_names_of(entries) if classes is None else classes)
     else:
-        read = _list if layout == "list" else _kinetics
-        names, entries = read(root, split, file, classes)
+        if file is not None and layout == "csv":
+            found, named = _kinetics(root, split, file)
+        else:
+            found, named = _folders(root, split, file)
+        names = list(sorted(found, key=_order) if classes is None else classes)
+        labels = _labels_by_name(names, found, file or root / split)
+        entries = [(path, labels.get(name, -1)) for path, name in named]
     if not entries:
         raise UserError(f"split {split!r} of {root} holds no video: check the folder and the split")
     return names, entries
@@ -98,9 +104,7 @@ def splits_of(root: str | os.PathLike[str]) -> list[str]:
     """
     root = _existing_folder(root)
     usual = ("train", "val", "test")
-    found = [
-        split for split in usual if _subfolders(root / split) or _annotation_file(root, split, None)
-    ]
+    found = [s for s in usual if _subfolders(root / s) or _annotation_file(root, s, None)]
     if not found:
         raise UserError(f"{root} holds none of the splits {', '.join(usual)}: name yours, --split")
     return found
@@ -147,18 +151,16 @@ def _order(name: str) -> str:
     return name.replace("_", " ").strip()
 
 
-def _labels_by_name(classes: Sequence[str], found: Iterable[str], where: object) -> dict[str, int]:
-    """The label of each of the names in ``found``."""
-    known = {_order(name): label for label, name in enumerate(classes)}
-    labels = {}
-    for name in found:
+def _labels_by_name(names: Sequence[str], found: Collection[str], where: Path) -> dict[str, int]:
+    """The label of each of the names that were found."""
+    known = {_order(name): label for label, name in enumerate(names)}
+    for name in sorted(found):
         if _order(name) not in known:
             raise UserError(
-                f"class {name!r} in {where} is none of the {len(classes)} classes of the model, "
-                f"such as {some_of(near_names(name, classes))}: rename it, or take it out"
+                f"class {name!r} in {where} is none of the {len(names)} classes of the model, such "
+                f"as {some_of(near_names(name, names))}: rename it, or take it out"
             )
-        labels[name] = known[_order(name)]
-    return labels
+    return {name: known[_order(name)] for name in found}
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -167,9 +169,7 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(where, name) for name in sorted(files) if name[0] != ".")
 
 
-def _folders(
-    root: Path, split: str, file: Path | None, classes: Sequence[str] | None
-) -> tuple[list[str], Entries]:
+def _folders(root: Path, split: str, file: Path | None) -> tuple[Collection[str], _Named]:
     base = root / split
     if not _subfolders(base):
         if file is None:
@@ -180,37 +180,82 @@ def _folders(
             )
         base = root
     found = sorted(_subfolders(base), key=_order)
-    names = list(found if classes is None else classes)
-    labels = _labels_by_name(names, found, base)
-    if file is None:
-        return names, [
-            (str(path.relative_to(root)), labels[path.relative_to(base).parts[0]])
-            for path in _in_folders(base)
-        ]
+    named = []
+    if file is not None:
+        for number, line in _lines(file):
+            path = re.sub(r"[\s,]-?\d+$", "", line).rstrip()
+            name = Path(path).parts[0]
+            if name not in found:
+                raise UserError(f"{file}, line {number}: {base} has no folder {name!r} for {path}")
+            named.append((os.path.relpath(base / path, root), name))
+        return found, named
+    others: Counter[str] = Counter()
+    for name in found:
+        for each in _files(base / name):
+            if has_video_extension(each):
+                named.append((str(each.relative_to(root)), name))
+            else:
+                others[each.suffix] += 1
+    if others:
+        counts = ", ".join(f"{count:,} with {suffix!r}" for suffix, count in others.items())
+        _logger.warning("%s: passed over files without the extension of a video, %s", base, counts)
+    return found, named
+
+
+def _kinetics(root: Path, split: str, file: Path) -> tuple[Collection[str], _Named]:
+    rows = list(csv.DictReader(io.StringIO(_text(file))))
+    missing = {"youtube_id", "time_start", "time_end"} - set(rows[0] if rows else ())
+    if missing:
+        raise UserError(f"{file} has no column {', '.join(sorted(missing))}")
+    splits = {_canonical(row["split"]) for row in rows if row.get("split")}
+    if splits:
+        if _canonical(split) not in splits:
+            raise UserError(f"{file} has no split {split!r}, only {', '.join(sorted(splits))}")
+        rows = [row for row in rows if _canonical(row["split"]) == _canonical(split)]
+    base = root / split if (root / split).is_dir() else root
+    files = {path.stem: path for path in _files(base) if has_video_extension(path)}
+    named = []
+    for row in rows:
+        name = row["youtube_id"]
+        try:
+            start, end = (int(float(row[key])) for key in ("time_start", "time_end"))
+        except (TypeError, ValueError) as error:  # TypeError: the line ends before it
+            raise UserError(f"{file}: the time of {name} is no number ({error})") from error
+        stem = f"{name}_{start:06d}_{end:06d}"
+        path = files.get(stem) or files.get(name) or base / f"{stem}.mp4"
+        named.append((str(path.relative_to(root)), row.get("label") or ""))
+    return {label for _, label in named if label}, named
+
+
+def _canonical(split: str) -> str:
+    return _SPLIT_NAMES.get(split.lower(), split.lower())
+
+
+def _listed(root: Path, split: str, file: Path, classes: Sequence[str] | None) -> Entries:
     entries = []
     for number, line in _lines(file):
-        relative = re.sub(r"[\s,]-?\d+$", "", line).rstrip()
-        name = Path(relative).parts[0]
-        if name not in labels:
-            raise UserError(f"{file}, line {number}: {base} has no folder {name!r} for {relative}")
-        entries.append((os.path.relpath(base / relative, root), labels[name]))
-    return names, entries
+        where = f"{file}, line {number}"
+        match = re.fullmatch(r"(.*?)(?:\s+|\s*,\s*)(-?\d+)", line)
+        if match is None or int(match[2]) < -1:
+            raise UserError(f"{where}: {line!r} is not `path label`, labels counting from 0")
+        path, label = match[1], int(match[2])
+        if classes is not None and label >= len(classes):
+            raise UserError(f"{where}: label {label} with the {len(classes)} classes of the model")
+        if not (root / path).exists() and (root / split / path).exists():
+            path = os.path.join(split, path)
+        entries.append((path, label))
+    return entries
 
 
-def _in_folders(base: Path) -> list[Path]:
-    """The files in the folder of a split that have the extension of a video."""
-    passed_over: Counter[str] = Counter()
-    paths = []
-    for name in sorted(_subfolders(base), key=_order):
-        for path in _files(base / name):
-            if has_video_extension(path):
-                paths.append(path)
-            else:
-                passed_over[path.suffix] += 1
-    if passed_over:
-        counts = ", ".join(f"{count:,} with {suffix!r}" for suffix, count in passed_over.items())
-        _logger.warning("%s: passed over files without the extension of a video, %s", base, counts)
-    return paths
+def _names_of(entries: Entries) -> list[str]:
+    """A name for each label: that of the folder of its videos, if each has one of its own."""
+    folders: dict[int, set[str]] = {}
+    for path, label in entries:
+        folders.setdefault(label, set()).add(Path(path).parent.name)
+    own = {label: next(iter(names)) for label, names in folders.items() if len(names) == 1}
+    if len(own) < len(folders) or len(set(own.values())) < len(own):
+        own = {}
+    return [own.get(label, str(label)) for label in range(max(folders, default=-1) + 1)]
 
 
 def _text(file: Path) -> str:
@@ -224,74 +269,3 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(_text(file).splitlines(), 1):
         if line.strip():
             yield number, line.strip()
-
-
-def _list(
-    root: Path, split: str, file: Path, classes: Sequence[str] | None
-) -> tuple[list[str], Entries]:
-    entries = []
-    for number, line in _lines(file):
-        match = re.fullmatch(r"(.*?)(?:\s+|\s*,\s*)(-?\d+)", line)
-        if match is None or int(match[2]) < -1:
-            raise UserError(
-                f"{file}, line {number}: {line!r} is not `path label`, labels counting from 0"
-            )
-        label = int(match[2])
-        if classes is not None and label >= len(classes):
-            raise UserError(
-                f"{file}, line {number}: label {label} with the {len(classes)} classes of the model"
-            )
-        entries.append((_existing(root, split, match[1]), label))
-    return list(_names_of(entries) if classes is None else classes), entries
-
-
-def _existing(root: Path, split: str, path: str) -> str:
-    if not (root / path).exists() and (root / split / path).exists():
-        return os.path.join(split, path)
-    return path
-
-
-def _names_of(entries: Entries) -> list[str]:
-    """A name for each label: that of the folder of its videos, if each has one of its own."""
-    number = max((label for _, label in entries), default=-1) + 1
-    folders: dict[int, set[str]] = {}
-    for path, label in entries:
-        folders.setdefault(label, set()).add(Path(path).parent.name)
-    names = [next(iter(of_label)) for of_label in folders.values()]
-    if all(len(of_label) == 1 for of_label in folders.values()) and len(set(names)) == len(names):
-        return [next(iter(folders[i])) if i in folders else str(i) for i in range(number)]
-    return [str(label) for label in range(number)]
-
-
-def _kinetics(
-    root: Path, split: str, file: Path, classes: Sequence[str] | None
-) -> tuple[list[str], Entries]:
-    rows = list(csv.DictReader(io.StringIO(_text(file))))
-    missing = {"youtube_id", "time_start", "time_end"} - set(rows[0] if rows else ())
-    if missing:
-        raise UserError(f"{file} has no column {', '.join(sorted(missing))}")
-    splits = {_canonical(row["split"]) for row in rows if row.get("split")}
-    if splits:
-        if _canonical(split) not in splits:
-            raise UserError(f"{file} has no split {split!r}, only {', '.join(sorted(splits))}")
-        rows = [row for row in rows if _canonical(row["split"]) == _canonical(split)]
-    found = {row["label"] for row in rows if row.get("label")}
-    names = list(sorted(found, key=_order) if classes is None else classes)
-    labels = _labels_by_name(names, sorted(found), file)
-    base = root / split if (root / split).is_dir() else root
-    files = {path.stem: path for path in _files(base) if has_video_extension(path)}
-    entries = []
-    for row in rows:
-        name = row["youtube_id"]
-        try:
-            start, end = (int(float(row[key])) for key in ("time_start", "time_end"))
-        except (TypeError, ValueError) as error:  # TypeError: the line ends before it
-            raise UserError(f"{file}: the time of {name} is no number ({error})") from error
-        stem = f"{name}_{start:06d}_{end:06d}"
-        path = files.get(stem) or files.get(name) or base / f"{stem}.mp4"
-        entries.append((str(path.relative_to(root)), labels.get(row.get("label") or "", -1)))
-    return names, entries
-
-
-def _canonical(split: str) -> str:
-    return _SPLIT_NAMES.get(split.lower(), split.lower())

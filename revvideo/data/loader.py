@@ -1,4 +1,4 @@
-"""Which videos each process reads, in training and in testing, and where it goes on after a stop.
+"""Which videos each process reads, in training and in testing.
 
 torch's ``DistributedSampler`` repeats videos where they do not divide evenly among the processes,
 and starts an interrupted epoch over.
@@ -48,11 +48,8 @@ class ResumableSampler(Sampler[tuple[int, int]]):
                 f"{size} readable training videos do not fill one batch of {batch_size} on each "
                 f"of {world_size} processes: set a smaller optim.batch_size, or add videos"
             )
-        self.size = size
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = size // (batch_size * world_size)
         self.epoch = 0
         self.start_step = 0
@@ -128,15 +125,13 @@ class TestBatches(Sampler[list[tuple[int, int]]]):
     __test__ = False  # no test case, whatever pytest takes its name for
 
     def __init__(self, size: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
-        self._indices = range(rank, size, world_size)
-        self._batch_size = batch_size
-        largest = -(-size // world_size)
-        self._count = -(-largest // batch_size)
+        indices = [(index, index) for index in range(rank, size, world_size)]
+        largest = -(-size // world_size)  # of all processes
+        starts = range(0, largest, batch_size)
+        self._batches = [indices[start : start + batch_size] for start in starts]
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for start in range(0, self._count * self._batch_size, self._batch_size):
-            indices = self._indices[start : start + self._batch_size]
-            yield [(index, index) for index in indices]
+        return iter(self._batches)

@@ -62,11 +62,7 @@ class VideoData(pl.LightningDataModule):
         self._prepared = False
 
     def prepare_data(self) -> None:
-        """Open the videos and write the manifests; on the first process only.
-
-        Raises:
-            UserError: there are no videos, or none that can be used.
-        """
+        """Open the videos and write the manifests; on the first process only."""
         data = self.config.data
         if not data.root or not Path(data.root).is_dir():
             problem = "there is no such folder" if data.root else "it is not set"
@@ -94,11 +90,9 @@ class VideoData(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the manifests, and check that batches come out even."""
-        self._manifests = {
-            split: load_manifest(self._manifest_path(split)) for split in self._splits()
-        }
-        first = next(iter(self._manifests.values()))
-        self.classes = self.classes or first.classes
+        splits = self._splits()
+        self._manifests = {split: load_manifest(self._manifest_path(split)) for split in splits}
+        self.classes = self.classes or self._manifests[splits[0]].classes
         self.val_total = sum(record.label >= 0 for record in self._val.records)
         if not self.val_records:
             split = self.config.data.val_split
@@ -154,7 +148,7 @@ class VideoData(pl.LightningDataModule):
         clips = RandomClip(data.num_frames, data.stride, augment.repeats)
         return ResumableLoader(
             self._dataset(self._train, clips, TrainTransform(augment, data)),
-            batch_size=self.loader_batch_size,
+            self.loader_batch_size,
             sampler=self._train_sampler(),
             batches_per_step=self.config.optim.accumulate,
             **self._workers(),
@@ -176,14 +170,9 @@ class VideoData(pl.LightningDataModule):
         return DataLoader(dataset, batch_sampler=batches, **self._workers())
 
     def _dataset(self, manifest: Manifest, clips: Any, transform: Any) -> ClipDataset:
-        return ClipDataset(
-            manifest.usable,
-            manifest.root,
-            clips,
-            transform,
-            short_side=self.config.data.decode_short_side or None,
-            seed=self.config.train.seed,
-        )
+        short_side, seed = self.config.data.decode_short_side or None, self.config.train.seed
+        videos, root = manifest.usable, manifest.root
+        return ClipDataset(videos, root, clips, transform, short_side=short_side, seed=seed)
 
     def _train_sampler(self) -> ResumableSampler:
         videos = self.loader_batch_size * self.config.optim.accumulate
