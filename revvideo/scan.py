@@ -50,19 +50,12 @@ def _scan_all(options: argparse.Namespace) -> None:
     one = len(options.data) == 1 and len(options.split or ()) == 1
     if not one and (options.annotations or options.output):
         raise UserError("--annotations and --output go with one DATA and one --split")
+    how = {name: getattr(options, name) for name in ("annotations", "layout", "workers")}
     for root in options.data:
         classes = None
         for split in options.split or splits_of(root):
             path = options.output or default_manifest(root, split)
-            manifest = scan(
-                root,
-                split,
-                options.annotations,
-                layout=options.layout,
-                classes=classes,
-                workers=options.workers,
-                manifest_path=path,
-            )
+            manifest = scan(root, split, classes=classes, manifest_path=path, **how)
             classes = manifest.classes  # those of the first split, which is the training set
             print(f"{root}, {split}: {describe(manifest)}\nwrote {path}")
 

@@ -80,15 +80,12 @@ class Manifest:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         header = {"format": _FORMAT, "root": str(self.root), "classes": self.classes}
-        with (
-            replacing(path) as partial,
-            partial.open("w", newline="", encoding="utf-8") as file,
-        ):
+        columns = [field.name for field in fields(VideoRecord)]
+        with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             file.write(f"# {json.dumps(header, ensure_ascii=False)}\n")
-            writer = csv.writer(file, lineterminator="\n")
-            names = [field.name for field in fields(VideoRecord)]
-            writer.writerow(names)
-            writer.writerows([getattr(record, name) for name in names] for record in self.records)
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(map(vars, self.records))
 
 
 def load_manifest(path: str | os.PathLike[str]) -> Manifest:

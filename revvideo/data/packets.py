@@ -181,18 +181,13 @@ def read_index(container: InputContainer, stream: VideoStream) -> PacketIndex:
 
 
 def _what_is_missing(
-    container: InputContainer,
-    stream: VideoStream,
-    packets: int,
-    broken: bool,
-    latest: int,
-    end: int,
+    container: InputContainer, stream: VideoStream, count: int, broken: bool, latest: int, end: int
 ) -> str:
     entries = stream.index_entries  # in mp4, mov and avi one for each packet
     if len(entries) and entries[-1].timestamp > latest:
-        return f"is cut off after {packets} of {len(entries)} frames"
+        return f"is cut off after {count} of {len(entries)} frames"
     if broken:
-        return f"is cut off or damaged after {packets} frames"
+        return f"is cut off or damaged after {count} frames"
     seconds = float(end * (stream.time_base or 0))
     duration = _promised_duration(container, stream)
     if duration - seconds > max(0.5, 0.1 * duration):

@@ -34,7 +34,7 @@ def scan(
 
     Args:
         root, split, annotations, layout, classes: as for ``find_videos``.
-        workers: processes that open files; as many as there are cores if None.
+        workers: processes that open files; None for one per core.
         manifest_path: where to write the manifest. If it is there already, it says which files
             need not be opened again: readable ones of the same size and time of change.
 
@@ -51,11 +51,9 @@ def scan(
         if before.root == Path(root).absolute():
             known = {record.path: record for record in before.readable}
     files = _Files(Path(root).absolute(), entries, known)
-    if workers is None:
-        workers = os.cpu_count() or 1
-    loader: DataLoader[VideoRecord] = DataLoader(
-        files, batch_size=None, num_workers=min(workers, len(files) // _FILES_PER_WORKER)
-    )
+    most = (os.cpu_count() or 1) if workers is None else workers
+    workers = min(most, len(files) // _FILES_PER_WORKER)
+    loader: DataLoader[VideoRecord] = DataLoader(files, batch_size=None, num_workers=workers)
     records = list(tqdm(loader, desc=f"scanning {split}", unit="file", disable=None))
     manifest = Manifest(files.root, names, records)
     if manifest_path is not None:

@@ -90,9 +90,9 @@ class VideoData(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the manifests, and check that batches come out even."""
-        splits = self._splits()
-        self._manifests = {split: load_manifest(self._manifest_path(split)) for split in splits}
-        self.classes = self.classes or self._manifests[splits[0]].classes
+        self._manifests = [load_manifest(self._manifest_path(split)) for split in self._splits()]
+        self._train, self._val = self._manifests[0], self._manifests[-1]  # one, where not trained
+        self.classes = self.classes or self._train.classes
         self.val_total = sum(record.label >= 0 for record in self._val.records)
         if not self.val_records:
             split = self.config.data.val_split
@@ -110,16 +110,7 @@ class VideoData(pl.LightningDataModule):
 
     def unreadable(self) -> dict[str, str]:
         """The videos that the scan could not open, and why."""
-        manifests = self._manifests.values()
-        return {record.path: record.problem for m in manifests for record in m.unreadable}
-
-    @property
-    def _train(self) -> Manifest:
-        return self._manifests[self.config.data.train_split]
-
-    @property
-    def _val(self) -> Manifest:
-        return self._manifests[self.config.data.val_split]
+        return {r.path: r.problem for manifest in self._manifests for r in manifest.unreadable}
 
     @property
     def loader_batch_size(self) -> int:
