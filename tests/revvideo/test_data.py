@@ -18,6 +18,8 @@ from revvideo.training.evaluation import accuracy, join_scores
 from revvideo.training.module import Batch, VideoModule
 from tests.revvideo.tiny_set import arguments, build_set
 
+MOTION = "configs/video/demo/motion.yaml"
+
 
 class Positions(torch.utils.data.Dataset):
     def __len__(self) -> int:
@@ -80,47 +82,31 @@ def test_clips_of_one_video_are_no_neighbours(tmp_path, monkeypatch):
     assert videos[:4] == videos[4:8] == videos[8:] and len(set(videos[:4])) == 4
 
 
-def test_labels_that_are_numbers_need_not_be_complete(tmp_path):
-    root = build_set(tmp_path / "set", train=6, val=3)
-    for split in ("train", "val"):
-        lines = [f"{path.relative_to(root)} 1\n" for path in sorted(root.glob(f"{split}/*/*.mp4"))]
-        (root / f"{split}.csv").write_text("".join(lines))
-    more = ["data.layout=list", "optim.max_steps=1", "optim.epochs=1", "test.clips=1"]
-    assert main(arguments(root, tmp_path / "out", *more, "model.num_classes=400")) == 0
+def data_to_test(root: Path, output: Path, *overrides: str, **options: object) -> VideoData:
+    overrides = (f"data.root={root}", f"train.output_dir={output}", *overrides)
+    data = VideoData(load_config(MOTION, overrides), train=False, **options)
+    data.prepare_data()
+    data.setup("test")
+    return data
 
 
 def test_videos_without_a_label_are_not_counted(tmp_path):
     root = build_set(tmp_path / "set", train=0, val=4)
     paths = sorted(str(path.relative_to(root)) for path in root.glob("val/*/*.mp4"))
     (root / "val.csv").write_text("".join(f"{p} {i % 2 - 1}\n" for i, p in enumerate(paths)))
-    config = load_config(
-        "configs/video/demo/motion.yaml",
-        [f"data.root={root}", "data.layout=list", f"train.output_dir={tmp_path / 'out'}"],
-    )
-    data = VideoData(config, train=False)
-    data.prepare_data()
-    data.setup("test")
+    data = data_to_test(root, tmp_path / "out", "data.layout=list")
     assert data.val_total == 2 and [r.path for r in data.val_records] == paths[1::2]
 
     (root / "val.csv").write_text("".join(f"{path} -1\n" for path in paths))
-    data = VideoData(config, train=False, classes=["only"])
-    data.prepare_data()
     with pytest.raises(UserError, match="has a label"):
-        data.setup("test")
+        data_to_test(root, tmp_path / "out", "data.layout=list", classes=["only"])
 
 
 def test_the_manifests_of_a_scan_save_opening_videos_again(tmp_path, monkeypatch):
     root = build_set(tmp_path / "set", train=0, val=3)
     assert scan([str(root), "--split", "val"]) == 0
     monkeypatch.setattr("revvideo.data.scan.probe", _must_not_be_called)
-    config = load_config(
-        "configs/video/demo/motion.yaml",
-        [f"data.root={root}", f"train.output_dir={tmp_path / 'out'}"],
-    )
-    data = VideoData(config, train=False)
-    data.prepare_data()
-    data.setup("test")
-    assert data.val_total == 3
+    assert data_to_test(root, tmp_path / "out").val_total == 3
     assert (tmp_path / "out" / "manifest_val.csv").is_file()
 
 
@@ -155,7 +141,7 @@ def test_the_softmax_scores_of_the_views_of_a_video_are_averaged():
         def forward(self, video: torch.Tensor) -> torch.Tensor:
             return video[:, :2, 0, 0, 0]  # the first pixel of two channels stands for the logits
 
-    module = VideoModule(load_config("configs/video/demo/motion.yaml"), None)
+    module = VideoModule(load_config(MOTION), None)
     module.backbone = Fixed()
     logits = torch.tensor([[9.0, 0.0], [0.0, 3.0], [2.0, 1.0], [0.0, 8.0]])
     video = torch.zeros(4, 3, 1, 1, 1)

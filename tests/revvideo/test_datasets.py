@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from itertools import chain, pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +12,7 @@ from torch.utils.data import DataLoader
 
 from revvideo.data.clips import ClipDataset, RandomClip, UniformClips, collate
 from revvideo.data.decode import Video, probe
-from revvideo.data.loader import TestBatches
-from revvideo.data.manifest import Manifest, VideoRecord, load_manifest
-from revvideo.data.scan import scan
+from revvideo.data.manifest import VideoRecord
 from tests.revvideo.make_videos import cut, damage, encode
 from tests.revvideo.test_decode import full_decode
 
@@ -26,7 +22,7 @@ def at_rate(fps: float, frames: int, digits: int = 12) -> list[float]:
 
 
 @pytest.mark.parametrize("digits", [12, 3])  # Matroska rounds to milliseconds
-def test_uniform_clips_at_30_fps(digits: int) -> None:
+def test_uniform_clips_at_30_fps(digits):
     clips = UniformClips(16, 4, clips=5)(at_rate(30, 300, digits))
     assert len(clips) == 5 and clips[0][0] == 0 and clips[-1][-1] == 299
     for clip in clips:
@@ -38,13 +34,13 @@ def test_uniform_clips_at_30_fps(digits: int) -> None:
 
 
 @pytest.mark.parametrize("fps, step", [(60, 8), (15, 2), (120, 16), (7.5, 1)])
-def test_stride_is_a_time(fps: float, step: int) -> None:
+def test_stride_is_a_time(fps, step):
     for clip in UniformClips(8, 4, clips=3)(at_rate(fps, 200)):
         assert [b - a for a, b in pairwise(clip)] == [step] * 7
 
 
 @pytest.mark.parametrize("sampler", [RandomClip(8, 4), UniformClips(8, 4, clips=20)])
-def test_frames_nearest_in_time_under_a_variable_rate(sampler: Callable) -> None:
+def test_frames_nearest_in_time_under_a_variable_rate(sampler):
     gaps = np.random.default_rng(0).choice([0.01, 0.03, 0.2], 80)
     timestamps = [0.0, *np.cumsum(gaps).tolist()]
     for clip in chain.from_iterable(sampler(timestamps) for _ in range(20)):
@@ -54,14 +50,14 @@ def test_frames_nearest_in_time_under_a_variable_rate(sampler: Callable) -> None
 
 
 @pytest.mark.parametrize("sampler", [RandomClip(16, 4), UniformClips(16, 4, clips=3)])
-def test_a_video_shorter_than_a_clip_repeats_its_last_frame(sampler: Callable) -> None:
+def test_a_video_shorter_than_a_clip_repeats_its_last_frame(sampler):
     for clip in sampler(at_rate(30, 10)):
         assert clip == [0, 4, 8] + [9] * 13
     for clip in sampler([0.0]):
         assert clip == [0] * 16
 
 
-def test_random_clips_reach_all_of_the_video() -> None:
+def test_random_clips_reach_all_of_the_video():
     clips = [RandomClip(8, 4)(at_rate(30, 100))[0] for _ in range(2000)]
     starts = [clip[0] for clip in clips]
     assert min(starts) == 0 and max(starts) == 100 - 29
@@ -70,7 +66,7 @@ def test_random_clips_reach_all_of_the_video() -> None:
     assert counts.min() > 10 and counts.max() < 60  # about 28 each
 
 
-def test_views_of_the_same_clip() -> None:
+def test_views_of_the_same_clip():
     (first, again), (other, _) = (RandomClip(4, 2, views=2)(at_rate(30, 300)) for _ in range(2))
     assert first == again != other
 
@@ -80,7 +76,7 @@ def frames_as_they_are(clip: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["constant.mp4", "variable_rate.mkv", "mpeg4.avi"])
-def test_a_sample_holds_the_frames_of_its_clips(make: Callable[[str], Path], name: str) -> None:
+def test_a_sample_holds_the_frames_of_its_clips(make, name):
     chosen = []
 
     def remember(timestamps: list[float]) -> list[list[int]]:
@@ -100,9 +96,7 @@ def test_a_sample_holds_the_frames_of_its_clips(make: Callable[[str], Path], nam
         np.testing.assert_array_equal(view.numpy(), expected)
 
 
-def test_one_decode_for_all_clips(
-    make: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_decode_for_all_clips(make, monkeypatch):
     calls = []
     decode = Video.frames
     monkeypatch.setattr(Video, "frames", lambda *args: calls.append(args) or decode(*args))
@@ -117,7 +111,7 @@ def noisy(clip: torch.Tensor) -> torch.Tensor:
     return clip[:, :, :4, :4].float().transpose(0, 1) + noise
 
 
-def test_a_sample_depends_on_seed_and_position_alone(make: Callable[[str], Path]) -> None:
+def test_a_sample_depends_on_seed_and_position_alone(make):
     path = make("constant.mp4")
     records = [VideoRecord(path.name, 0)] * 4
 
@@ -143,7 +137,7 @@ def test_a_sample_depends_on_seed_and_position_alone(make: Callable[[str], Path]
     assert batch["index"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-def test_several_crops(make: Callable[[str], Path]) -> None:
+def test_several_crops(make):
     def crops(clip: torch.Tensor) -> torch.Tensor:
         views = [clip[..., :32], clip[..., 16:48], clip[..., 32:]]
         return torch.stack([view.float().transpose(0, 1) for view in views])
@@ -155,7 +149,7 @@ def test_several_crops(make: Callable[[str], Path]) -> None:
     assert collate([sample])["label"].tolist() == [1] * 6
 
 
-def test_files_that_break_after_the_scan(tmp_path: Path) -> None:
+def test_files_that_break_after_the_scan(tmp_path):
     fast = {"movflags": "faststart"}
     names = ["good", "gone", "cut", "damaged", "good2"]
     for name in names:
@@ -177,47 +171,3 @@ def test_files_that_break_after_the_scan(tmp_path: Path) -> None:
     nothing = collate([dataset[i, i] for i in (1, 2)])
     assert nothing["video"].shape == nothing["label"].shape == (0,)
     assert len(nothing["problems"]) == 2
-
-
-@pytest.fixture
-def broken_set(tmp_path: Path) -> Manifest:
-    """Nine videos, two of which break after the scan, and one that the scan finds to be broken."""
-    for number in range(9):
-        encode(tmp_path / "test" / "abc"[number % 3] / f"{number}.mp4", 12 + number, size=(32, 32))
-    (tmp_path / "test" / "a" / "empty.mp4").touch()
-    manifest = scan(tmp_path, "test", workers=0, manifest_path=tmp_path / "manifest.csv")
-    (tmp_path / "test" / "a" / "3.mp4").unlink()
-    (tmp_path / "test" / "b" / "4.mp4").write_bytes(b"no more")
-    return manifest
-
-
-def read(manifest: Manifest, rank: int, world: int) -> tuple[list[tuple[str, float]], list[str]]:
-    """(path, a score) of each clip of a shard, and the paths of the videos that broke."""
-    records = manifest.readable
-    loader = DataLoader(
-        ClipDataset(records, manifest.root, UniformClips(4, 2, clips=2), frames_as_they_are),
-        batch_sampler=TestBatches(len(records), 2, rank=rank, world_size=world),
-        collate_fn=collate,
-        num_workers=1,
-    )
-    scores, broken = [], []
-    for batch in loader:
-        means = batch["video"].flatten(1).mean(1).tolist() if len(batch["video"]) else []
-        paths = [records[index].path for index in batch["index"].tolist()]
-        scores += zip(paths, means, strict=True)
-        broken += [path for path, _ in batch["problems"]]
-    return scores, broken
-
-
-def test_uneven_shards_of_a_set_with_broken_files(broken_set: Manifest) -> None:
-    manifest = load_manifest(broken_set.root / "manifest.csv")
-    shards = [read(manifest, rank, 2) for rank in range(2)]
-    scores = list(chain.from_iterable(scores for scores, _ in shards))
-    broken = list(chain.from_iterable(broken for _, broken in shards))
-    alone, broken_alone = read(manifest, 0, 1)
-    assert sorted(scores) == sorted(alone)
-    assert sorted(broken) == sorted(broken_alone) == ["test/a/3.mp4", "test/b/4.mp4"]
-    tested = [path for path, _ in scores]
-    assert all(tested.count(path) == 2 for path in tested)  # two clips each
-    every = {record.path for record in broken_set.readable}
-    assert len(every) == 9 and set(tested) | set(broken) == every

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -65,9 +64,7 @@ def assert_frames(video: Video, indices: list[int], shown: list[np.ndarray]) -> 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "sought"])
 @pytest.mark.parametrize("name", KINDS)
-def test_frames_of_a_full_decode(
-    make: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str, keep: bool
-) -> None:
+def test_frames_of_a_full_decode(make, monkeypatch, name, keep):
     if not keep:
         monkeypatch.setattr(packets, "_KEEP_BYTES", 0)
     shown = full_decode(make(name))
@@ -87,7 +84,7 @@ def test_frames_of_a_full_decode(
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in DECODED_FROM_START])
-def test_seeks(make: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_seeks(make, monkeypatch, name):
     def refuse(*_: object) -> None:
         raise AssertionError("decodes from the start")
 
@@ -115,7 +112,7 @@ class Counter:
         return frames
 
 
-def test_frames_that_no_other_needs_are_not_decoded(make: Callable[[str], Path]) -> None:
+def test_frames_that_no_other_needs_are_not_decoded(make):
     with Video(make("constant.mp4")) as video:
         video._codec = Counter(video._codec)
         video.frames([69])
@@ -127,7 +124,7 @@ def test_frames_that_no_other_needs_are_not_decoded(make: Callable[[str], Path])
 
 
 @pytest.mark.parametrize("name", ["constant.mp4", "intra_refresh.mp4", "mpeg4.avi"])
-def test_one_thread_inside_a_worker(make: Callable[[str], Path], name: str) -> None:
+def test_one_thread_inside_a_worker(make, name):
     class Frames(Dataset):
         def __len__(self) -> int:
             return 1
@@ -142,14 +139,14 @@ def test_one_thread_inside_a_worker(make: Callable[[str], Path], name: str) -> N
         torch.testing.assert_close(frames, video.frames([0, 20, 39]), rtol=0, atol=0)
 
 
-def test_times_of_a_variable_rate(make: Callable[[str], Path]) -> None:
+def test_times_of_a_variable_rate(make):
     expected = [(t - IRREGULAR_TIMES[0]) / 1000 for t in IRREGULAR_TIMES]
     for name in ("variable_rate.mp4", "variable_rate.mkv"):
         with Video(make(name)) as video:
             assert video.timestamps == pytest.approx(expected, abs=1e-3)
 
 
-def test_info(make: Callable[[str], Path]) -> None:
+def test_info(make):
     info = probe(make("constant.mp4"))
     assert (info.frames, info.width, info.height) == (70, 64, 48)
     assert info.fps == pytest.approx(30, abs=0.01)
@@ -160,9 +157,7 @@ def test_info(make: Callable[[str], Path]) -> None:
 
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("rotation", [0, 90, 180, -90])
-def test_upright(
-    make: Callable[[str], Path], tmp_path: Path, rotation: int, mirrored: bool
-) -> None:
+def test_upright(make, tmp_path, rotation, mirrored):
     path = encode(tmp_path / "turned.mov", 3, rotation=rotation, mirrored=mirrored)
     with Video(make("three_frames.mov")) as plain, Video(path) as turned:
         expected = torch.rot90(plain.frames([1]), rotation // 90, (2, 3))  # counterclockwise
@@ -170,7 +165,7 @@ def test_upright(
         torch.testing.assert_close(turned.frames([1]), expected, rtol=0, atol=0)
 
 
-def test_resized_while_decoding(make: Callable[[str], Path]) -> None:
+def test_resized_while_decoding(make):
     with Video(make("constant.mp4")) as video:
         small, others = (video.frames(clip, short_side=24) for clip in ([3, 9], [4, 10]))
         assert small.shape == (2, 3, 24, 32)
@@ -184,7 +179,7 @@ def test_resized_while_decoding(make: Callable[[str], Path]) -> None:
         assert video.frames([0], short_side=24).shape == (1, 3, 32, 24)
 
 
-def test_break_in_the_middle(tmp_path: Path) -> None:
+def test_break_in_the_middle(tmp_path):
     options = {"x264-params": "keyint=20:min-keyint=20:scenecut=0"}
     whole = full_decode(encode(tmp_path / "whole.mp4", 60, options=options))
     # The packet after the second keyframe is a P frame, which the rest of its group needs.
@@ -206,9 +201,7 @@ def test_break_in_the_middle(tmp_path: Path) -> None:
     "name, damaged",
     [("no_times.avi", 20), ("mpeg4.avi", 20), ("one_keyframe.mp4", 20)],
 )
-def test_damage_never_gives_another_frame(
-    make: Callable[[str], Path], tmp_path: Path, name: str, damaged: int
-) -> None:
+def test_damage_never_gives_another_frame(make, tmp_path, name, damaged):
     path = tmp_path / name
     path.write_bytes(make(name).read_bytes())
     shown = full_decode(damage(path, damaged))
@@ -216,7 +209,7 @@ def test_damage_never_gives_another_frame(
         assert_frames(video, list(range(min(15, len(shown)))), shown)
 
 
-def test_part_of_a_transport_stream_is_lost(tmp_path: Path) -> None:
+def test_part_of_a_transport_stream_is_lost(tmp_path):
     whole = encode(tmp_path / "whole.ts", size=(320, 240)).read_bytes()
     path = tmp_path / "lost.ts"
     middle = len(whole) // 188 // 2 * 188  # these streams are made of pieces of 188 bytes
@@ -228,18 +221,18 @@ def test_part_of_a_transport_stream_is_lost(tmp_path: Path) -> None:
         assert_frames(video, list(range(len(shown))), shown)
 
 
-def test_bad_index(make: Callable[[str], Path]) -> None:
+def test_bad_index(make):
     with Video(make("three_frames.mov")) as video:
         for index in (-1, 3):
             with pytest.raises(IndexError, match=f"frame {index} of a video of 3 frames"):
                 video.frames([index])
 
 
-def test_a_colon_in_the_name(tmp_path: Path) -> None:
+def test_a_colon_in_the_name(tmp_path):
     assert probe(encode(tmp_path / "a:b%03d.mp4", 3)).frames == 3
 
 
-def test_metadata_that_are_no_text(tmp_path: Path) -> None:
+def test_metadata_that_are_no_text(tmp_path):
     path = encode(tmp_path / "video.mp4", 3, title="XXXX")
     content = path.read_bytes()
     assert content.count(b"XXXX") == 1
@@ -247,7 +240,7 @@ def test_metadata_that_are_no_text(tmp_path: Path) -> None:
     assert probe(path).frames == 3
 
 
-def test_not_a_video(tmp_path: Path) -> None:
+def test_not_a_video(tmp_path):
     whole = encode(tmp_path / "whole.mp4", container_options={"movflags": "faststart"})
     index_last = encode(tmp_path / "index_last.mp4")
     matroska = encode(tmp_path / "whole.mkv")

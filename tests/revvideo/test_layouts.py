@@ -17,7 +17,7 @@ def touch(root: Path, *names: str) -> None:
         (root / name).write_bytes(b"x")
 
 
-def test_folders(tmp_path: Path) -> None:
+def test_folders(tmp_path):
     touch(tmp_path, "train/air_drumming/b.mkv", "train/air_drumming/a.mp4", "elsewhere/c.MP4")
     touch(tmp_path, "train/abseiling/z.mp4", "other/d.webm", "val/air-guitar/g.mp4")
     touch(tmp_path, "train/.cache/e.mp4", "train/abseiling/.f.mp4", "train/abseiling/.tmp/g.mp4")
@@ -41,9 +41,7 @@ def test_folders(tmp_path: Path) -> None:
     assert splits_of(tmp_path) == ["train", "val"]
 
 
-def test_files_of_folders_that_are_no_videos_are_counted(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_files_of_folders_that_are_no_videos_are_counted(tmp_path, caplog):
     touch(tmp_path, "train/a/a.mp4", "train/a/a.json", "train/b/b.json", "train/b/done")
     _, entries = find_videos(tmp_path, "train")
     assert entries == [("train/a/a.mp4", 0)]
@@ -51,7 +49,7 @@ def test_files_of_folders_that_are_no_videos_are_counted(
     assert "train: passed over" in message and "2 with '.json', 1 with ''" in message
 
 
-def test_folders_with_a_list_of_files(tmp_path: Path) -> None:
+def test_folders_with_a_list_of_files(tmp_path):
     """UCF101."""
     touch(tmp_path, "Archery/v_1.avi", "Archery/v_2.avi", "Bowling/v_1.avi", "Yo Yo/v_9.avi")
     (tmp_path / "trainlist01.txt").write_text("Archery/v_1.avi 1\nYo Yo/v_9.avi 3\n")
@@ -67,7 +65,7 @@ def test_folders_with_a_list_of_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("separator", [" ", ",", "\t", ", "])
-def test_list(tmp_path: Path, separator: str) -> None:
+def test_list(tmp_path, separator):
     """PySlowFast."""
     touch(tmp_path, "train/throwing axe/a b.mp4", "somewhere/c.mp4")
     lines = [("throwing axe/a b.mp4", 1), ("somewhere/c.mp4", 0), (f"{tmp_path}/d 2.mp4", 2)]
@@ -81,14 +79,14 @@ def test_list(tmp_path: Path, separator: str) -> None:
         find_videos(tmp_path, "train", "train.csv", classes=["a", "b"])
 
 
-def test_names_of_a_list_whose_folders_are_not_classes(tmp_path: Path) -> None:
+def test_names_of_a_list_whose_folders_are_not_classes(tmp_path):
     (tmp_path / "val.txt").write_text("a/1.mp4 0\na/2.mp4 2\nb/3.mp4 2\nb/4.mp4 -1\n")
     classes, entries = find_videos(tmp_path, "val")
     assert classes == ["0", "1", "2"] and [label for _, label in entries] == [0, 2, 2, -1]
 
 
 @pytest.mark.parametrize("line", ["a/1.mp4 x", "a/1.mp4", "a/1.mp4 -2", "a/1.mp4 1.5"])
-def test_bad_list(tmp_path: Path, line: str) -> None:
+def test_bad_list(tmp_path, line):
     (tmp_path / "train.txt").write_text(f"a/0.mp4 0\n{line}\n")
     with pytest.raises(UserError, match=r"train\.txt, line 2: .* is not `path label`"):
         find_videos(tmp_path, "train", "train.txt")
@@ -98,7 +96,7 @@ HEADER = "label,youtube_id,time_start,time_end,split"
 
 
 @pytest.mark.parametrize("annotations", [None, "somewhere/else.csv"])
-def test_annotations_of_kinetics(tmp_path: Path, annotations: str | None) -> None:
+def test_annotations_of_kinetics(tmp_path, annotations):
     file = tmp_path / (annotations or "annotations/val.csv")
     file.parent.mkdir(exist_ok=True)
     rows = [
@@ -128,14 +126,14 @@ def test_annotations_of_kinetics(tmp_path: Path, annotations: str | None) -> Non
         find_videos(tmp_path, "test", file)
 
 
-def test_annotations_without_labels(tmp_path: Path) -> None:
+def test_annotations_without_labels(tmp_path):
     (tmp_path / "test.csv").write_text("youtube_id,time_start,time_end,split\nabc,1,11,test\n")
     touch(tmp_path, "test/abc_000001_000011.mp4")
     _, entries = find_videos(tmp_path, "test", classes=["a"])
     assert entries == [("test/abc_000001_000011.mp4", -1)]
 
 
-def test_bad_annotations(tmp_path: Path) -> None:
+def test_bad_annotations(tmp_path):
     (tmp_path / "train.csv").write_text(f"{HEADER}\na,abc,zero,10,train\n")
     with pytest.raises(UserError, match=r"train\.csv: the time of abc is no number"):
         find_videos(tmp_path, "train")
@@ -151,7 +149,7 @@ def test_bad_annotations(tmp_path: Path) -> None:
         find_videos(tmp_path, "train")
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_nothing_there(tmp_path):
     with pytest.raises(UserError, match=r"the folder .*none does not exist"):
         find_videos(tmp_path / "none", "train")
     with pytest.raises(UserError, match=r"holds no folders of classes, and .* no annotations"):
@@ -167,7 +165,7 @@ def test_nothing_there(tmp_path: Path) -> None:
         find_videos(tmp_path, "train")
 
 
-def test_a_class_that_the_model_does_not_have(tmp_path: Path) -> None:
+def test_a_class_that_the_model_does_not_have(tmp_path):
     touch(tmp_path, "val/archery2/a.mp4")
     with pytest.raises(UserError, match=r"'archery2' .* none of the 2 classes .*such as archery:"):
         find_videos(tmp_path, "val", classes=["archery", "bowling"])

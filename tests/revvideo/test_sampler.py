@@ -24,7 +24,7 @@ def of_epochs(sampler: ResumableSampler, epochs: int) -> Keys:
 
 
 @pytest.mark.parametrize("size, batch", [(24, 4), (23, 4), (10, 3), (7, 7)])
-def test_every_video_once_before_any_comes_again(size: int, batch: int) -> None:
+def test_every_video_once_before_any_comes_again(size, batch):
     keys = of_epochs(ResumableSampler(size, batch), 12)
     assert [position for _, position in keys] == list(range(len(keys)))
     indices = [index for index, _ in keys]
@@ -35,7 +35,7 @@ def test_every_video_once_before_any_comes_again(size: int, batch: int) -> None:
     assert len(set(map(tuple, passes))) == len(passes)  # shuffled anew each time
 
 
-def test_an_epoch_is_whole_batches() -> None:
+def test_an_epoch_is_whole_batches():
     sampler = ResumableSampler(23, 4)
     assert sampler.steps_per_epoch == 5 and len(sampler) == 20
     for epoch in range(3):
@@ -45,7 +45,7 @@ def test_an_epoch_is_whole_batches() -> None:
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_global_batches_do_not_depend_on_the_number_of_processes(world: int) -> None:
+def test_global_batches_do_not_depend_on_the_number_of_processes(world):
     one = of_epochs(ResumableSampler(50, 6, seed=3), 4)
     shards = [
         of_epochs(ResumableSampler(50, 6 // world, seed=3, rank=rank, world_size=world), 4)
@@ -59,7 +59,7 @@ def test_global_batches_do_not_depend_on_the_number_of_processes(world: int) -> 
 
 
 @pytest.mark.parametrize("rank, world", [(0, 1), (1, 2)])
-def test_resumes_in_the_middle_of_an_epoch(rank: int, world: int) -> None:
+def test_resumes_in_the_middle_of_an_epoch(rank, world):
     whole = of_epochs(ResumableSampler(47, 4, seed=1, rank=rank, world_size=world), 4)
     per_epoch = len(whole) // 4
     resumed = ResumableSampler(47, 4, seed=1, rank=rank, world_size=world)
@@ -71,14 +71,14 @@ def test_resumes_in_the_middle_of_an_epoch(rank: int, world: int) -> None:
     assert len(resumed) == per_epoch
 
 
-def test_seeds() -> None:
+def test_seeds():
     first, again, other = (list(ResumableSampler(40, 4, seed=seed)) for seed in (5, 5, 6))
     assert first == again != other
     assert len({seed_of(a, b) for a in range(30) for b in range(30)}) == 900
 
 
 @pytest.mark.parametrize("size, batch, world", [(7, 4, 2), (0, 1, 1), (8, 0, 1)])
-def test_too_few_videos(size: int, batch: int, world: int) -> None:
+def test_too_few_videos(size, batch, world):
     with pytest.raises(UserError, match=f"{size} readable .* batch of {batch} on each of {world}"):
         ResumableSampler(size, batch, world_size=world)
 
@@ -86,9 +86,7 @@ def test_too_few_videos(size: int, batch: int, world: int) -> None:
 @pytest.mark.parametrize("size", [0, 1, 2, 9, 10, 11])
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("batch", [1, 2, 4])
-def test_every_video_is_tested_once_in_equally_many_steps(
-    size: int, world: int, batch: int
-) -> None:
+def test_every_video_is_tested_once_in_equally_many_steps(size, world, batch):
     samplers = [TestBatches(size, batch, rank=rank, world_size=world) for rank in range(world)]
     shards = [list(sampler) for sampler in samplers]
     steps = math.ceil(math.ceil(size / world) / batch)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +30,7 @@ GOOD = ["train/a/good.mp4", "train/a/short.mkv", "train/b/good.avi"]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory) -> Path:
     """Three good videos, and one of each kind of bad one."""
     root = tmp_path_factory.mktemp("set")
     a, b = root / "train" / "a", root / "train" / "b"
@@ -51,7 +50,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def opened(monkeypatch) -> list[str]:
     """The names of the files that a scan in this process has opened."""
     names: list[str] = []
     probe = scan_module.probe
@@ -80,14 +79,12 @@ def assert_complete(manifest: Manifest) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_names_what_cannot_be_used(
-    root: Path, monkeypatch: pytest.MonkeyPatch, workers: int
-) -> None:
+def test_names_what_cannot_be_used(root, monkeypatch, workers):
     monkeypatch.setattr(scan_module, "_FILES_PER_WORKER", 1)
     assert_complete(scan(root, "train", workers=workers))
 
 
-def test_manifest_is_read_as_it_was_written(root: Path, tmp_path: Path) -> None:
+def test_manifest_is_read_as_it_was_written(root, tmp_path):
     path = tmp_path / "new" / "manifest.csv"
     manifest = scan(root, "train", workers=0, manifest_path=path)
     assert load_manifest(path) == manifest
@@ -100,7 +97,7 @@ def test_manifest_is_read_as_it_was_written(root: Path, tmp_path: Path) -> None:
     assert load_manifest(path).records == [odd] and load_manifest(path).classes == ["ü", 'q"']
 
 
-def test_opens_only_what_has_changed(root: Path, tmp_path: Path, opened: list[str]) -> None:
+def test_opens_only_what_has_changed(root, tmp_path, opened):
     path = tmp_path / "manifest.csv"
     first = scan(root, "train", workers=0, manifest_path=path)
     assert len(opened) == len(GOOD) + len(PROBLEMS)
@@ -119,7 +116,7 @@ def test_opens_only_what_has_changed(root: Path, tmp_path: Path, opened: list[st
     assert_complete(scan(root, "train", workers=0, manifest_path=path))
 
 
-def test_labels_follow_the_classes_also_of_known_files(root: Path, tmp_path: Path) -> None:
+def test_labels_follow_the_classes_also_of_known_files(root, tmp_path):
     path = tmp_path / "manifest.csv"
     assert scan(root, "val", workers=0, manifest_path=path).records[0].label == 0
     classes = ["a", "b"]
@@ -127,7 +124,7 @@ def test_labels_follow_the_classes_also_of_known_files(root: Path, tmp_path: Pat
     assert again.records[0].label == 1 and again.classes == classes
 
 
-def test_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(root, capsys):
     assert main([str(root), "--workers", "0"]) == 0
     shown = capsys.readouterr().out
     assert "train: 3 of 10 videos can be used: 2 classes" in shown
@@ -148,12 +145,12 @@ def test_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_bad_arguments(
-    root: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    arguments: Sequence[str],
-    message: str,
-) -> None:
+    root,
+    monkeypatch,
+    capfd,
+    arguments,
+    message,
+):
     monkeypatch.chdir(root)
     with pytest.raises(SystemExit, match="2"):
         main([*arguments, "--workers", "0"])
@@ -162,9 +159,7 @@ def test_bad_arguments(
 
 
 @pytest.mark.parametrize("options", [("--output", "x.csv"), ("--workers", "-1")])
-def test_bad_options(
-    root: Path, capsys: pytest.CaptureFixture[str], options: Sequence[str]
-) -> None:
+def test_bad_options(root, capsys, options):
     with pytest.raises(SystemExit, match="2"):
         main([str(root), *options])
     assert options[0] in capsys.readouterr().err
@@ -180,7 +175,7 @@ def test_bad_options(
         "# 3\n",
     ],
 )
-def test_not_a_manifest(tmp_path: Path, content: str) -> None:
+def test_not_a_manifest(tmp_path, content):
     path = tmp_path / "manifest.csv"
     path.write_text(content)
     with pytest.raises(UserError, match=r"manifest\.csv is no manifest \(.*\): delete it"):
@@ -189,7 +184,7 @@ def test_not_a_manifest(tmp_path: Path, content: str) -> None:
         load_manifest(tmp_path / "none.csv")
 
 
-def test_describe() -> None:
+def test_describe():
     records = [
         VideoRecord("a.mp4", 0, frames=9, duration=5400.0),
         VideoRecord("b.mp4", 1, problem="file is empty"),
