@@ -213,7 +213,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_from_a_damaged_checkpoint(run,
     assert str(last) in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["run.py", "predict.py"])
+@pytest.mark.parametrize("script", ["run.py", "predict.py", "scan.py"])
 def test_a_command_that_is_run_by_its_path_hides_no_module(script, monkeypatch):
     folder = str(Path("revvideo").resolve())
     monkeypatch.setattr(sys, "path", [folder, *sys.path])  # as Python does
