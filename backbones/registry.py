@@ -105,8 +105,9 @@ def build(name: str, **overrides: Any) -> nn.Module:
     """
     record = record_of(name)
     known = inspect.signature(record.constructor).parameters
+    any_key = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     for key in overrides:
-        if key not in known:
+        if key not in known and not any_key:
             near = ", ".join(near_names(key, known))
             raise ValueError(f"{name} takes no argument {key!r}; did you mean {near}?")
     arguments = {**record.arguments, **overrides}

@@ -11,12 +11,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils.checkpoint import checkpoint
+
+from backbones.engine.ambient import only_plain
+from backbones.engine.state import ModuleState
 
 __all__ = ["Block", "MemoryPolicy", "add_branch", "blocks_of", "set_memory"]
 
@@ -67,11 +73,50 @@ class Block(nn.Module):
 
         Blocks that can be inverted have ``reverse``, which computes the same and keeps nothing.
         """
-        if self.memory_policy == "store" or not torch.is_grad_enabled():
+        policy = self.memory_policy
+        if policy == "store" or not torch.is_grad_enabled() or only_plain():
             return piece(*args)
-        if self.memory_policy == "checkpoint":
-            return checkpoint(piece, *args, use_reentrant=False)
+        if policy == "checkpoint":
+            return self._checkpointed(piece, *args)
         return piece(*args) if reverse is None else reverse()
+
+    def _checkpointed(self, piece: Callable[..., Output], *args: Any) -> Output:
+        state, runs = ModuleState(self), 0
+        if state.layout.hooked_inside:
+            self.warn_of_hooks()
+            return piece(*args)
+
+        places = state.layout.places
+        trained = {id(param): param.requires_grad for _, _, param in places}
+
+        def run(*args: Any) -> Output:
+            nonlocal runs
+            runs += 1
+            if runs == 1 and state.facts is not None:
+                return piece(*args)
+            if runs == 1:
+                with state.observed():
+                    return piece(*args)
+            with state.other_random.replayed() if state.other_random else nullcontext():
+                other = {
+                    id(param): param.detach().requires_grad_(not param.requires_grad)
+                    for _, _, param in places
+                    if param.requires_grad is not trained[id(param)]
+                }
+                if state.is_as_it_was and not other:
+                    return piece(*args)
+                return piece.__func__(state.copy(other), *args)  # type: ignore[attr-defined]
+
+        return checkpoint(run, *args, use_reentrant=False)
+
+    def warn_of_hooks(self) -> None:
+        """Say that hooks inside of the block cost the memory that its policy would save."""
+        if not any(isinstance(part, LazyModuleMixin) for part in self.modules()):
+            warnings.warn(
+                f"{type(self).__name__}: modules inside have forward hooks, which must be called "
+                "once and may want gradients, so the block stores its activations",
+                stacklevel=2,
+            )
 
     def extra_repr(self) -> str:
         return f"drop_path={self.drop_path}, memory_policy={self.memory_policy!r}"

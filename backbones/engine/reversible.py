@@ -15,13 +15,16 @@ is in ``policies.py``; how a branch is run again, with gradients, in ``second_ru
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from backbones.engine.ambient import AutocastState, RandomState, only_plain
+from backbones.engine.handover import Chain, Handover, here
 from backbones.engine.policies import Block, MemoryPolicy, add_branch
-from backbones.engine.second_run import AutocastState, Branch, RandomState, parameters_of
+from backbones.engine.second_run import Branch, checked
 
 __all__ = ["ReversibleBlock", "ReversibleSequence"]
 
@@ -49,33 +52,19 @@ class ReversibleBlock(Block):
     invertible: ClassVar[bool] = True
     memory_policy: MemoryPolicy = "reversible"
 
-    def forward(
-        self,
-        x1: Tensor,
-        x2: Tensor,
-        behind: _Relay | None = None,
-        ahead: _Relay | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
         """Map the two streams, of one shape (B, …), to two of the same shape.
 
-        ``behind`` and ``ahead`` connect the blocks of a :class:`ReversibleSequence` in the
-        backward pass. A block that is called alone keeps its own outputs.
-
         Raises:
-            RuntimeError: a branch trains a tensor that is not a parameter, under ``"reversible"``.
+            TypeError: a branch returns no tensor.
+            ValueError: a branch returns a tensor of another shape than its input's.
         """
         mask = self.draw_mask(x1)
-
-        def reverse() -> tuple[Tensor, Tensor]:
-            params = parameters_of(self)
-            streams = _ReversedBlock.apply(self, mask, behind, ahead, x1, x2, *params)
-            return cast(tuple[Tensor, Tensor], streams)
-
-        return self.run(self._couple, x1, x2, mask, reverse=reverse)
+        return self.run(self._couple, x1, x2, mask, reverse=lambda: _reversed(self, x1, x2, mask))
 
     def _couple(self, x1: Tensor, x2: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        y1 = add_branch(x1, self.f(x2), mask)
-        y2 = add_branch(x2, self.g(y1), mask)
+        y1 = add_branch(x1, checked(self.f, self.f(x2), x2), mask)
+        y2 = add_branch(x2, checked(self.g, self.g(y1), y1), mask)
         return y1, y2
 
     def inverse(self, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,13 +110,19 @@ class ReversibleSequence(nn.Module):
             )
         if AutocastState(x1.device).enabled:
             x1, x2 = _at_least_float32(x1), _at_least_float32(x2)
-        blocks = [cast(ReversibleBlock, block) for block in self.blocks]
-        behind: _Relay | None = None
-        # Not strict: of no blocks, nothing follows the last.
-        for block, following in zip(blocks, [*blocks[1:], None], strict=False):
-            ahead = None if following is None or _ends_run(block, following) else _Relay()
-            x1, x2 = block(x1, x2, behind, ahead)
-            behind = ahead
+        if only_plain():
+            for block in self.blocks:
+                x1, x2 = block(x1, x2)
+            return x1, x2
+        chain, outer = Chain(), here.chain
+        here.chain = chain
+        try:
+            # Not strict: of no blocks, nothing follows the last.
+            for block, following in zip(self.blocks, [*self.blocks[1:], None], strict=False):
+                chain.ends = following is None or _ends_run(block, following)
+                x1, x2 = block(x1, x2)
+        finally:
+            here.chain = outer
         return x1, x2
 
     def inverse(self, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,18 +136,73 @@ class ReversibleSequence(nn.Module):
         return y1, y2
 
 
-def _ends_run(block: ReversibleBlock, following: ReversibleBlock) -> bool:
+def _ends_run(block: nn.Module, following: nn.Module) -> bool:
     """Whether nobody will rebuild this block's outputs for it, so that it must keep them itself."""
-    return (
-        block.memory_policy != "reversible"
-        or following.memory_policy != "reversible"
-        or bool(block._forward_hooks)
-        or bool(following._forward_pre_hooks)
-    )
+    policies = {getattr(block, "memory_policy", None), getattr(following, "memory_policy", None)}
+    return policies != {"reversible"} or any(map(_is_of_the_user, block._forward_hooks.values()))
+
+
+def _is_of_the_user(hook: Any) -> bool:
+    """Whether a hook on a block may put a loss on its outputs; those of torch's sharding do not."""
+    home = type(getattr(hook, "__self__", None)).__module__
+    return not home.startswith("torch.distributed.")
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+@dataclass
+class _FirstRun:
+    """What the first run of a block leaves to its node."""
+
+    f: Branch
+    g: Branch
+    mask: Tensor | None
+    autocast: AutocastState
+    behind: Handover | None
+    ahead: Handover | None
+    streams: list[Tensor]
+
+
+def _reversed(
+    block: ReversibleBlock, x1: Tensor, x2: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Run a block that keeps nothing."""
+    f, g = Branch(block.f), Branch(block.g)
+    if f.state.layout.hooked or g.state.layout.hooked:
+        block.warn_of_hooks()
+        return block._couple(x1, x2, mask)
+    chain = here.chain
+    behind = None if chain is None or chain.last is None else chain.last
+    if behind is not None and not behind.claim(x1, x2):
+        behind = None
+    here.chain = None  # blocks inside of the branches are none of this sequence
+    try:
+        with torch.no_grad():
+            autocast = AutocastState(x1.device)
+            random = RandomState(x1.device)
+            f_x2, random = f.first_run(x2, autocast, random)
+            y1 = add_branch(x1, f_x2, mask)
+            del f_x2
+            g_y1, _ = g.first_run(y1, autocast, random)
+            y2 = add_branch(x2, g_y1, mask)
+            del g_y1
+    finally:
+        here.chain = chain
+    ahead = None if chain is None or chain.ends else Handover(y1, y2)
+    of_f, of_g = f.tensors, g.tensors
+    inputs = [*of_f, *of_g]
+    f.indices, g.indices = range(len(of_f)), range(len(of_f), len(inputs))
+    if len(set(map(id, inputs))) < len(inputs):  # the branches share some
+        inputs = [*{id(tensor): tensor for tensor in inputs}.values()]
+        places = {id(tensor): index for index, tensor in enumerate(inputs)}
+        f.indices, g.indices = ([places[id(t)] for t in tensors] for tensors in (of_f, of_g))
+    first = _FirstRun(f, g, mask, autocast, behind, ahead, [y1, y2])
+    y1, y2 = _ReversedBlock.apply(first, x1, x2, *inputs)
+    if chain is not None:
+        chain.last = ahead
+    return y1, y2
 
 
 class _ReversedBlock(torch.autograd.Function):
@@ -160,74 +210,63 @@ class _ReversedBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        block: ReversibleBlock,
-        mask: Tensor | None,
-        behind: _Relay | None,
-        ahead: _Relay | None,
-        x1: Tensor,
-        x2: Tensor,
-        *params: Tensor,
+        ctx: Any, first: _FirstRun, x1: Tensor, x2: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        device = x1.device
-        autocast = AutocastState(device)
-        before_f = RandomState(device)
-        with autocast.restored():
-            f_x2 = block.f(x2)
-        y1 = add_branch(x1, f_x2, mask)
-        del f_x2
-        before_g = RandomState(device)
-        with autocast.restored():
-            g_y1 = block.g(y1)
-        y2 = add_branch(x2, g_y1, mask)
-        after_g = RandomState(device)
-
-        index_of = {id(param): index for index, param in enumerate(params)}
-        ctx.f = Branch(block.f, index_of, None if before_f.same_as(before_g) else before_f)
-        ctx.g = Branch(block.g, index_of, None if before_g.same_as(after_g) else before_g)
-        ctx.autocast, ctx.mask = autocast, mask
-        ctx.behind, ctx.ahead = behind, ahead
-        # The parameters go through save_for_backward for its check that nobody changed them.
-        outputs = (y1, y2) if ahead is None else ()
-        ctx.save_for_backward(*params, *outputs)
+        y1, y2 = first.streams
+        first.streams.clear()
+        ctx.first = first
+        ctx.set_materialize_grads(False)
+        # The inputs go through save_for_backward for its check that nobody changed them.
+        ctx.save_for_backward(*inputs, *(() if first.ahead else (y1, y2)))
         return y1, y2
 
     @staticmethod
-    def backward(ctx: Any, dy1: Tensor, dy2: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy1: Tensor | None, dy2: Tensor | None) -> tuple[Tensor | None, ...]:
         # Not once_differentiable, which lets a gradient pass that does not depend on dy1 and dy2.
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "gradients of gradients (create_graph=True) do not pass reversed blocks: "
                 "choose the 'store' policy for this model"
             )
-        saved = ctx.saved_tensors
-        if ctx.ahead is None:
-            *params, y1, y2 = saved
+        first, saved = ctx.first, ctx.saved_tensors
+        if first.ahead is None:
+            *inputs, y1, y2 = saved
         else:
-            params = saved
-            y1, y2 = ctx.ahead.take()
-        _, _, _, _, x1_needs, x2_needs, *param_needs = ctx.needs_input_grad
-        leaves = [p.detach().requires_grad_(n) for p, n in zip(params, param_needs, strict=True)]
-        f, g, mask, autocast = ctx.f, ctx.g, ctx.mask, ctx.autocast
+            inputs = saved
+            y1, y2 = first.ahead.take()
+        _, x1_needs, x2_needs, *needs = ctx.needs_input_grad
+        mask, autocast = first.mask, first.autocast
 
-        y1_leaf, g_y1 = g.rerun(y1, leaves, autocast)
-        d, grads = g.gradients(g_y1, y1_leaf, leaves, dy2, mask)
-        if d is not None:
-            dy1 = dy1 + d
+        grads: dict[int, Tensor] = {}
+        if dy2 is None:
+            g_y1 = first.g.output(y1, autocast)
+        else:
+            leaf, g_y1, wanted = first.g.second_run(y1, inputs, needs, autocast)
+            d, grads = first.g.gradients(g_y1, leaf, wanted, dy2, mask)
+            dy1 = _sum(dy1, d)
+            del leaf, d, wanted
         x2 = _subtract_branch(y2, g_y1.detach(), mask)
         # The names are dropped as soon as they are spent: they are the peak of the backward pass.
-        del y1_leaf, g_y1, y2, d
+        del g_y1, y2
 
-        x2_leaf, f_x2 = f.rerun(x2, leaves, autocast)
-        d, f_grads = f.gradients(f_x2, x2_leaf, leaves, dy1, mask)
-        if d is not None:
-            dy2 = dy2 + d
-        for index, grad in f_grads.items():
-            grads[index] = grads[index] + grad if index in grads else grad
-        if ctx.behind is not None and (x1_needs or x2_needs):
-            ctx.behind.leave(_subtract_branch(y1, f_x2.detach(), mask), x2)
-        param_grads = (grads.get(index) for index in range(len(leaves)))
-        return (None, None, None, None, dy1, dy2, *param_grads)
+        rebuild = first.behind is not None and (x1_needs or x2_needs)
+        f_x2 = None
+        if dy1 is not None:
+            leaf, f_x2, wanted = first.f.second_run(x2, inputs, needs, autocast)
+            d, f_grads = first.f.gradients(f_x2, leaf, wanted, dy1, mask)
+            dy2 = _sum(dy2, d)
+            for index, grad in f_grads.items():
+                grads[index] = grads[index] + grad if index in grads else grad
+            del leaf, d, wanted
+        elif rebuild:
+            f_x2 = first.f.output(x2, autocast)
+        if rebuild and f_x2 is not None:
+            first.behind.leave(_subtract_branch(y1, f_x2.detach(), mask), x2)
+        return (None, dy1, dy2, *(grads.get(index) for index in range(len(inputs))))
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def _subtract_branch(y: Tensor, branch: Tensor, mask: Tensor | None) -> Tensor:
@@ -235,23 +274,3 @@ def _subtract_branch(y: Tensor, branch: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return y - branch
     return torch.addcmul(y, branch, mask, value=-1)
-
-
-class _Relay:
-    """Where a node of the backward pass leaves the inputs it rebuilt for the node before it."""
-
-    def __init__(self) -> None:
-        self._streams: tuple[Tensor, Tensor] | None = None
-
-    def leave(self, x1: Tensor, x2: Tensor) -> None:
-        self._streams = (x1, x2)
-
-    def take(self) -> tuple[Tensor, Tensor]:
-        if self._streams is None:
-            raise RuntimeError(
-                "the gradient of a loss reached a reversible block without passing the blocks "
-                "behind it, so its outputs cannot be rebuilt. Take intermediate outputs with a "
-                "forward hook on the block, or give the block the 'store' policy."
-            )
-        streams, self._streams = self._streams, None
-        return streams

@@ -1,185 +1,234 @@
-"""A branch of a block run a second time, in the backward pass, as it ran in the forward pass.
+"""A branch of a block that runs twice: in the forward pass, and again in the backward pass.
 
-It must see what the first run saw, although by then the user has left the ``torch.autocast``
-region and the random generators have moved on; and it has fresh leaves in the place of its
-parameters, whose gradients it yields.
+The first run keeps nothing but what the second one needs to see the same (``state.py``,
+``ambient.py``). The second run builds the graph of the branch, on the module's own tensors, and
+yields the gradients. That the graph ends in the tensors that are known to the block's node, and in
+no others, is found out in the first run and checked in the second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
-__all__ = ["AutocastState", "Branch", "RandomState", "parameters_of"]
+from backbones.engine.ambient import AutocastState, Observer, RandomState
+from backbones.engine.state import ModuleState
+
+__all__ = ["Branch", "checked"]
 
 
-class AutocastState:
-    """Whether autocast is on now for a type of device, and to which dtype."""
+def checked(module: nn.Module, out: object, x: Tensor) -> Tensor:
+    """The output of a branch, if it can be added to a stream.
 
-    def __init__(self, device: torch.device) -> None:
-        self._type = device.type
-        known = torch.amp.is_autocast_available(device.type)
-        self.enabled = known and torch.is_autocast_enabled(device.type)
-        self._dtype = torch.get_autocast_dtype(device.type) if known else None
-
-    def restored(self) -> AbstractContextManager[object]:
-        """A context in which this state is in force, without autocast's weight cache.
-
-        Without the cache, because a cast weight kept from a pass without grad has no way back to
-        its parameter, and one kept from the second run serves nobody.
-        """
-        if self._dtype is None:
-            return nullcontext()
-        return torch.autocast(
-            self._type, dtype=self._dtype, enabled=self.enabled, cache_enabled=False
+    Raises:
+        TypeError: no tensor.
+        ValueError: of another shape than the branch's input.
+    """
+    if not isinstance(out, Tensor):
+        raise TypeError(
+            f"{type(module).__name__} returns a {type(out).__name__}; a branch returns one tensor "
+            "of its input's shape: wrap it in a module that does"
         )
-
-
-class RandomState:
-    """The states now of the default generators that a computation on ``device`` may draw from."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._states = [torch.get_rng_state()]
-        if device.type not in ("cpu", "meta"):
-            self._states.append(torch.get_device_module(device).get_rng_state(device))
-
-    def same_as(self, other: RandomState) -> bool:
-        """Whether nothing was drawn between the two."""
-        return all(map(torch.equal, self._states, other._states))
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """A context that draws the same numbers, and leaves the generators as it found them."""
-        found = RandomState(self._device)
-        try:
-            self._set()
-            yield
-        finally:
-            found._set()
-
-    def _set(self) -> None:
-        cpu, *own = self._states
-        torch.set_rng_state(cpu)
-        for state in own:
-            torch.get_device_module(self._device).set_rng_state(state, self._device)
+    if out.shape != x.shape:
+        raise ValueError(
+            f"{type(module).__name__} makes {tuple(out.shape)} of {tuple(x.shape)}; a branch "
+            "returns one tensor of its input's shape"
+        )
+    return out
 
 
 class Branch:
-    """f or g of one block: how to run it again on fresh leaves, and what that yields.
+    """f or g of a reversed block, in one forward pass and the backward pass that belongs to it.
 
-    The parameters are swapped for detached leaves, because a gradient taken with respect to the
-    parameters themselves would call the hooks that users registered on them twice per step.
+    Args:
+        module: the branch.
+
+    Attributes:
+        state: what the module is in the first run.
+        tensors: all trained tensors that it uses, once the first run is over.
+        indices: their places among the inputs of the block's node; set by the block.
     """
 
-    def __init__(self, module: nn.Module, index_of: dict[int, int], random: RandomState | None):
+    def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.random = random
-        # Where the parameters are. One may belong to two modules, here or in the other branch:
-        # same index, same leaf.
-        self._places = [
-            (owner._parameters, name, index_of[id(param)])
-            for owner in modules_of(module)
-            for name, param in owner._parameters.items()
-            if param is not None
-        ]
+        self.state = ModuleState(module)
+        self.indices: Sequence[int] = []
+        self._captured: list[Tensor] = []
+        self._random: RandomState | None = None
 
-    @contextmanager
-    def _swapped(self, leaves: Sequence[Tensor]) -> Iterator[None]:
-        """A context in which the branch has the leaves for its parameters.
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.state.layout.params, *self._captured]
 
-        As torch.func.functional_call makes one, but without finding each place by its name, which
-        takes longer than a small branch runs.
+    def first_run(
+        self, x: Tensor, autocast: AutocastState, before: RandomState
+    ) -> tuple[Tensor, RandomState]:
+        """The output, without a graph, and the state of the random generators behind it."""
+        facts = self.state.facts
+        if facts is None or facts.captured is None or facts.volatile:
+            out = self._observed_run(x, autocast)
+        else:
+            self._captured = facts.captured
+            with autocast.restored():
+                out = checked(self.module, self.module(x), x)
+        after = RandomState(x.device)
+        self._random = None if before.same_as(after) else before
+        return out, after
+
+    def _observed_run(self, x: Tensor, autocast: AutocastState) -> Tensor:
+        """A first run with a graph, in which is found what the branch is made of."""
+        # Hooks in the place of the user's, who shall not see what nobody will keep.
+        unseen = saved_tensors_hooks(Tensor.detach, lambda tensor: tensor)
+        with torch.enable_grad(), autocast.restored(), unseen:
+            leaf = x.detach().requires_grad_()
+            view = leaf.view_as(leaf)
+            with self.state.observed() as observer:
+                assert view.grad_fn is not None
+                observer.start = view.grad_fn._sequence_nr()
+                out = checked(self.module, self.module(view), x)
+        facts = self.state.facts
+        assert facts is not None
+        own = {id(leaf), *map(id, self.state.layout.params)}
+        leaves, edges = _sources(out, set(), observer.start)
+        captured = [tensor for tensor in leaves if id(tensor) not in own]
+        computed = [self._seen(observer, *edge) for edge in edges]
+        facts.captured, facts.volatile = captured, bool(computed)
+        facts.closed = facts.closed and not captured and not computed
+        self._captured = captured + computed
+        return out.detach()
+
+    def _seen(self, observer: Observer, node: Any, output: int) -> Tensor:
+        if (tensor := observer.find(node, output)) is None:
+            raise RuntimeError(
+                f"{type(self.module).__name__} uses a trained tensor that was computed outside of "
+                f"it ({node.name()}), and which one cannot be seen here: hand it over as a buffer "
+                "or a parameter, or choose the 'store' policy"
+            )
+        return tensor
+
+    def output(self, x: Tensor, autocast: AutocastState) -> Tensor:
+        """The second run without gradients, where only the value is wanted."""
+        with torch.no_grad(), self._surroundings(autocast):
+            module = self.module if self.state.is_as_it_was else self.state.copy()
+            out: Tensor = module(x)
+        return out
+
+    def second_run(
+        self, x: Tensor, inputs: Sequence[Tensor], needs: Sequence[bool], autocast: AutocastState
+    ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """Run the branch again, with a graph.
+
+        Args:
+            x: its input.
+            inputs: the tensors of the block's node.
+            needs: which of them need a gradient.
+
+        Returns:
+            ``x`` as a leaf, the output, and by index what to differentiate it to.
 
         Raises:
-            RuntimeError: the branch did not run on the leaves, so they have no gradients.
+            RuntimeError: the run would not see, or did not use, what the first one did.
         """
-        params: list[Any] = [owner[name] for owner, name, _ in self._places]
-        leaf_of: Any = leaves  # a module's parameters are declared to be nn.Parameter
-        for owner, name, index in self._places:
-            owner[name] = leaf_of[index]
-        try:
-            yield
-            if any(owner[name] is not leaf_of[index] for owner, name, index in self._places):
+        wanted = {i: inputs[i] for i in self.indices if needs[i]}
+        module = self.module
+        if not self.state.is_as_it_was or _is_watched(wanted.values()):
+            # With respect to leaves of our own, since the hooks of the tensors themselves will be
+            # called when the block's node hands over their gradients.
+            own = set(map(id, self.state.layout.params))
+            fresh = {
+                id(inputs[i]): inputs[i].detach().requires_grad_(needs[i])
+                for i in self.indices
+                if id(inputs[i]) in own
+            }
+            wanted = {i: fresh.get(id(tensor), tensor) for i, tensor in wanted.items()}
+            if _is_watched(wanted.values()):  # not one that could be replaced
                 raise RuntimeError(
-                    f"a hook on {type(self.module).__name__} put other parameters in place while a "
-                    "reversed block ran it again. Give fully_shard whole blocks or the model, not "
-                    "a branch; or choose the 'store' policy."
+                    f"a tensor that {type(module).__name__} uses without owning it has a hook, "
+                    "which would be called twice: choose the 'store' policy"
                 )
-        finally:
-            for (owner, name, _), param in zip(self._places, params, strict=True):
-                owner[name] = param
-
-    def rerun(
-        self, x: Tensor, leaves: Sequence[Tensor], autocast: AutocastState
-    ) -> tuple[Tensor, Tensor]:
-        """Return ``x`` as a fresh leaf and the branch's output, connected by an autograd graph."""
+            module = self.state.copy(fresh)
         x = x.detach().requires_grad_()
-        replayed = nullcontext() if self.random is None else self.random.replayed()
-        with torch.enable_grad(), autocast.restored(), replayed, self._swapped(leaves):
+        with torch.enable_grad(), self._surroundings(autocast):
             # A view, because hooks on the inputs of modules (FlopCounterMode has some) fail on
             # leaves during torch.autograd.grad.
-            out = self.module(x.view_as(x))
-        return x, out
+            out: Tensor = module(x.view_as(x))
+        facts = self.state.facts
+        if facts is None or not facts.closed:
+            unneeded = [inputs[i] for i in self.indices if not needs[i]]
+            self._check(out, [x, *wanted.values(), *unneeded])
+        return x, out, wanted
 
+    def _surroundings(self, autocast: AutocastState) -> AbstractContextManager[object]:
+        if self._random is None and self.state.other_random is None:
+            return autocast.restored()
+        stack = ExitStack()
+        stack.enter_context(autocast.restored())
+        for random in (self._random, self.state.other_random):
+            if random is not None:
+                stack.enter_context(random.replayed())
+        return stack
+
+    def _check(self, out: Tensor, known: list[Tensor]) -> None:
+        stops = {(t.grad_fn, t.output_nr) for t in known if t.grad_fn is not None}
+        leaves, _ = _sources(out, stops, None)
+        ids = set(map(id, known))
+        if any(id(leaf) not in ids for leaf in leaves):
+            self.state.forget()
+            raise RuntimeError(
+                f"{type(self.module).__name__} uses a trained tensor in the backward pass that it "
+                "did not use in the forward pass, so its gradient would be lost: choose the "
+                "'store' policy"
+            )
+
+    @staticmethod
     def gradients(
-        self, out: Tensor, x: Tensor, leaves: Sequence[Tensor], grad: Tensor, mask: Tensor | None
+        out: Tensor,
+        x: Tensor,
+        wanted: dict[int, Tensor],
+        grad: Tensor | None,
+        mask: Tensor | None,
     ) -> tuple[Tensor | None, dict[int, Tensor]]:
-        """Gradients of ``x`` and, by index, of the leaves, given that of ``x + mask * out``."""
-        if not out.requires_grad:  # the branch detaches its output
+        """Gradients of ``x`` and, by index, of what is wanted, given that of ``x + mask * out``."""
+        if grad is None or not out.requires_grad:  # the branch detaches its output
             return None, {}
-        wanted = sorted({i for _, _, i in self._places if leaves[i].requires_grad})
         grad = (grad if mask is None else grad * mask).to(out.dtype)
-        grad_x, *grads = torch.autograd.grad(
-            out, [x, *(leaves[i] for i in wanted)], grad, allow_unused=True
-        )
+        grad_x, *grads = torch.autograd.grad(out, [x, *wanted.values()], grad, allow_unused=True)
         return grad_x, {i: g for i, g in zip(wanted, grads, strict=True) if g is not None}
 
 
-def modules_of(module: nn.Module) -> list[nn.Module]:
-    """``module`` and all modules inside, each once; for every step, so without making names."""
-    found, known = [module], {module}
-    for owner in found:
-        for child in owner._modules.values():
-            if child is not None and child not in known:
-                known.add(child)
-                found.append(child)
-    return found
+def _is_watched(tensors: Iterable[Tensor]) -> bool:
+    """Whether others would see a gradient with respect to a tensor itself, or one has none now."""
+    for tensor in tensors:
+        if tensor._backward_hooks or not tensor.requires_grad or tensor.retains_grad:
+            return True
+    return False
 
 
-# What every module has, which therefore need not be looked at in each.
-_ATTRIBUTES_OF_MODULES = vars(nn.Module()).keys()
-
-
-def parameters_of(block: nn.Module) -> list[Tensor]:
-    """The parameters of a block.
-
-    Raises:
-        RuntimeError: a branch trains a tensor that is none of them, whose gradient would be lost.
-            FullyShardedDataParallel without its original parameters, and DataParallel, put such
-            tensors in the place of the parameters.
-    """
-    modules = modules_of(block)
-    params = {
-        id(param): param
-        for owner in modules
-        for param in owner._parameters.values()
-        if param is not None
-    }
-    for owner in modules:
-        attributes = vars(owner)
-        for name in attributes.keys() - _ATTRIBUTES_OF_MODULES:
-            value = attributes[name]
-            # getattr, because isinstance with Tensor takes twice as long.
-            if getattr(value, "requires_grad", False) is True and id(value) not in params:
-                raise RuntimeError(
-                    f"{type(owner).__name__}.{name} needs a gradient but is no parameter, so a "
-                    "reversed block cannot train it. Register it as a parameter; with "
-                    "FullyShardedDataParallel set use_orig_params=True or take fully_shard; with "
-                    "DataParallel take DistributedDataParallel; or choose the 'store' policy."
-                )
-    return list(params.values())
+def _sources(
+    out: Tensor, stops: set[tuple[Any, int]], start: int | None
+) -> tuple[list[Tensor], list[tuple[Any, int]]]:
+    """Where the graph of a tensor ends: in leaves, and in outputs of nodes before ``start``."""
+    if out.grad_fn is None:
+        return [out] if out.requires_grad else [], []
+    leaves: list[Tensor] = []
+    edges: list[tuple[Any, int]] = []
+    seen, pending = {out.grad_fn}, [out.grad_fn]
+    while pending:
+        for node, output in pending.pop().next_functions:
+            if node is None or node in seen or (node, output) in stops:
+                continue
+            if start is not None and node._sequence_nr() < start:
+                if (node, output) not in edges:
+                    edges.append((node, output))
+                continue
+            seen.add(node)
+            if type(node).__name__ == "AccumulateGrad":
+                leaves.append(node.variable)  # type: ignore[attr-defined]
+            else:
+                pending.append(node)
+    return leaves, edges

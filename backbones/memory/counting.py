@@ -109,23 +109,24 @@ def as_on_a_gpu() -> Iterator[None]:
     }
 
     def fused(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        if isinstance(q, FakeTensor):
+        if isinstance(query, FakeTensor):
             # With either, the CPU has no fused kernel and keeps the N x N weights. Any fused
             # kernel stands for all of them: each keeps its output and one number per query.
             dropout_p = 0.0
             attn_mask = None if attn_mask is None else attn_mask.detach()
-        return originals[attention](q, k, v, attn_mask, dropout_p, *args, **kwargs)
+        return originals[attention](query, key, value, attn_mask, dropout_p, *args, **kwargs)
 
     def in_float32(name: str, *args: Any, **kwargs: Any) -> Tensor:
-        if isinstance(args[0], FakeTensor) and torch.is_autocast_enabled("cpu"):
+        fake = any(isinstance(arg, FakeTensor) for arg in (*args, *kwargs.values()))
+        if fake and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(FakeTensor, Tensor.float, (args, kwargs))
         return originals[name](*args, **kwargs)
 

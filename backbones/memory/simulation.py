@@ -12,7 +12,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.nn.modules import module as hooks
 from torch.utils._pytree import tree_leaves
 
@@ -76,7 +80,9 @@ class Simulation:
     Arguments as for :func:`backbones.fit_memory`; ``device_type`` is where training would run.
 
     Raises:
-        ValueError: no block in the model whose memory can be managed.
+        ValueError: no block in the model whose memory can be managed; nothing to train; an empty
+            or no input; a model that cannot be copied, or, in :meth:`step`, one that asks for the
+            values of its tensors.
 
     Attributes:
         blocks: how many blocks have a memory policy.
@@ -91,6 +97,12 @@ class Simulation:
         device_type: str,
         autocast: torch.dtype | None = None,
     ) -> None:
+        inputs = [example_input] if isinstance(example_input, Tensor) else [*example_input]
+        if not inputs or not all(isinstance(x, Tensor) and x.numel() for x in inputs):
+            given = [tuple(x.shape) if isinstance(x, Tensor) else x for x in inputs]
+            raise ValueError(f"the example input must be a tensor, or several, not empty: {given}")
+        if not any(param.requires_grad for param in model.parameters()):
+            raise ValueError(f"nothing in {type(model).__name__} is trained (requires_grad)")
         # On the CPU, whose autocast and whose kernels they then take, and with no data there.
         # Tensors on the meta device know no autocast.
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -106,8 +118,13 @@ class Simulation:
             twins[id(param)] = nn.Parameter(shape_of(param), requires_grad=param.requires_grad)
         for buffer in model.buffers():
             twins[id(buffer)] = shape_of(buffer)
-        self.model = copy.deepcopy(model, twins).train()
-        inputs = [example_input] if isinstance(example_input, Tensor) else example_input
+        try:
+            self.model = copy.deepcopy(model, twins).train()
+        except Exception as error:  # of any kind, by what the model holds
+            raise ValueError(
+                f"{type(model).__name__} cannot be copied to be simulated ({error}): keep locks, "
+                "files and the like out of it"
+            ) from error
         self.inputs = [shape_of(x) for x in inputs]
         self._on_cpu = device_type == "cpu"
         self.autocast = autocast
@@ -186,7 +203,14 @@ class Simulation:
         counter = self._counter = self._new_counter()
         kernels = nullcontext() if self._on_cpu else as_on_a_gpu()
         with kernels, counter, torch.enable_grad():
-            loss = self._forward(counter)
+            try:
+                loss = self._forward(counter)
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                raise ValueError(
+                    f"{type(self.model).__name__} asks for the values of its tensors ({error}), as "
+                    ".item() and boolean masks do, and a simulated step has only shapes: choose "
+                    "with backbones.set_memory instead"
+                ) from error
             held = {part: counter.live[part] for part in self._forward_parts}
             counter.part = "working set"
             if backward:

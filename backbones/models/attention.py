@@ -60,6 +60,12 @@ class GridAttention(nn.Module):
             table = nn.Parameter(torch.zeros(2 * side - 1, head_dim)) if side else None
             self.register_parameter(f"rel_pos_{axis}", table)
 
+    def reset_parameters(self) -> None:
+        """Let no distance count; the layers inside initialise themselves."""
+        for table in (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w):
+            if table is not None:
+                nn.init.zeros_(table)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, heads, …, head_dim) each -> (B, heads, N, head_dim), with N queries.
 

@@ -112,6 +112,10 @@ class PositionEmbedding(nn.Module):
         super().__init__()
         self.grid = grid
         self.weight = nn.Parameter(torch.zeros(1, grid[0] * grid[1], embed_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as the original implementation does."""
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,6 +135,10 @@ class SpaceTimePositionEmbedding(nn.Module):
         super().__init__()
         self.spatial = PositionEmbedding(grid[1:], embed_dim)
         self.temporal = nn.Parameter(torch.zeros(1, grid[0], embed_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as the original implementation does; the places in space do so themselves."""
         nn.init.trunc_normal_(self.temporal, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:

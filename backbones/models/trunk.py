@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -50,6 +50,30 @@ class Trunk(nn.Module):
         classes = self.num_classes
         self.head = nn.Linear(self.num_features, classes) if classes else nn.Identity()
         self.apply(init_weights)
+
+    def init_weights(self) -> None:
+        """Initialise all parameters anew: after ``to_empty()``, for one."""
+        for module in self.modules():
+            if hasattr(module, "reset_parameters"):
+                cast(Any, module).reset_parameters()
+        self.apply(init_weights)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Trunk:
+        # `to(memory_format=torch.channels_last)` is for kernels of four dimensions.
+        def of_any_rank(tensor: Tensor) -> Tensor:
+            if tensor.ndim == 5 and tensor.shape[2] == 1:
+                return fn(tensor.squeeze(2)).unsqueeze(2)
+            try:
+                return fn(tensor)
+            except RuntimeError as error:
+                if tensor.ndim == 5 and "channels_last" in str(error):
+                    raise RuntimeError(
+                        "channels_last is for images; a model of clips takes "
+                        "memory_format=torch.channels_last_3d"
+                    ) from error
+                raise
+
+        return cast(Trunk, super()._apply(of_any_rank, recurse))
 
     @abstractmethod
     def _forward_grids(self, x: Tensor, every_stage: bool) -> list[Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from functools import cache
 from typing import Any, get_args
 
@@ -312,3 +314,50 @@ def test_auto_on_a_cpu_and_a_module_without_blocks_are_errors() -> None:
         fit_memory(model, x, "auto")
     with pytest.raises(ValueError, match="Linear holds no block"):
         fit_memory(nn.Linear(3, 3), torch.zeros(1, 3), "1GB")
+
+
+class Around(nn.Module):
+    """A model around one that can be fitted, which does something with the features."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner = create_model("rev_vit_tiny", img_size=32, depth=2, num_classes=0)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.inner(x))
+
+
+@pytest.mark.parametrize(
+    "function",
+    (
+        lambda x: F.scaled_dot_product_attention(query=x[None], key=x[None], value=x[None]),
+        lambda x: F.layer_norm(input=x, normalized_shape=x.shape[-1:]),
+    ),
+)
+def test_functions_called_with_keywords(function: Callable[[Tensor], Tensor]) -> None:
+    with torch.device("meta"):
+        model, x = Around(function), torch.empty(2, 3, 32, 32)
+    assert fit_memory(model, x, "1GB", autocast=torch.bfloat16).stored_blocks == 2
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    (
+        (lambda model: setattr(model, "function", lambda x: x * x.mean().item()), "values of its"),
+        (lambda model: setattr(model, "function", lambda x: x[x > 0]), "values of its tensors"),
+        (lambda model: setattr(model, "lock", threading.Lock()), "Around cannot be copied"),
+        (lambda model: model.requires_grad_(False), "nothing in Around is trained"),
+    ),
+)
+def test_models_that_cannot_be_fitted(change: Callable[[nn.Module], None], message: str) -> None:
+    model = Around(lambda x: x)
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        fit_memory(model, torch.zeros(2, 3, 32, 32), "1GB")
+
+
+@pytest.mark.parametrize("example", (torch.zeros(0, 3, 32, 32), (2, 3, 32, 32), ()))
+def test_inputs_that_are_none(example: Any) -> None:
+    with pytest.raises(ValueError, match="example input must be a tensor"):
+        fit_memory(Around(lambda x: x), example, "1GB")

@@ -18,7 +18,7 @@ from backbones import (
     register_model,
     set_memory,
 )
-from backbones.registry import input_shape
+from backbones.registry import MODELS, input_shape
 from tests.backbones.helpers import random_model
 from tests.backbones.test_mvit import SMALL as MVIT
 from tests.backbones.test_mvit import SMALL_CLIP as CLIPS
@@ -225,3 +225,45 @@ def test_errors_of_set_memory() -> None:
         set_memory(create_model("vit_small", **SMALL), "reversible")
     with pytest.raises(ValueError, match="Linear holds no block"):
         set_memory(nn.Linear(2, 2), "store")
+
+
+def test_channels_last() -> None:
+    """The usual flag for models of images; those of clips say which one is theirs."""
+    images = create_model("rev_mvit_base", img_size=32, depth=4, transitions=(1, 2, 3)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    expected = images(x)
+    images.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(images(x.to(memory_format=torch.channels_last)), expected)
+    clips = create_model("rev_mvit_base_16x4", img_size=32, depth=4, transitions=(1, 2, 3))
+    with pytest.raises(RuntimeError, match="channels_last_3d"):
+        clips.to(memory_format=torch.channels_last)
+    clips.to(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("name", ("rev_vit_tiny", "rev_mvit_base_16x4"))
+def test_init_weights_after_to_empty(name: str) -> None:
+    """Every parameter is initialised, as a new model's are."""
+    settings = {"img_size": 32, "use_rel_pos": True}
+    with torch.device("meta"):
+        model = create_model(name, **settings)
+    model.to_empty(device="cpu")
+    for param in model.parameters():
+        nn.init.constant_(param, float("nan"))
+    model.init_weights()
+    usual = dict(create_model(name, **settings).named_parameters())
+    for key, param in model.named_parameters():
+        assert param.isfinite().all(), key
+        torch.testing.assert_close(param.std(), usual[key].std(), rtol=0.5, atol=1e-2, msg=key)
+
+
+def test_a_registered_model_may_take_any_keyword() -> None:
+    class Keywords(nn.Module):
+        def __init__(self, **given: int) -> None:
+            super().__init__()
+            self.given = given
+
+    register_model("any_keyword", Keywords)
+    try:
+        assert create_model("any_keyword", width=3).given == {"width": 3}
+    finally:
+        del MODELS["any_keyword"]

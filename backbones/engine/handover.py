@@ -1,0 +1,90 @@
+"""How the blocks of a sequence know of each other: what one hands to the next, verified."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+__all__ = ["Chain", "Handover", "here"]
+
+
+class Chain:
+    """The blocks of a sequence in one forward pass.
+
+    Attributes:
+        ends: whether the block that runs now keeps its outputs, come what may.
+        last: what the block before has handed over.
+    """
+
+    def __init__(self) -> None:
+        self.ends = True
+        self.last: Handover | None = None
+
+
+class _Here(threading.local):
+    chain: Chain | None = None
+
+
+# The sequence that this thread is in. Blocks find it here also from within modules around them.
+here = _Here()
+
+
+class Handover:
+    """What a block hands to the next one, which rebuilds it in the backward pass.
+
+    Until the next block has taken them, unchanged, for its inputs, the outputs are kept here.
+
+    Args:
+        y1, y2: the outputs of the block.
+    """
+
+    def __init__(self, y1: Tensor, y2: Tensor) -> None:
+        # Without their graph, which would keep itself alive.
+        self._streams: tuple[Tensor, Tensor] | None = (y1.detach(), y2.detach())
+        self._versions = y1._version, y2._version
+        self._kept = True
+
+    def claim(self, x1: Tensor, x2: Tensor) -> bool:
+        """Whether these inputs are the outputs, unchanged; if so, nothing is kept any more."""
+        if not self._kept or self._streams is None:
+            return False
+        given = zip(self._streams, self._versions, (x1, x2), strict=True)
+        if not all(_is_same(kept, version, x) for kept, version, x in given):
+            return False
+        self._kept, self._streams = False, None
+        return True
+
+    def leave(self, x1: Tensor, x2: Tensor) -> None:
+        """Bring back what was claimed."""
+        self._streams = (x1, x2)
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """The outputs of the block, kept or rebuilt."""
+        if self._streams is None:
+            raise RuntimeError(
+                "the gradient of a loss reached a reversible block without passing the blocks "
+                "behind it, so its outputs cannot be rebuilt. Take intermediate outputs with a "
+                "forward hook on the block, or give the block the 'store' policy."
+            )
+        y1, y2 = self._streams
+        if not self._kept:
+            self._streams = None
+        elif (y1._version, y2._version) != self._versions:
+            raise RuntimeError(
+                "the outputs of a reversible block were changed in place before the next block, "
+                "so its inputs cannot be rebuilt: change a copy, or choose the 'store' policy"
+            )
+        return y1, y2
+
+
+def _is_same(kept: Tensor, version: int, x: Tensor) -> bool:
+    return bool(
+        x._version == version
+        and x.dtype == kept.dtype
+        and x.shape == kept.shape
+        and x.stride() == kept.stride()
+        and x.storage_offset() == kept.storage_offset()
+        and torch._C._is_alias_of(kept, x)  # type: ignore[attr-defined]
+    )

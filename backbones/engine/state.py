@@ -1,0 +1,319 @@
+"""What a module is when it runs, so that a second run can see the same.
+
+Between the two runs of a block anything may happen to its modules: ``model.eval()``, weights put
+back by ``torch.func.functional_call``, a counter that counts. A :class:`ModuleState` notes what the
+first run sees. The second run gets the module itself if it still is as it was, and else a copy of
+the module's objects that is. The module is never changed, so other threads may use it meanwhile.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from operator import is_
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from backbones.engine.ambient import Observer, OtherRandom
+
+__all__ = ["ModuleState"]
+
+
+class Layout:
+    """What a module is made of: compared before each run, which has to be quick.
+
+    It knows of every part, the module itself first, its type and its ``__dict__``, but not the
+    module: nothing here may keep it alive.
+
+    Attributes:
+        types, owns: of each part.
+        places: every parameter with the number of the part that it belongs to, and its name there.
+        params: the same, each once and alone.
+        buffers: every buffer, likewise, as ``places``.
+        hooked: whether a forward hook is in a part.
+        hooked_inside: whether one is in a part other than the module itself.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        parts, self._number = [module], {id(module): 0}
+        for part in parts:
+            for child in part._modules.values():
+                if child is not None and id(child) not in self._number:
+                    self._number[id(child)] = len(parts)
+                    parts.append(child)
+        self.types = [type(part) for part in parts]
+        self.owns = [vars(part) for part in parts]
+        self.places = [
+            (number, name, param)
+            for number, part in enumerate(parts)
+            for name, param in part._parameters.items()
+            if param is not None
+        ]
+        self.params = [*{id(param): param for _, _, param in self.places}.values()]
+        self.buffers = [
+            (number, name, buffer)
+            for number, part in enumerate(parts)
+            for name, buffer in part._buffers.items()
+            if buffer is not None
+        ]
+        hooked = [bool(part._forward_hooks or part._forward_pre_hooks) for part in parts]
+        self.hooked, self.hooked_inside = any(hooked), any(hooked[1:])
+        self._were = [dict(own) for own in self.owns]
+        self._children = [dict(part._modules) for part in parts]
+        self._inside = [
+            (own, [*own.values()], [*part._modules.values()], [*part._parameters.values()])
+            for own, part in zip(self.owns, parts, strict=True)
+        ]
+
+    def holds(self) -> bool:
+        """Whether the module still is made of these very objects, without hooks."""
+        try:
+            for own, attributes, children, params in self._inside:
+                if [*own.values()] != attributes or [*own["_modules"].values()] != children:
+                    return False
+                if len(now := own["_parameters"]) != len(params):
+                    return False
+                if params and not all(map(is_, now.values(), params)):
+                    return False
+                if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                    return False
+        except (RuntimeError, ValueError):  # an array in the place of another: there is no "equal"
+            return False
+        return all(self.buffer(number, name) is buffer for number, name, buffer in self.buffers)
+
+    def buffer(self, number: int, name: str) -> Tensor | None:
+        """What is in the place of a buffer now."""
+        found: Tensor | None = self.owns[number]["_buffers"].get(name)
+        return found
+
+    def copy(self, before: Mapping[int, dict[str, Any]], params: Mapping[int, Tensor]) -> nn.Module:
+        """The module as it was, as objects of its own.
+
+        Args:
+            before: by its number, what else the attributes of a part were.
+            params: tensors in the place of parameters, by their ``id``.
+
+        Raises:
+            RuntimeError: a part is a ScriptModule, which cannot be copied like this.
+        """
+        if any(issubclass(kind, torch.jit.ScriptModule) for kind in self.types):
+            raise RuntimeError(
+                f"{self.types[0].__name__} is not as it was in the forward pass, or has hooks on "
+                "its parameters, and a ScriptModule in it cannot be copied: choose 'store'"
+            )
+        twins: list[nn.Module] = [object.__new__(kind) for kind in self.types]
+        for number, twin in enumerate(twins):
+            own = vars(twin)
+            own.update(before.get(number) or self._were[number])
+            own["_parameters"] = dict.fromkeys(self._were[number]["_parameters"])
+            own["_buffers"] = dict(own["_buffers"])
+            own["_modules"] = {
+                name: None if child is None else twins[self._number[id(child)]]
+                for name, child in self._children[number].items()
+            }
+            own["_compiled_call_impl"] = None  # it would run the original
+        for number, name, param in self.places:
+            tensor: Any = params.get(id(param), param)
+            twins[number]._parameters[name] = tensor
+        for number, name, buffer in self.buffers:
+            kept = before.get(number, {}).get("_buffers", {}).get(name)
+            twins[number]._buffers[name] = buffer if kept is None else kept.clone()
+        return twins[0]
+
+
+@dataclass
+class Facts:
+    """What an observed run has shown about a module; true while its layout holds.
+
+    Attributes:
+        captured: trained leaves that it uses without owning them; None: not looked for.
+        volatile: whether it uses trained tensors that others have computed, anew for each step.
+        closed: whether all of its code is torch's or this package's, and uses nothing else.
+        stateful: numbers of its parts that a run changes: counters, caches, statistics.
+        generators: random generators of its own.
+        other_random: whether it draws from Python's or NumPy's generator.
+    """
+
+    captured: list[Tensor] | None = None
+    volatile: bool = False
+    closed: bool = False
+    stateful: list[int] = field(default_factory=list)
+    generators: list[torch.Generator] = field(default_factory=list)
+    other_random: bool = False
+
+
+# By module. Not an attribute of it, which would be copied and pickled along.
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[Layout, Facts]] = WeakKeyDictionary()
+
+
+class ModuleState:
+    """A module as it is now.
+
+    Args:
+        module: any.
+
+    Attributes:
+        layout: what the module is made of.
+        facts: what is known about the module from a run before; None if it has to be observed.
+        other_random: generators besides torch's own that the run draws from, if there are any.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.facts: Facts | None = None
+        self.other_random: OtherRandom | None = None
+        self._before: dict[int, dict[str, Any]] = {}
+        known = _KNOWN.get(module)
+        # Within parametrize.cached(), weights are made by whoever comes first.
+        if known is None or parametrize._cache_enabled or not known[0].holds():
+            self.layout = Layout(module)
+        else:
+            self.layout, self.facts = known
+            owns = self.layout.owns
+            self._before = {number: _attributes(owns[number]) for number in self.facts.stateful}
+            if self.facts.generators or self.facts.other_random:
+                self.other_random = OtherRandom(self.facts.generators)
+        self._versions = [buffer._version for _, _, buffer in self.layout.buffers]
+
+    # ---- observing the first run
+
+    @contextmanager
+    def observed(self) -> Iterator[Observer]:
+        """A context in which the module runs for the first time; afterwards :attr:`facts` is there.
+
+        Raises:
+            RuntimeError: the run changes a tensor that is no buffer, which cannot be put back.
+        """
+        layout = self.layout
+        self._before = {number: _attributes(own) for number, own in enumerate(layout.owns)}
+        tensors = [
+            (number, name, value, value._version)
+            for number, own in enumerate(layout.owns)
+            for name, value in own.items()
+            if isinstance(value, Tensor)
+        ]
+        self.other_random = OtherRandom()
+        observer = Observer()
+        # Compiled code would be compiled anew under the observer's eyes.
+        compiled = any(own.get("_compiled_call_impl") for own in layout.owns)
+        with nullcontext() if compiled else observer:
+            yield observer
+        for number, name, value, version in tensors:
+            if value._version != version:
+                raise RuntimeError(
+                    f"{layout.types[number].__name__}.{name} changes in place whenever it runs, "
+                    "and a reversed or checkpointed block runs twice: make it a buffer, or choose "
+                    "the 'store' policy"
+                )
+        counted = {
+            number
+            for (number, name, buffer), version in zip(layout.buffers, self._versions, strict=True)
+            if layout.buffer(number, name) is not buffer or buffer._version != version
+        }
+        changed = [
+            number
+            for number, was in self._before.items()
+            if number in counted or _has_changed(layout.owns[number], was)
+        ]
+        self.facts = Facts(
+            closed=all(map(_is_closed, layout.types, layout.owns)),
+            stateful=changed,
+            generators=[generator for generator, _ in observer.generators],
+            other_random=self.other_random.moved(),
+        )
+        self._before = {number: self._before[number] for number in changed}
+        if self.facts.generators or self.facts.other_random:
+            self.other_random.add(observer.generators)
+        else:
+            self.other_random = None
+        # A lazy module has made its parameters, and perhaps other modules, in this run.
+        self.layout = Layout(self.module)
+        self._versions = [buffer._version for _, _, buffer in self.layout.buffers]
+        _KNOWN[self.module] = self.layout, self.facts
+
+    def forget(self) -> None:
+        """Observe the next run again."""
+        _KNOWN.pop(self.module, None)
+
+    # ---- the second run
+
+    @property
+    def is_as_it_was(self) -> bool:
+        """Whether a run of the module itself would see what the first one saw.
+
+        Raises:
+            RuntimeError: a buffer has got other values, so that nothing could see them again.
+        """
+        for (number, name, buffer), version in zip(
+            self.layout.buffers, self._versions, strict=True
+        ):
+            if buffer._version != version and number not in self._before:
+                raise RuntimeError(
+                    f"the buffer {self.layout.types[number].__name__}.{name} was changed between "
+                    "the forward and the backward pass: a reversed or checkpointed block needs it "
+                    "as it was"
+                )
+        return not self._before and self.layout.holds()
+
+    def copy(self, params: Mapping[int, Tensor] | None = None) -> nn.Module:
+        """The module as it was, of which only this thread knows; see :meth:`Layout.copy`."""
+        return self.layout.copy(self._before, params or {})
+
+
+def _attributes(own: dict[str, Any]) -> dict[str, Any]:
+    """What a run may change of a module's attributes; containers and buffers copied."""
+    kept = {key: _copied(own[key]) for key in own if key not in ("_parameters", "_modules")}
+    kept["_buffers"] = {
+        key: None if buffer is None else buffer.detach().clone()
+        for key, buffer in own["_buffers"].items()
+    }
+    return kept
+
+
+def _copied(value: Any) -> Any:
+    """Containers, and those inside, as others with the same content; anything else as it is."""
+    if isinstance(value, dict):
+        twin = copy.copy(value)  # of any class
+        twin.update({key: _copied(item) for key, item in value.items()})
+        return twin
+    if type(value) in (list, tuple, set):
+        return type(value)(map(_copied, value))
+    return value
+
+
+def _differs(now: Any, was: Any) -> bool:
+    """Whether something has changed since it was :func:`_copied`."""
+    if isinstance(was, dict):
+        return now.keys() != was.keys() or any(_differs(now[key], was[key]) for key in was)
+    if type(was) in (list, tuple):
+        return len(now) != len(was) or any(map(_differs, now, was))
+    if type(was) is set:
+        return bool(now != was)
+    return now is not was
+
+
+def _versions(part: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    return {k: (v, v._version) for k, v in vars(part).items() if isinstance(v, Tensor)}
+
+
+def _has_changed(own: dict[str, Any], before: dict[str, Any]) -> bool:
+    now = {key: value for key, value in own.items() if key not in ("_parameters", "_modules")}
+    # The values of buffers show in their versions.
+    if now.keys() != before.keys() or now.pop("_buffers").keys() != before["_buffers"].keys():
+        return True
+    return any(
+        type(value) is not type(before[key]) or _differs(value, before[key])
+        for key, value in now.items()
+    )
+
+
+def _is_closed(kind: type, own: dict[str, Any]) -> bool:
+    """Whether the code of a part is known to use nothing but its own parameters."""
+    known = kind.__module__.partition(".")[0] in ("torch", "backbones")
+    return known and "forward" not in own and "parametrizations" not in own["_modules"]
