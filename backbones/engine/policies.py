@@ -86,17 +86,23 @@ class Block(nn.Module):
             self.warn_of_hooks()
             return piece(*args)
 
+        versions = [(arg, arg._version) for arg in args if isinstance(arg, Tensor)]
         places = state.layout.places
         trained = {id(param): param.requires_grad for _, _, param in places}
 
         def run(*args: Any) -> Output:
             nonlocal runs
             runs += 1
-            if runs == 1 and state.facts is not None:
-                return piece(*args)
             if runs == 1:
-                with state.observed():
-                    return piece(*args)
+                with nullcontext() if state.facts else state.observed():
+                    out = piece(*args)
+            if any(arg._version != version for arg, version in versions):
+                raise RuntimeError(
+                    f"the input of {type(self).__name__} was changed in place, and a checkpointed "
+                    "block runs on it twice: change a copy, or choose the 'store' policy"
+                )
+            if runs == 1:
+                return out
             with state.other_random.replayed() if state.other_random else nullcontext():
                 other = {
                     id(param): param.detach().requires_grad_(not param.requires_grad)

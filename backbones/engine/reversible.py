@@ -37,9 +37,10 @@ class ReversibleBlock(Block):
 
     Args:
         f: any module that maps a tensor to one of the same shape: attention with its norm.
-        g: likewise: the MLP with its norm. Neither holds a residual connection, changes its input
-            in place, depends on a state that changes between calls (batch-norm statistics would
-            be updated twice), or trains a tensor that is not a parameter of its own.
+        g: likewise: the MLP with its norm. Neither holds a residual connection or changes its
+            input in place. Both run twice, and what the first run saw the second one sees too
+            (parameters, also in lists and from outside, flags, counters, statistics, random
+            numbers), or there is an error; a block with forward hooks inside stores instead.
         drop_path: the probability that a sample skips the block in training, in [0, 1).
 
     Attributes:
@@ -56,6 +57,7 @@ class ReversibleBlock(Block):
         """Map the two streams, of one shape (B, …), to two of the same shape.
 
         Raises:
+            RuntimeError: a branch changes its input in place, under ``"reversible"``.
             TypeError: a branch returns no tensor.
             ValueError: a branch returns a tensor of another shape than its input's.
         """

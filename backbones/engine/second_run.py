@@ -69,13 +69,23 @@ class Branch:
         self, x: Tensor, autocast: AutocastState, before: RandomState
     ) -> tuple[Tensor, RandomState]:
         """The output, without a graph, and the state of the random generators behind it."""
-        facts = self.state.facts
-        if facts is None or facts.captured is None or facts.volatile:
-            out = self._observed_run(x, autocast)
-        else:
-            self._captured = facts.captured
-            with autocast.restored():
-                out = checked(self.module, self.module(x), x)
+        facts, version = self.state.facts, x._version
+        try:
+            if facts is None or facts.captured is None or facts.volatile:
+                out = self._observed_run(x, autocast)
+            else:
+                self._captured = facts.captured
+                with autocast.restored():
+                    out = checked(self.module, self.module(x), x)
+            changed = x._version != version
+        except RuntimeError as error:
+            if not (changed := "a leaf Variable that requires grad" in str(error)):
+                raise
+        if changed:
+            raise RuntimeError(
+                f"{type(self.module).__name__} changes its input in place, so that the block "
+                "cannot be inverted: let it change a copy, or choose the 'store' policy"
+            )
         after = RandomState(x.device)
         self._random = None if before.same_as(after) else before
         return out, after

@@ -256,6 +256,7 @@ def save_weights(model: nn.Module, path: str | PathLike[str]) -> None:
         OSError: the file cannot be written. A file that was there before is still there.
         TypeError: arguments that JSON cannot hold.
     """
+    model = getattr(model, "_orig_mod", model)  # within what torch.compile returns
     metadata = {_GRIDS: json.dumps(grids_of(model))}
     if config := getattr(model, "config", None):
         metadata[CONFIG] = json.dumps(config)

@@ -501,3 +501,11 @@ def test_what_is_noted_of_a_module_does_not_keep_it_alive(policy: MemoryPolicy) 
         assert [part() for part in parts] == [None] * len(parts)
     finally:
         gc.enable()
+
+
+@savers
+def test_a_branch_that_changes_its_input_in_place_is_refused(policy: MemoryPolicy) -> None:
+    module = of(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(DIM, DIM)), policy=policy)
+    with pytest.raises(RuntimeError, match="in place"):
+        y1, y2 = module(*(2 * x for x in make_streams()))
+        (y1.sum() + y2.sum()).backward()
