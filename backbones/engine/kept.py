@@ -1,0 +1,114 @@
+"""Products whose outputs a block keeps, so that its second run does not compute them again.
+
+In the first run the outputs of chosen operators are recorded; in the second run they are returned in
+the same order, below autograd, which records the operators as usual. So any f and g will do, and the
+gradients are made of the same inputs and weights as without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+__all__ = ["Kept", "linear_layers"]
+
+
+def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers inside ``module`` whose outputs can be kept, by name."""
+    return {name: part for name, part in module.named_modules() if type(part) is nn.Linear}
+
+
+class Kept:
+    """What one run of a branch leaves for the next: outputs of products, in their order.
+
+    Args:
+        weights: those of the linear layers whose outputs are kept; None for all products.
+    """
+
+    def __init__(self, weights: Sequence[Tensor] | None) -> None:
+        self._weights = weights
+        self._specs: list[Any] = []
+
+    def recorded(self, into: list[Tensor]) -> AbstractContextManager[None]:
+        """A context in which the outputs of the chosen products go into a list."""
+        self._specs.clear()
+
+        def keep(func: Any, args: Any, kwargs: Any) -> Any:
+            out = func(*args, **kwargs)
+            leaves, spec = tree_flatten(out)
+            self._specs.append(spec)
+            # Not the very tensors, which may get a graph in this run.
+            into.extend(leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+            return out
+
+        return self._watched(keep, {id(weight) for weight in self._weights or ()})
+
+    def played(self, outputs: Sequence[Tensor], weights: Sequence[Tensor] | None) -> Any:
+        """A context in which the chosen products return what was recorded.
+
+        Args:
+            outputs: what was recorded.
+            weights: as at first; others, if others stand in their places now.
+        """
+        left, specs = iter(outputs), iter(self._specs)
+
+        def play(func: Any, args: Any, kwargs: Any) -> Any:
+            spec = next(specs)
+            return tree_unflatten([next(left) for _ in range(spec.num_leaves)], spec)
+
+        return self._watched(play, {id(weight) for weight in weights or ()})
+
+    @contextmanager
+    def _watched(self, instead: Any, weights: Collection[int]) -> Iterator[None]:
+        products = _Products(instead)
+        with products if self._weights is None else _Linears(products, weights):
+            yield
+
+
+class _Products(TorchDispatchMode):
+    """Puts a function in the place of matrix products, convolutions and attention."""
+
+    def __init__(self, instead: Any) -> None:
+        from torch.utils.flop_counter import flop_registry  # here, because it imports triton
+
+        super().__init__()
+        self._instead = instead
+        self._known = flop_registry
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "_overloadpacket", None) in self._known and not _draws(func, args, kwargs):
+            return self._instead(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _draws(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operator draws random numbers, so that the run has to go through it."""
+    names = [argument.name for argument in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return bool(given.get("dropout_p"))
+
+
+class _Linears(TorchFunctionMode):
+    """Lets ``products`` see the linear layers that have certain weights, and nothing else."""
+
+    def __init__(self, products: _Products, weights: Collection[int]) -> None:
+        super().__init__()
+        self._products = products
+        self._weights = weights
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            if id(weight) in self._weights:
+                with self._products:
+                    return func(*args, **kwargs)
+        return func(*args, **kwargs)
