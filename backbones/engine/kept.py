@@ -1,28 +1,33 @@
 """Products whose outputs a block keeps, so that its second run does not compute them again.
 
-In the first run the outputs of chosen operators are recorded; in the second run they are returned in
-the same order, below autograd, which records the operators as usual. So any f and g will do, and the
-gradients are made of the same inputs and weights as without.
+In the first run the outputs of chosen operators are recorded; in the second run they are returned
+in the same order, below autograd, which records the operators as usual. So any f and g will do, and
+the gradients are made of the same inputs and weights as without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["Kept", "linear_layers"]
+__all__ = ["Kept", "linear_layers", "weights_of"]
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers inside ``module`` whose outputs can be kept, by name."""
     return {name: part for name, part in module.named_modules() if type(part) is nn.Linear}
+
+
+def weights_of(module: nn.Module, layers: Collection[str]) -> list[Tensor]:
+    """The weights of linear layers, by their names in ``module``."""
+    return [cast(nn.Linear, module.get_submodule(name)).weight for name in layers]
 
 
 class Kept:
@@ -44,8 +49,7 @@ class Kept:
             out = func(*args, **kwargs)
             leaves, spec = tree_flatten(out)
             self._specs.append(spec)
-            # Not the very tensors, which may get a graph in this run.
-            into.extend(leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+            into.extend(map(_alias, leaves))
             return out
 
         return self._watched(keep, {id(weight) for weight in self._weights or ()})
@@ -61,7 +65,7 @@ class Kept:
 
         def play(func: Any, args: Any, kwargs: Any) -> Any:
             spec = next(specs)
-            return tree_unflatten([next(left) for _ in range(spec.num_leaves)], spec)
+            return tree_unflatten([_alias(next(left)) for _ in range(spec.num_leaves)], spec)
 
         return self._watched(play, {id(weight) for weight in weights or ()})
 
@@ -70,6 +74,11 @@ class Kept:
         products = _Products(instead)
         with products if self._weights is None else _Linears(products, weights):
             yield
+
+
+def _alias(tensor: Any) -> Any:
+    """Another tensor on the same memory: autograd will give this one a history."""
+    return tensor.detach() if isinstance(tensor, Tensor) else tensor
 
 
 class _Products(TorchDispatchMode):

@@ -11,8 +11,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils.checkpoint import checkpoint
 
+from backbones.common.errors import near_names
 from backbones.engine.ambient import only_plain
+from backbones.engine.kept import Kept, linear_layers, weights_of
 from backbones.engine.state import ModuleState
 
 __all__ = ["Block", "MemoryPolicy", "add_branch", "blocks_of", "set_memory"]
@@ -45,6 +48,8 @@ class Block(nn.Module):
 
     invertible: ClassVar[bool] = False
     memory_policy: MemoryPolicy = "store"
+    # Linear layers whose outputs are kept between the two runs, by name; None: all products.
+    keep: tuple[str, ...] | None = ()
 
     def __init__(self, f: nn.Module, g: nn.Module, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -89,12 +94,18 @@ class Block(nn.Module):
         versions = [(arg, arg._version) for arg in args if isinstance(arg, Tensor)]
         places = state.layout.places
         trained = {id(param): param.requires_grad for _, _, param in places}
+        weights = weights_of(self, self.keep or ())
+        keeper = None if self.keep == () else Kept(weights if self.keep else None)
+        kept: list[Tensor] = []
 
         def run(*args: Any) -> Output:
             nonlocal runs
             runs += 1
             if runs == 1:
-                with nullcontext() if state.facts else state.observed():
+                with (
+                    nullcontext() if state.facts else state.observed(),
+                    keeper.recorded(kept) if keeper else nullcontext(),
+                ):
                     out = piece(*args)
             if any(arg._version != version for arg, version in versions):
                 raise RuntimeError(
@@ -103,12 +114,16 @@ class Block(nn.Module):
                 )
             if runs == 1:
                 return out
-            with state.other_random.replayed() if state.other_random else nullcontext():
-                other = {
-                    id(param): param.detach().requires_grad_(not param.requires_grad)
-                    for _, _, param in places
-                    if param.requires_grad is not trained[id(param)]
-                }
+            other = {
+                id(param): param.detach().requires_grad_(not param.requires_grad)
+                for _, _, param in places
+                if param.requires_grad is not trained[id(param)]
+            }
+            now = [other.get(id(weight), weight) for weight in weights]
+            with (
+                state.other_random.replayed() if state.other_random else nullcontext(),
+                keeper.played(kept, now) if keeper else nullcontext(),
+            ):
                 if state.is_as_it_was and not other:
                     return piece(*args)
                 return piece.__func__(state.copy(other), *args)  # type: ignore[attr-defined]
@@ -124,8 +139,17 @@ class Block(nn.Module):
                 stacklevel=2,
             )
 
+    def kept_in(self, branch: str) -> tuple[str, ...] | None:
+        """What is kept of a branch, ``"f"`` or ``"g"``, by the names within it."""
+        start = f"{branch}."
+        if self.keep is None:
+            return None
+        return tuple(name.removeprefix(start) for name in self.keep if name.startswith(start))
+
     def extra_repr(self) -> str:
-        return f"drop_path={self.drop_path}, memory_policy={self.memory_policy!r}"
+        keep = "products" if self.keep is None else ", ".join(self.keep)
+        kept = f", keep={keep!r}" if keep else ""
+        return f"drop_path={self.drop_path}, memory_policy={self.memory_policy!r}{kept}"
 
 
 def add_branch(x: Tensor, branch: Tensor, mask: Tensor | None) -> Tensor:
@@ -138,7 +162,12 @@ def blocks_of(module: nn.Module) -> dict[str, Block]:
     return {name: m for name, m in module.named_modules() if isinstance(m, Block)}
 
 
-def set_memory(module: nn.Module, policy: MemoryPolicy, stored_blocks: int = 0) -> None:
+def set_memory(
+    module: nn.Module,
+    policy: MemoryPolicy,
+    stored_blocks: int = 0,
+    keep: Sequence[str] | Literal["products"] = (),
+) -> None:
     """Choose what the blocks inside ``module`` keep for the backward pass.
 
     The gradients are the same under every policy; only memory and speed differ. Takes effect from
@@ -150,10 +179,15 @@ def set_memory(module: nn.Module, policy: MemoryPolicy, stored_blocks: int = 0) 
         stored_blocks: how many of the last blocks store their activations whatever the policy.
             The last ones, because the backward pass frees them first: the peak is the larger of
             "these blocks" and "one recomputed block", not their sum.
+        keep: linear layers inside the other blocks whose outputs are kept and not computed again,
+            by their names in a block, such as ``("g.mlp.fc2",)``, or patterns (``"g.*"``);
+            ``"products"`` for all matrix products, convolutions and attention. The last layer of g
+            saves the most work for its bytes.
 
     Raises:
         ValueError: unknown policy; no block in ``module``; ``"reversible"`` for a module without
-            an invertible block; ``stored_blocks`` outside 0 … number of blocks.
+            an invertible block; ``stored_blocks`` outside 0 … number of blocks; a name in ``keep``
+            that fits no linear layer (the message lists the near ones).
     """
     if policy not in get_args(MemoryPolicy):
         known = ", ".join(repr(name) for name in get_args(MemoryPolicy))
@@ -168,11 +202,29 @@ def set_memory(module: nn.Module, policy: MemoryPolicy, stored_blocks: int = 0) 
         )
     if not 0 <= stored_blocks <= len(blocks):
         raise ValueError(f"stored_blocks must be 0 … {len(blocks)} for {name}, got {stored_blocks}")
+    kept = [_kept(block, keep) for block in blocks]
+    for pattern in () if keep == "products" else keep:
+        layers = {layer for block in blocks for layer in linear_layers(block)}
+        if not fnmatch.filter(layers, pattern):
+            near = ", ".join(near_names(pattern, sorted(layers)))
+            raise ValueError(
+                f"keep: no block of {name} has a linear layer {pattern!r}; did you mean {near}?"
+            )
     first_stored = len(blocks) - stored_blocks
     for index, block in enumerate(blocks):
+        block.keep = kept[index]
         if index >= first_stored:
             block.memory_policy = "store"
         elif policy == "reversible" and not block.invertible:
             block.memory_policy = "checkpoint"
         else:
             block.memory_policy = policy
+
+
+def _kept(block: Block, keep: Sequence[str] | Literal["products"]) -> tuple[str, ...] | None:
+    """The layers of a block that are meant; None for all products."""
+    if keep == "products":
+        return None
+    layers = linear_layers(block)
+    found = dict.fromkeys(name for pattern in keep for name in fnmatch.filter(layers, pattern))
+    return tuple(found)

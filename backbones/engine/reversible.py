@@ -171,7 +171,7 @@ def _reversed(
     block: ReversibleBlock, x1: Tensor, x2: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Run a block that keeps nothing."""
-    f, g = Branch(block.f), Branch(block.g)
+    f, g = Branch(block.f, block.kept_in("f")), Branch(block.g, block.kept_in("g"))
     if f.state.layout.hooked or g.state.layout.hooked:
         block.warn_of_hooks()
         return block._couple(x1, x2, mask)
@@ -219,7 +219,11 @@ class _ReversedBlock(torch.autograd.Function):
         ctx.first = first
         ctx.set_materialize_grads(False)
         # The inputs go through save_for_backward for its check that nobody changed them.
-        ctx.save_for_backward(*inputs, *(() if first.ahead else (y1, y2)))
+        kept = [*first.f.kept, *first.g.kept]
+        ctx.counts = len(inputs), len(inputs) + len(first.f.kept), len(inputs) + len(kept)
+        first.f.kept.clear()
+        first.g.kept.clear()
+        ctx.save_for_backward(*inputs, *kept, *(() if first.ahead else (y1, y2)))
         return y1, y2
 
     @staticmethod
@@ -231,19 +235,17 @@ class _ReversedBlock(torch.autograd.Function):
                 "choose the 'store' policy for this model"
             )
         first, saved = ctx.first, ctx.saved_tensors
-        if first.ahead is None:
-            *inputs, y1, y2 = saved
-        else:
-            inputs = saved
-            y1, y2 = first.ahead.take()
+        of_inputs, of_f, of_g = ctx.counts
+        inputs, kept_f, kept_g = saved[:of_inputs], saved[of_inputs:of_f], saved[of_f:of_g]
+        y1, y2 = saved[of_g:] if first.ahead is None else first.ahead.take()
         _, x1_needs, x2_needs, *needs = ctx.needs_input_grad
         mask, autocast = first.mask, first.autocast
 
         grads: dict[int, Tensor] = {}
         if dy2 is None:
-            g_y1 = first.g.output(y1, autocast)
+            g_y1 = first.g.output(y1, kept_g, autocast)
         else:
-            leaf, g_y1, wanted = first.g.second_run(y1, inputs, needs, autocast)
+            leaf, g_y1, wanted = first.g.second_run(y1, kept_g, inputs, needs, autocast)
             d, grads = first.g.gradients(g_y1, leaf, wanted, dy2, mask)
             dy1 = _sum(dy1, d)
             del leaf, d, wanted
@@ -254,14 +256,14 @@ class _ReversedBlock(torch.autograd.Function):
         rebuild = first.behind is not None and (x1_needs or x2_needs)
         f_x2 = None
         if dy1 is not None:
-            leaf, f_x2, wanted = first.f.second_run(x2, inputs, needs, autocast)
+            leaf, f_x2, wanted = first.f.second_run(x2, kept_f, inputs, needs, autocast)
             d, f_grads = first.f.gradients(f_x2, leaf, wanted, dy1, mask)
             dy2 = _sum(dy2, d)
             for index, grad in f_grads.items():
                 grads[index] = grads[index] + grad if index in grads else grad
             del leaf, d, wanted
         elif rebuild:
-            f_x2 = first.f.output(x2, autocast)
+            f_x2 = first.f.output(x2, kept_f, autocast)
         if rebuild and f_x2 is not None:
             first.behind.leave(_subtract_branch(y1, f_x2.detach(), mask), x2)
         return (None, dy1, dy2, *(grads.get(index) for index in range(len(inputs))))

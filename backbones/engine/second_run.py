@@ -9,7 +9,7 @@ no others, is found out in the first run and checked in the second.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from backbones.engine.ambient import AutocastState, Observer, RandomState
+from backbones.engine.kept import Kept, weights_of
 from backbones.engine.state import ModuleState
 
 __all__ = ["Branch", "checked"]
@@ -47,15 +48,21 @@ class Branch:
 
     Args:
         module: the branch.
+        keep: names of linear layers in it whose outputs are kept; None for all products.
 
     Attributes:
+        kept: these outputs, from the first run on.
         state: what the module is in the first run.
         tensors: all trained tensors that it uses, once the first run is over.
         indices: their places among the inputs of the block's node; set by the block.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, keep: Sequence[str] | None = ()) -> None:
         self.module = module
+        self.kept: list[Tensor] = []
+        self._products = keep is None
+        self._weights = weights_of(module, keep or ())
+        self._keeper = Kept(None if keep is None else self._weights) if keep != () else None
         self.state = ModuleState(module)
         self.indices: Sequence[int] = []
         self._captured: list[Tensor] = []
@@ -75,8 +82,10 @@ class Branch:
                 out = self._observed_run(x, autocast)
             else:
                 self._captured = facts.captured
-                with autocast.restored():
-                    out = checked(self.module, self.module(x), x)
+                # Some kernels of attention prepare for gradients only where they are wanted.
+                given = x.detach().requires_grad_() if self._products else x
+                with torch.set_grad_enabled(self._products), autocast.restored(), self._record():
+                    out = checked(self.module, self.module(given), x).detach()
             changed = x._version != version
         except RuntimeError as error:
             if not (changed := "a leaf Variable that requires grad" in str(error)):
@@ -97,7 +106,7 @@ class Branch:
         with torch.enable_grad(), autocast.restored(), unseen:
             leaf = x.detach().requires_grad_()
             view = leaf.view_as(leaf)
-            with self.state.observed() as observer:
+            with self.state.observed() as observer, self._record():
                 assert view.grad_fn is not None
                 observer.start = view.grad_fn._sequence_nr()
                 out = checked(self.module, self.module(view), x)
@@ -121,20 +130,29 @@ class Branch:
             )
         return tensor
 
-    def output(self, x: Tensor, autocast: AutocastState) -> Tensor:
+    def _record(self) -> AbstractContextManager[None]:
+        return self._keeper.recorded(self.kept) if self._keeper else nullcontext()
+
+    def output(self, x: Tensor, kept: Sequence[Tensor], autocast: AutocastState) -> Tensor:
         """The second run without gradients, where only the value is wanted."""
-        with torch.no_grad(), self._surroundings(autocast):
+        with torch.no_grad(), self._surroundings(autocast, kept, {}):
             module = self.module if self.state.is_as_it_was else self.state.copy()
             out: Tensor = module(x)
         return out
 
     def second_run(
-        self, x: Tensor, inputs: Sequence[Tensor], needs: Sequence[bool], autocast: AutocastState
+        self,
+        x: Tensor,
+        kept: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        needs: Sequence[bool],
+        autocast: AutocastState,
     ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """Run the branch again, with a graph.
 
         Args:
             x: its input.
+            kept: outputs that are not computed again.
             inputs: the tensors of the block's node.
             needs: which of them need a gradient.
 
@@ -145,7 +163,7 @@ class Branch:
             RuntimeError: the run would not see, or did not use, what the first one did.
         """
         wanted = {i: inputs[i] for i in self.indices if needs[i]}
-        module = self.module
+        module, fresh = self.module, {}
         if not self.state.is_as_it_was or _is_watched(wanted.values()):
             # With respect to leaves of our own, since the hooks of the tensors themselves will be
             # called when the block's node hands over their gradients.
@@ -163,7 +181,7 @@ class Branch:
                 )
             module = self.state.copy(fresh)
         x = x.detach().requires_grad_()
-        with torch.enable_grad(), self._surroundings(autocast):
+        with torch.enable_grad(), self._surroundings(autocast, kept, fresh):
             # A view, because hooks on the inputs of modules (FlopCounterMode has some) fail on
             # leaves during torch.autograd.grad.
             out: Tensor = module(x.view_as(x))
@@ -173,14 +191,19 @@ class Branch:
             self._check(out, [x, *wanted.values(), *unneeded])
         return x, out, wanted
 
-    def _surroundings(self, autocast: AutocastState) -> AbstractContextManager[object]:
-        if self._random is None and self.state.other_random is None:
+    def _surroundings(
+        self, autocast: AutocastState, kept: Sequence[Tensor], fresh: dict[int, Tensor]
+    ) -> AbstractContextManager[object]:
+        if self._random is None and self.state.other_random is None and self._keeper is None:
             return autocast.restored()
         stack = ExitStack()
         stack.enter_context(autocast.restored())
         for random in (self._random, self.state.other_random):
             if random is not None:
                 stack.enter_context(random.replayed())
+        if self._keeper is not None:
+            weights = [fresh.get(id(weight), weight) for weight in self._weights]
+            stack.enter_context(self._keeper.played(kept, weights))
         return stack
 
     def _check(self, out: Tensor, known: list[Tensor]) -> None:

@@ -1,0 +1,156 @@
+"""Products inside a block whose outputs are kept: the same gradients, fewer operations."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import backbones
+from backbones import MemoryPolicy, set_memory
+from backbones.engine.policies import blocks_of
+from tests.backbones.helpers import (
+    assert_grads_near,
+    assert_same_step,
+    make_sequence,
+    make_streams,
+    train_step,
+)
+from tests.backbones.saved_bytes import saved_bytes
+
+Keep = tuple[str, ...] | Literal["products"]
+
+KEEPS: tuple[Keep, ...] = (
+    ("g.mlp.fc2",),
+    ("g.mlp.*",),
+    ("f.attn.qkv", "g.mlp.fc2"),
+    ("f.*",),
+    "products",
+)
+every_keep = pytest.mark.parametrize("keep", KEEPS, ids=str)
+savers = pytest.mark.parametrize("policy", ("checkpoint", "reversible"))
+
+
+@savers
+@every_keep
+@pytest.mark.parametrize("depth", (1, 4))
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_gradients(
+    policy: MemoryPolicy, keep: Keep, depth: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    """With dropout and drop path; in the first step, which is observed, and in the next."""
+    sequence = make_sequence(depth, dropout=0.3, drop_path=0.2, dtype=dtype)
+    stored = train_step(sequence)
+    set_memory(sequence, policy, keep=keep)
+    for _ in range(2):
+        assert_same_step(train_step(sequence, policy=None), stored, tolerance)
+
+
+@savers
+@every_keep
+def test_under_autocast(policy: MemoryPolicy, keep: Keep) -> None:
+    sequence = make_sequence(3, dtype=torch.float32)
+    stored = train_step(sequence, autocast=True)
+    set_memory(sequence, policy, keep=keep)
+    assert_same_step(train_step(sequence, policy=None, autocast=True), stored, 5e-3)
+
+
+@savers
+@every_keep
+def test_two_backward_passes_hooks_on_weights_and_swapped_weights(
+    policy: MemoryPolicy, keep: Keep
+) -> None:
+    sequence = make_sequence(2)
+    params = {name: 1.5 * param.detach() for name, param in sequence.named_parameters()}
+
+    def grads() -> dict[str, Any]:
+        fast = {name: param.clone().requires_grad_() for name, param in params.items()}
+        for param in fast.values():
+            param.register_hook(lambda grad: 2 * grad)
+        y1, y2 = torch.func.functional_call(sequence, fast, make_streams())
+        loss = y1.square().sum() + y2.sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        return {name: param.grad for name, param in fast.items()}
+
+    set_memory(sequence, "store")
+    stored = grads()
+    set_memory(sequence, policy, keep=keep)
+    assert_grads_near(grads(), stored, 1e-9)
+
+
+@savers
+@pytest.mark.parametrize("name", ("rev_mvit_base", "mvit_base", "vit_tiny"))
+def test_models(policy: MemoryPolicy, name: str) -> None:
+    """Transitions and twins, and a convolution among the products."""
+    if policy == "reversible" and not name.startswith("rev"):
+        pytest.skip("not reversible")
+    small: dict[str, Any] = {"depth": 4, "img_size": 32, "num_classes": 3}
+    if "mvit" in name:
+        small |= {"embed_dim": 16, "transitions": (1, 2, 3)}
+    torch.manual_seed(0)
+    model = backbones.create_model(name, **small).double()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+
+    def grads(*how: Any, **more: Any) -> dict[str, Any]:
+        set_memory(model, *how, **more)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        # A bias of the keys has none but by rounding.
+        named = model.named_parameters()
+        return {k: p.grad.clone() for k, p in named if not k.endswith("norm_k.bias")}
+
+    stored = grads("store")
+    for keep in (("g.mlp.fc2",), ("*",), "products"):
+        assert_grads_near(grads(policy, keep=keep), stored, 1e-9)
+
+
+def operations(sequence: nn.Module) -> int:
+    with FlopCounterMode(display=False) as count:
+        y1, y2 = sequence(*make_streams())
+        (y1.sum() + y2.sum()).backward()
+    return count.get_total_flops()
+
+
+@savers
+def test_operations(policy: MemoryPolicy) -> None:
+    """A linear layer that is kept is not run again; of all products, none is."""
+    sequence = make_sequence(4)
+    set_memory(sequence, "store")
+    stored = operations(sequence)
+    counts = []
+    for keep in ((), ("g.mlp.fc2",), ("g.mlp.*",), "products"):
+        set_memory(sequence, policy, keep=keep)
+        operations(sequence)  # the first pass is observed
+        counts.append(operations(sequence))
+    assert counts == sorted(counts, reverse=True) and len(set(counts)) >= 3
+    assert counts[-1] == stored < counts[0]
+
+
+def test_bytes() -> None:
+    """What is kept is held, and nothing else."""
+    sequence = make_sequence(8)
+    held = {}
+    for keep in ((), ("g.mlp.fc2",), ("g.mlp.*",)):
+        set_memory(sequence, "reversible", keep=keep)
+        sequence(*make_streams())
+        with saved_bytes(ignore=sequence) as saved:
+            outputs = sequence(*make_streams())
+        held[keep] = saved.bytes
+        del outputs
+    stream = make_streams()[0].numel() * 8
+    assert held[("g.mlp.fc2",)] - held[()] == 8 * stream
+    assert held[("g.mlp.*",)] - held[()] == 8 * 3 * stream
+
+
+def test_patterns() -> None:
+    sequence = make_sequence(2)
+    set_memory(sequence, "reversible", stored_blocks=1, keep=("*.fc2", "f.*.proj"))
+    assert blocks_of(sequence)["blocks.0"].keep == ("g.mlp.fc2", "f.attn.proj")
+    set_memory(sequence, "reversible")
+    assert blocks_of(sequence)["blocks.0"].keep == ()
+    with pytest.raises(ValueError, match=r"linear layer 'g\.mlp\.fc3'; did you mean g\.mlp\.fc"):
+        set_memory(sequence, "reversible", keep=("g.mlp.fc3",))
