@@ -35,26 +35,34 @@ class Handover:
     """What a block hands to the next one, which rebuilds it in the backward pass.
 
     Until the next block has taken them, unchanged, for its inputs, the outputs are kept here.
-
-    Args:
-        y1, y2: the outputs of the block.
     """
 
-    def __init__(self, y1: Tensor, y2: Tensor) -> None:
-        # Without their graph, which would keep itself alive.
-        self._streams: tuple[Tensor, Tensor] | None = (y1.detach(), y2.detach())
-        self._versions = y1._version, y2._version
+    def __init__(self) -> None:
+        self._streams: tuple[Tensor, Tensor] | None = None
+        self._versions = (0, 0)
         self._kept = True
+
+    def offer(self, y1: Tensor, y2: Tensor) -> None:
+        """Take the outputs of the block, until they are claimed or settled, which follows soon."""
+        self._streams, self._versions = (y1, y2), (y1._version, y2._version)
 
     def claim(self, x1: Tensor, x2: Tensor) -> bool:
         """Whether these inputs are the outputs, unchanged; if so, nothing is kept any more."""
         if not self._kept or self._streams is None:
             return False
-        given = zip(self._streams, self._versions, (x1, x2), strict=True)
-        if not all(_is_same(kept, version, x) for kept, version, x in given):
+        y1, y2 = self._streams
+        same = (x1._version, x2._version) == self._versions
+        if not same or not (_is_same(y1, x1) and _is_same(y2, x2)):
+            self.settle()
             return False
         self._kept, self._streams = False, None
         return True
+
+    def settle(self) -> None:
+        """Keep what nobody has claimed, without its graph, which would keep itself alive."""
+        if self._kept and self._streams is not None:
+            y1, y2 = self._streams
+            self._streams = (y1.detach(), y2.detach())
 
     def leave(self, x1: Tensor, x2: Tensor) -> None:
         """Bring back what was claimed."""
@@ -79,10 +87,9 @@ class Handover:
         return y1, y2
 
 
-def _is_same(kept: Tensor, version: int, x: Tensor) -> bool:
-    return bool(
-        x._version == version
-        and x.dtype == kept.dtype
+def _is_same(kept: Tensor, x: Tensor) -> bool:
+    return x is kept or bool(
+        x.dtype == kept.dtype
         and x.shape == kept.shape
         and x.stride() == kept.stride()
         and x.storage_offset() == kept.storage_offset()

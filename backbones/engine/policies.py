@@ -141,9 +141,9 @@ class Block(nn.Module):
 
     def kept_in(self, branch: str) -> tuple[str, ...] | None:
         """What is kept of a branch, ``"f"`` or ``"g"``, by the names within it."""
+        if not self.keep:
+            return self.keep
         start = f"{branch}."
-        if self.keep is None:
-            return None
         return tuple(name.removeprefix(start) for name in self.keep if name.startswith(start))
 
     def extra_repr(self) -> str:

@@ -125,6 +125,8 @@ class ReversibleSequence(nn.Module):
                 x1, x2 = block(x1, x2)
         finally:
             here.chain = outer
+            if chain.last is not None:
+                chain.last.settle()
         return x1, x2
 
     def inverse(self, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,7 +178,7 @@ def _reversed(
         block.warn_of_hooks()
         return block._couple(x1, x2, mask)
     chain = here.chain
-    behind = None if chain is None or chain.last is None else chain.last
+    behind = None if chain is None else chain.last
     if behind is not None and not behind.claim(x1, x2):
         behind = None
     here.chain = None  # blocks inside of the branches are none of this sequence
@@ -192,7 +194,7 @@ def _reversed(
             del g_y1
     finally:
         here.chain = chain
-    ahead = None if chain is None or chain.ends else Handover(y1, y2)
+    ahead = None if chain is None or chain.ends else Handover()
     of_f, of_g = f.tensors, g.tensors
     inputs = [*of_f, *of_g]
     f.indices, g.indices = range(len(of_f)), range(len(of_f), len(inputs))
@@ -202,6 +204,8 @@ def _reversed(
         f.indices, g.indices = ([places[id(t)] for t in tensors] for tensors in (of_f, of_g))
     first = _FirstRun(f, g, mask, autocast, behind, ahead, [y1, y2])
     y1, y2 = _ReversedBlock.apply(first, x1, x2, *inputs)
+    if ahead is not None:
+        ahead.offer(y1, y2)
     if chain is not None:
         chain.last = ahead
     return y1, y2

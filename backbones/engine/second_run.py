@@ -61,8 +61,11 @@ class Branch:
         self.module = module
         self.kept: list[Tensor] = []
         self._products = keep is None
-        self._weights = weights_of(module, keep or ())
-        self._keeper = Kept(None if keep is None else self._weights) if keep != () else None
+        self._weights: list[Tensor] = []
+        self._keeper: Kept | None = None
+        if keep is None or len(keep):
+            self._weights = weights_of(module, keep or ())
+            self._keeper = Kept(None if keep is None else self._weights)
         self.state = ModuleState(module)
         self.indices: Sequence[int] = []
         self._captured: list[Tensor] = []
@@ -80,6 +83,10 @@ class Branch:
         try:
             if facts is None or facts.captured is None or facts.volatile:
                 out = self._observed_run(x, autocast)
+            elif self._keeper is None:
+                self._captured = facts.captured
+                with autocast.restored():
+                    out = checked(self.module, self.module(x), x)
             else:
                 self._captured = facts.captured
                 # Some kernels of attention prepare for gradients only where they are wanted.
