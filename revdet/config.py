@@ -115,6 +115,8 @@ def _apply(cfg: DictConfig, override: str) -> None:
         if parsed.is_sweep_override():
             raise UserError(f"override {override!r} has several values: write a list [a,b]")
         value = parsed.value()
+    if key in _TYPED and _TYPED[key].type_name == "list" and not isinstance(value, list):
+        raise UserError(f"{key} takes a list such as [a,b], got {text}")
     _set(cfg, key, value, text)
 
 

@@ -49,7 +49,11 @@ class TrainConfig:
     device: str = key("auto", "such as cpu or cuda; auto: cuda where there is one")
     memory: str = key("reversible", "what the trunk keeps for the backward pass", choices=POLICIES)
     stored_blocks: int = key(0, "how many of its last blocks store whatever the policy", low=0)
-    memory_budget: str = key("", "such as 8GB: choose both, so that a training step fits")
+    memory_keep: list[str] = key(  # noqa: RUF009
+        [],
+        "layers in a block whose outputs are kept, such as [g.mlp.fc2]; [products]: all products",
+    )
+    memory_budget: str = key("", "such as 8GB: chooses the first two so that a training step fits")
     accumulate: int = key(1, "batches per iteration, of which gradients are averaged", low=1)
     reference_batch_size: int = key(
         0, "images of an iteration for which optimizer.lr is; it is scaled to others; 0: no", low=0

@@ -96,7 +96,11 @@ class TrainConfig:
     precision: str = key("32-true", "float32, or autocast to a half one", choices=_PRECISIONS)
     memory: str = key("reversible", "what blocks keep for the backward pass", choices=_POLICIES)
     stored_blocks: int = key(0, "how many of the last blocks store whatever the policy", low=0)
-    memory_budget: str = key("", "'12GB', or 'auto' on a GPU: chooses the two above by what fits")
+    memory_keep: list[str] = key(  # noqa: RUF009
+        [],
+        "layers in a block whose outputs are kept, such as [g.mlp.fc2]; [products]: all products",
+    )
+    memory_budget: str = key("", "'12GB', or 'auto' on a GPU: chooses the first two by what fits")
     log_every: int = key(20, "steps between two lines of metrics.csv", low=1)
     checkpoint_every: int = key(500, "steps between two checkpoints", low=1)
     val_every: int = key(1, "epochs between two validations (one clip, one crop)", low=1)

@@ -181,8 +181,8 @@ def set_memory(
             "these blocks" and "one recomputed block", not their sum.
         keep: linear layers inside the other blocks whose outputs are kept and not computed again,
             by their names in a block, such as ``("g.mlp.fc2",)``, or patterns (``"g.*"``);
-            ``"products"`` for all matrix products, convolutions and attention. The last layer of g
-            saves the most work for its bytes.
+            ``"products"``, alone or in the list, for all matrix products, convolutions and
+            attention. The last layer of g saves the most work for its bytes.
 
     Raises:
         ValueError: unknown policy; no block in ``module``; ``"reversible"`` for a module without
@@ -203,7 +203,7 @@ def set_memory(
     if not 0 <= stored_blocks <= len(blocks):
         raise ValueError(f"stored_blocks must be 0 … {len(blocks)} for {name}, got {stored_blocks}")
     kept = [_kept(block, keep) for block in blocks]
-    for pattern in () if keep == "products" else keep:
+    for pattern in () if "products" in keep else keep:
         layers = {layer for block in blocks for layer in linear_layers(block)}
         if not fnmatch.filter(layers, pattern):
             near = ", ".join(near_names(pattern, sorted(layers)))
@@ -223,7 +223,7 @@ def set_memory(
 
 def _kept(block: Block, keep: Sequence[str] | Literal["products"]) -> tuple[str, ...] | None:
     """The layers of a block that are meant; None for all products."""
-    if keep == "products":
+    if "products" in keep:
         return None
     layers = linear_layers(block)
     found = dict.fromkeys(name for pattern in keep for name in fnmatch.filter(layers, pattern))

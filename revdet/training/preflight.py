@@ -55,11 +55,12 @@ def log_to(output_dir: str, rank: int) -> None:
 
 
 def _check_budget(train: DictConfig) -> None:
-    if train.memory_budget and train.stored_blocks:
-        raise UserError(
-            f"train.memory_budget={train.memory_budget} chooses train.stored_blocks itself: set "
-            "one of the two"
-        )
+    for name in ("stored_blocks", "memory_keep"):
+        if train.memory_budget and train[name]:
+            raise UserError(
+                f"train.memory_budget={train.memory_budget} chooses what is kept, and so does "
+                f"train.{name}={train[name]}: set one of the two"
+            )
     if train.memory_budget and train.memory_budget != "auto":
         try:
             parse_budget(train.memory_budget)

@@ -139,6 +139,7 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
         "seconds": round(time.perf_counter() - began, 1),  # since the last resume
         "memory": settings.memory,
         "stored_blocks": settings.stored_blocks,
+        "memory_keep": list(settings.memory_keep),
         "best": evaluations.best,
     }
     if next(model.parameters()).is_cuda:

@@ -150,6 +150,8 @@ def test_patterns() -> None:
     sequence = make_sequence(2)
     set_memory(sequence, "reversible", stored_blocks=1, keep=("*.fc2", "f.*.proj"))
     assert blocks_of(sequence)["blocks.0"].keep == ("g.mlp.fc2", "f.attn.proj")
+    set_memory(sequence, "reversible", keep=["products"])
+    assert blocks_of(sequence)["blocks.0"].keep is None
     set_memory(sequence, "reversible")
     assert blocks_of(sequence)["blocks.0"].keep == ()
     with pytest.raises(ValueError, match=r"linear layer 'g\.mlp\.fc3'; did you mean g\.mlp\.fc"):

@@ -46,6 +46,8 @@ def error_of(capsys) -> str:
         ("train.max_iter", ["train.max_iter", "key=value"]),
         ("train.memory=revresible", ["revresible", "reversible"]),
         ("train.stored_blocks=9", ["stored_blocks", "9"]),
+        ("train.memory_keep=[g.mlp.fc3]", ["'g.mlp.fc3'", "mean g.mlp.fc"]),
+        ("train.memory_keep=products", ["train.memory_keep", "list", "products"]),
         ("train.amp.enabled=true train.amp.dtype=int8", ["train.amp.dtype", "bfloat16"]),
         ("train.device=cuda", ["train.device"]),
         ("train.init_checkpoint=nothing.pth", ["nothing.pth", "does not exist"]),

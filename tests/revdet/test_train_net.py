@@ -86,12 +86,18 @@ def test_the_policy_reaches_every_block(train_net, tmp_path, monkeypatch):
     def spy(model, *arguments):
         set_memory(model, *arguments)
         blocks = [m for m in model.modules() if isinstance(m, backbones.ReversibleBlock)]
-        seen.extend(block.memory_policy for block in blocks)
+        seen.extend((block.memory_policy, block.keep) for block in blocks)
 
     monkeypatch.setattr(backbones, "set_memory", spy)
-    arguments = ["train.memory=checkpoint", "train.stored_blocks=1", "train.max_iter=1"]
-    assert train_net(tmp_path, *arguments) == 0
-    assert seen == ["checkpoint", "store"]
+    arguments = ["train.memory=checkpoint", "train.stored_blocks=1", "train.max_iter=2"]
+    assert train_net(tmp_path, "train.memory_keep=[g.mlp.fc2,*.qkv]", *arguments) == 0
+    assert seen == [
+        ("checkpoint", ("g.mlp.fc2", "f.attn.qkv")),
+        ("store", ("g.mlp.fc2", "f.attn.qkv")),
+    ]
+    run = json.loads((tmp_path / "results.json").read_text())["run"]
+    assert run["memory_keep"] == ["g.mlp.fc2", "*.qkv"]
+    assert "g.mlp.fc2, *.qkv kept of the others" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_finished_run_is_not_overwritten(train_net, tmp_path, capsys):
@@ -299,6 +305,7 @@ def test_a_memory_budget_chooses_the_policy(train_net, tmp_path, capsys):
         ("train.ema_decay=1", ["train.ema_decay=1", "0.9999"]),
         ("train.memory_budget=much", ["'much'", "8GiB"]),
         ("train.memory_budget=1GB train.stored_blocks=1", ["train.stored_blocks", "one of"]),
+        ("train.memory_budget=1GB train.memory_keep=[f.*]", ["train.memory_keep", "one of"]),
         ("optimizer.params.layer_decay=2", ["layer_decay", "(0, 1], got 2"]),
         ("optimizer.lr=1e30", ["NaN", "Lower optimizer.lr"]),
     ],

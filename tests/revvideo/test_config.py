@@ -117,6 +117,7 @@ def test_an_unknown_key_names_the_nearest(override, near):
         ("=3", ["key=value"]),
         ("augment.scale=[", ["augment.scale=[", "cannot be read"]),
         ("augment.scale=[a,1]", ["augment.scale", "list", "'a'"]),
+        ("train.memory_keep=products", ["train.memory_keep", "list", "products"]),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_it(override, parts):

@@ -68,10 +68,11 @@ def test_a_run_leaves_its_results_and_tests_the_same_again(videos, tmp_path, cap
     ("more", "change", "tolerance"),
     [
         (RANDOM, "train.memory=store", 1e-4),
+        (RANDOM, "train.memory_keep=[g.mlp.fc2,f.*]", 1e-4),
         ([], "optim.accumulate=4", 1e-3),
         ([], "train.precision=bf16-mixed", 0.05),
     ],
-    ids=["policy", "parts", "half precision"],
+    ids=["policy", "keep", "parts", "half precision"],
 )
 def test_what_saves_memory_does_not_change_the_losses(run, tmp_path, more, change, tolerance):
     more = [*more, "optim.clip_grad_norm=0.1", "optim.max_steps=5", "test.clips=1"]
@@ -79,6 +80,8 @@ def test_what_saves_memory_does_not_change_the_losses(run, tmp_path, more, chang
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert sorted(one) == list(range(5)) and two == pytest.approx(one, rel=tolerance)
     assert one != two or change.startswith("train.memory")
+    kept = results(tmp_path / "two")["run"]["memory_keep"]
+    assert kept == (["g.mlp.fc2", "f.*"] if "keep" in change else [])
 
 
 def test_a_budget_chooses_the_memory_policy(run, tmp_path, monkeypatch):
@@ -189,6 +192,8 @@ def test_a_batch_without_any_readable_video_is_passed_over(run, videos, tmp_path
         (["--eval-only"], ["holds no checkpoint", "model.weights"]),
         (["train.memory_budget=lots"], ["train.memory_budget=lots", "12GB"]),
         (["train.memory_budget=auto"], ["train.memory_budget=auto", "needs a GPU"]),
+        (["train.memory_keep=[g.mlp.fc3]"], ["'g.mlp.fc3'", "mean g.mlp.fc"]),
+        (["train.memory_budget=1GB", "train.memory_keep=[f.*]"], ["train.memory_keep", "one of"]),
         (["train.sede=3"], ["train.sede", "train.seed"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
