@@ -31,7 +31,7 @@ import torch
 from backbones.commands.real_steps import ROUNDS, Settings, Trial
 from backbones.common.console import show_progress
 from backbones.common.errors import UserError, optional_import
-from backbones.memory.budget import free_bytes, largest_that_fits, parse_budget, readable
+from backbones.memory.budget import fastest_that_fits, free_bytes, parse_budget, readable
 from backbones.memory.simulation import Simulation
 from backbones.registry import build
 
@@ -74,15 +74,15 @@ def run(options: argparse.Namespace) -> None:
 
     simulation = _simulate(options.model, shape, device, autocast)
     saving = simulation.saving_policy
-    settings: Settings = {"store": ("store", 0), "checkpoint": ("checkpoint", 0)}
-    settings[saving] = saving, 0
+    settings: Settings = {"store": ("store", 0, ()), "checkpoint": ("checkpoint", 0, ())}
+    settings[saving] = saving, 0, ()
     for name, setting in settings.items():
         show_progress(f"counting a step under {name}")
         simulation.step(*setting)
     if budget is not None:
         show_progress("looking for the mixture that fits the budget")
-        plan = largest_that_fits(simulation, budget)
-        settings[f"{saving}+{plan.stored_blocks}"] = saving, plan.stored_blocks
+        plan = fastest_that_fits(simulation, budget)
+        settings["fitted"] = saving, plan.stored_blocks, plan.keep
     show_progress("")
     steps = {name: simulation.step(*setting) for name, setting in settings.items()}
 
@@ -104,9 +104,8 @@ def run(options: argparse.Namespace) -> None:
         print("\nnot measured, because no GPU is here; --device cpu --measure takes the CPU")
     if budget is not None:
         print(
-            f"\nwithin {readable(budget)}: {saving}, the last {plan.stored_blocks} of "
-            f"{plan.blocks} blocks stored\n"
-            f"  backbones.set_memory(model, {saving!r}, stored_blocks={plan.stored_blocks})"
+            f"\nfitted to {readable(budget)}: {plan.summary}\n"
+            f"  backbones.set_memory(model, {saving!r}, {plan.stored_blocks}, keep={plan.keep!r})"
         )
     if options.plot:
         from backbones.commands.memory_plot import plot

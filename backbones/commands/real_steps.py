@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from backbones.common.console import show_progress
-from backbones.engine.policies import MemoryPolicy, set_memory
+from backbones.engine.policies import Keep, MemoryPolicy, set_memory
 
-Settings = dict[str, tuple[MemoryPolicy, int]]  # by a name: the policy, the stored blocks
+# By a name: the policy, the stored blocks, what the others keep.
+Settings = dict[str, tuple[MemoryPolicy, int, Keep]]
 
 ROUNDS = 5  # that count
 
@@ -30,9 +31,9 @@ class Trial:
         self.autocast = autocast
         self.optimizer = torch.optim.AdamW(model.parameters())
 
-    def _step(self, x: Tensor, policy: MemoryPolicy, stored_blocks: int) -> float:
+    def _step(self, x: Tensor, policy: MemoryPolicy, stored: int = 0, keep: Keep = ()) -> float:
         """Do a step; return its seconds."""
-        set_memory(self.model, policy, stored_blocks)
+        set_memory(self.model, policy, stored, keep)
         start = time.perf_counter()
         enabled = self.autocast is not None
         with torch.autocast(self.device.type, self.autocast, enabled=enabled):
@@ -45,15 +46,15 @@ class Trial:
         return time.perf_counter() - start
 
     def allocated_peak(
-        self, shape: tuple[int, ...], policy: MemoryPolicy, stored_blocks: int
+        self, shape: tuple[int, ...], policy: MemoryPolicy, stored: int = 0, keep: Keep = ()
     ) -> int | None:
         """The peak of a training step in bytes, by the allocator of a GPU; None: out of memory."""
         try:
             x = torch.randn(shape, device=self.device)
             # Makes the state of the optimizer, which is there from now on.
-            self._step(x, policy, stored_blocks)
+            self._step(x, policy, stored, keep)
             torch.cuda.reset_peak_memory_stats(self.device)
-            self._step(x, policy, stored_blocks)
+            self._step(x, policy, stored, keep)
         except torch.cuda.OutOfMemoryError:
             self.optimizer.zero_grad()
             return None
@@ -70,7 +71,7 @@ class Trial:
         ratios: dict[str, list[float]] = {name: [] for name in settings}
         for done in range(ROUNDS + 1):
             show_progress(f"measuring the speed, round {done + 1} of {ROUNDS + 1}")
-            stored = self._step(x, "store", 0)
+            stored = self._step(x, "store")
             for name, setting in settings.items():
                 ratio = stored / self._step(x, *setting)
                 if done > 0:

@@ -27,9 +27,12 @@ from backbones.engine.ambient import only_plain
 from backbones.engine.kept import Kept, linear_layers, weights_of
 from backbones.engine.state import ModuleState
 
-__all__ = ["Block", "MemoryPolicy", "add_branch", "blocks_of", "set_memory"]
+__all__ = ["Block", "Keep", "MemoryPolicy", "add_branch", "blocks_of", "set_memory"]
 
 MemoryPolicy = Literal["store", "checkpoint", "reversible"]
+
+# Names of linear layers inside a block, or patterns of such; or all products.
+Keep = tuple[str, ...] | Literal["products"]
 
 Output = TypeVar("Output")
 

@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from backbones.engine.policies import MemoryPolicy, set_memory
+from backbones.engine.policies import Keep, MemoryPolicy, set_memory
 from backbones.memory.counting import nbytes
 from backbones.memory.simulation import Simulation, StepMemory
 
 __all__ = [
     "MemoryPlan",
+    "fastest_that_fits",
     "fit_memory",
     "free_bytes",
-    "largest_that_fits",
     "parse_budget",
     "predict_memory",
     "readable",
@@ -44,6 +44,7 @@ class MemoryPlan:
     Attributes:
         policy: the policy of the blocks in front.
         stored_blocks: how many of the last blocks store their activations.
+        keep: products of the other blocks whose outputs are kept.
         blocks: how many blocks the model has.
         predicted_bytes: the peak of a training step, parameters and optimizer included.
         budget: what it had to stay within, in bytes.
@@ -56,15 +57,24 @@ class MemoryPlan:
 
     policy: MemoryPolicy
     stored_blocks: int
+    keep: Keep
     blocks: int
     predicted_bytes: int
     budget: int
     parts: dict[str, int]
     relative_speed: float
 
+    @property
+    def summary(self) -> str:
+        """The choice in words."""
+        kept = self.keep if isinstance(self.keep, str) else ", ".join(self.keep)
+        keeping = f" keeping {kept}" if kept else ""
+        stored = f"the last {self.stored_blocks} of {self.blocks} blocks stored"
+        return f"{self.policy}{keeping}, {stored}"
+
     def __str__(self) -> str:
         lines = [
-            f"{self.policy}, the last {self.stored_blocks} of {self.blocks} blocks stored: "
+            f"{self.summary}: "
             f"{readable(self.predicted_bytes)} of {readable(self.budget)}, "
             f"{self.relative_speed:.2f} of the speed of 'store' by operation count"
         ]
@@ -80,9 +90,10 @@ def fit_memory(
 ) -> MemoryPlan:
     """Give ``model`` the fastest memory policy whose training step fits ``budget``, and report it.
 
-    The blocks in front are reversed (checkpointed, in a model without reversible blocks), and as
-    many of the last ones as fit store their activations; see :func:`backbones.set_memory`. A
-    training step is forward, backward and AdamW. On a GPU attention is counted as fused. What is
+    The blocks in front are reversed (checkpointed, in a model without reversible blocks) and keep
+    what saves most work for its bytes, and as many of the last ones as fit store their activations;
+    of all such mixtures the fastest by operation count is taken. See :func:`backbones.set_memory`.
+    A training step is forward, backward and AdamW. On a GPU attention is counted as fused. What is
     needed by the loss on the outputs is not counted, and neither is scratch memory that kernels
     allocate inside.
 
@@ -108,8 +119,8 @@ def fit_memory(
     """
     device = _device_of(model)
     limit = parse_budget(budget, device) if budget != "auto" else _auto_budget(model, device)
-    plan = largest_that_fits(Simulation(model, example_input, device.type, autocast), limit)
-    set_memory(model, plan.policy, plan.stored_blocks)
+    plan = fastest_that_fits(Simulation(model, example_input, device.type, autocast), limit)
+    set_memory(model, plan.policy, plan.stored_blocks, plan.keep)
     return plan
 
 
@@ -119,6 +130,7 @@ def predict_memory(
     policy: MemoryPolicy,
     stored_blocks: int = 0,
     autocast: torch.dtype | None = None,
+    keep: Keep = (),
 ) -> StepMemory:
     """The memory of a training step under a policy: its peak, and what it holds for backward.
 
@@ -126,7 +138,7 @@ def predict_memory(
     unchanged.
     """
     simulation = Simulation(model, example_input, _device_of(model).type, autocast)
-    return simulation.step(policy, stored_blocks)
+    return simulation.step(policy, stored_blocks, keep)
 
 
 def parse_budget(budget: int | str, device: torch.device | None = None) -> int:
@@ -151,29 +163,42 @@ def parse_budget(budget: int | str, device: torch.device | None = None) -> int:
     return size
 
 
-def largest_that_fits(simulation: Simulation, budget: int) -> MemoryPlan:
-    """The largest number of stored blocks that fits, by bisection: the peak grows with it.
+def fastest_that_fits(simulation: Simulation, budget: int) -> MemoryPlan:
+    """The mixture of kept products and stored blocks with the fewest operations that fits.
+
+    The peak grows with either: what is kept is tried from nothing to everything, and to each the
+    largest number of stored blocks is found by bisection.
 
     Raises:
-        ValueError: the budget, in bytes, is too small even with no block stored.
+        ValueError: the budget, in bytes, is too small even with nothing kept and no block stored.
     """
     policy, blocks = simulation.saving_policy, simulation.blocks
-
-    def peak(stored: int) -> int:
-        return simulation.step(policy, stored).peak_bytes
-
-    if peak(0) > budget:
+    smallest = simulation.step(policy).peak_bytes
+    if smallest > budget:
         raise ValueError(
-            f"a training step does not fit {readable(budget)}: the smallest budget is {peak(0)} "
-            f"bytes ({readable(peak(0))}), with no block stored. Give more, or a smaller batch."
+            f"a training step does not fit {readable(budget)}: the smallest budget is {smallest} "
+            f"bytes ({readable(smallest)}), with no block stored. Give more, or a smaller batch."
         )
-    if peak(blocks) <= budget:  # often so, and the speed below wants this one anyway
-        fits = blocks
-    else:
-        fits = bisect_right(range(blocks), budget, key=peak) - 1
-    chosen = simulation.step(policy, fits)
-    relative_speed = simulation.step("store").operations / chosen.operations
-    return MemoryPlan(policy, fits, blocks, chosen.peak_bytes, budget, chosen.peak, relative_speed)
+    fits = blocks
+    chosen: tuple[StepMemory, int, Keep] | None = None
+    for keep in simulation.keeps:
+
+        def peak(stored: int, keep: Keep = keep) -> int:
+            return simulation.step(policy, stored, keep).peak_bytes
+
+        if peak(0) > budget:
+            break
+        if peak(fits) > budget:
+            fits = bisect_right(range(fits), budget, key=peak) - 1
+        step = simulation.step(policy, fits, keep)
+        if chosen is None or step.operations < chosen[0].operations:
+            chosen = step, fits, keep
+        if fits == blocks:
+            break
+    assert chosen is not None
+    step, stored, keep = chosen
+    speed = simulation.step("store").operations / step.operations
+    return MemoryPlan(policy, stored, keep, blocks, step.peak_bytes, budget, step.peak, speed)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.modules import module as hooks
 from torch.utils._pytree import tree_leaves
 
-from backbones.engine.policies import Block, MemoryPolicy, blocks_of, set_memory
+from backbones.engine.kept import linear_layers
+from backbones.engine.policies import Block, Keep, MemoryPolicy, blocks_of, set_memory
 from backbones.memory.counting import Counter, as_on_a_gpu
 
 __all__ = ["Simulation", "StepMemory"]
@@ -134,7 +135,7 @@ class Simulation:
         self.saving_policy: MemoryPolicy = "reversible" if invertible else "checkpoint"
         set_memory(self.model, self.saving_policy)  # says what is wrong, if there are no blocks
         self._forward_parts = ["stem", *dict.fromkeys(self._stage_of.values()), "head"]
-        self._known: dict[tuple[MemoryPolicy, int], StepMemory] = {}
+        self._known: dict[tuple[MemoryPolicy, int, Keep], StepMemory] = {}
         self._trained = [param for param in self.model.parameters() if param.requires_grad]
         # The multi-tensor kernels, which AdamW takes on a GPU, need another copy of the parameters.
         self.optimizer = torch.optim.AdamW(self._trained, foreach=not self._on_cpu)
@@ -175,13 +176,26 @@ class Simulation:
         if param.grad is not None:
             self._counter.move(param.grad, "gradients")
 
-    def step(self, policy: MemoryPolicy, stored_blocks: int = 0) -> StepMemory:
+    @property
+    def keeps(self) -> list[Keep]:
+        """What blocks may keep, from nothing to all products, by the work that it saves per byte.
+
+        That of a linear layer grows with its inputs: each output takes as many multiplications.
+        """
+        layers: dict[str, int] = {}
+        for block in self._stage_of:
+            for name, layer in linear_layers(block).items():
+                layers[name] = max(layers.get(name, 0), layer.in_features)
+        order = sorted(layers, key=lambda name: -layers[name])
+        return [*(tuple(order[:count]) for count in range(len(order) + 1)), "products"]
+
+    def step(self, policy: MemoryPolicy, stored_blocks: int = 0, keep: Keep = ()) -> StepMemory:
         """One training step under a policy; see :func:`backbones.set_memory`."""
         if stored_blocks == self.blocks:
-            policy, stored_blocks = "store", 0
-        key = policy, stored_blocks
+            policy, stored_blocks, keep = "store", 0, ()
+        key = policy, stored_blocks, keep
         if key not in self._known:
-            set_memory(self.model, policy, stored_blocks)
+            set_memory(self.model, policy, stored_blocks, keep)
             self._known[key] = self._step()
         return self._known[key]
 

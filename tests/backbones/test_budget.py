@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import MemoryPolicy, create_model, fit_memory, set_memory
 from backbones.commands.real_steps import Trial
-from backbones.engine.policies import blocks_of
-from backbones.memory.budget import largest_that_fits, parse_budget, predict_memory
+from backbones.engine.policies import Keep, blocks_of
+from backbones.memory.budget import fastest_that_fits, parse_budget, predict_memory
 from backbones.memory.simulation import Simulation
 from backbones.models.layers import ResidualBlock
 from tests.backbones.saved_bytes import saved_bytes
@@ -90,14 +90,17 @@ def measured_peak(model: nn.Module, x: Tensor, autocast: torch.dtype | None = No
     return highest + sum(tensor.untyped_storage().nbytes() for tensor in there)
 
 
-@pytest.mark.parametrize("stored", (0, 3, 4))
+@pytest.mark.parametrize(
+    "stored, keep",
+    [(0, ()), (3, ()), (4, ()), (0, ("g.mlp.fc2",)), (1, ("g.*", "f.attn.qkv")), (0, "products")],
+)
 @pytest.mark.parametrize("name", ("rev_vit_tiny", "rev_mvit_base"))
-def test_the_prediction_is_what_the_allocator_hands_out(name: str, stored: int) -> None:
+def test_the_prediction_is_what_the_allocator_hands_out(name: str, stored: int, keep: Keep) -> None:
     model, x = make(name)
-    predicted = simulation(name).step("reversible", stored).peak_bytes
-    set_memory(model, "reversible", stored)
+    predicted = simulation(name).step("reversible", stored, keep).peak_bytes
+    set_memory(model, "reversible", stored, keep)
     measured = measured_peak(model, x)
-    print(f"{name}, {stored} stored: {predicted}, measured {measured}")
+    print(f"{name}, {stored} stored, {keep} kept: {predicted}, measured {measured}")
     assert predicted == pytest.approx(measured, rel=0.1)
 
 
@@ -211,8 +214,9 @@ def test_norms_under_autocast_are_counted_as_on_cuda() -> None:
 
 def test_the_speed_is_that_of_the_operations() -> None:
     model, x = make("rev_mvit_base")
-    plan = largest_that_fits(simulation("rev_mvit_base"), peaks("rev_mvit_base")[2])
-    set_memory(model, plan.policy, plan.stored_blocks)
+    plan = fastest_that_fits(simulation("rev_mvit_base"), peaks("rev_mvit_base")[2])
+    set_memory(model, plan.policy, plan.stored_blocks, plan.keep)
+    model(x)  # in which blocks are observed
 
     def operations() -> int:
         with FlopCounterMode(display=False) as counter:
@@ -237,10 +241,10 @@ def test_the_most_stored_blocks_that_fit_are_chosen_and_set() -> None:
     before = [p.clone() for p in model.parameters()]
     random_state = torch.get_rng_state()
     budget = peaks("rev_mvit_base")[3] - 1
-    stored = max(k for k, peak in enumerate(peaks("rev_mvit_base")) if peak <= budget)
     plan = fit_memory(model, x, budget)
-    assert (plan.policy, plan.stored_blocks, plan.blocks) == ("reversible", stored, 4)
-    assert sum(plan.parts.values()) == plan.predicted_bytes == peaks("rev_mvit_base")[stored]
+    stored = plan.stored_blocks
+    assert (plan.policy, plan.blocks) == ("reversible", 4)
+    assert sum(plan.parts.values()) == plan.predicted_bytes <= budget
     assert policies_of(model)[4 - stored :] == ["store"] * stored
     assert "store" not in policies_of(model)[: 4 - stored]
     assert f"the last {stored} of 4 blocks stored" in str(plan)
@@ -249,6 +253,27 @@ def test_the_most_stored_blocks_that_fit_are_chosen_and_set() -> None:
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_forty_budgets(name: str) -> None:
+    """A larger budget is never slower, and keeping products never slower than whole blocks."""
+    steps = simulation(name)
+    old = [steps.step(steps.saving_policy, k) for k in range(steps.blocks + 1)]
+    low, high = old[0].peak_bytes, old[-1].peak_bytes
+    speeds = []
+    for share in range(40):
+        budget = low + (high - low) * share // 39
+        plan = fastest_that_fits(steps, budget)
+        assert plan.predicted_bytes <= budget
+        whole = min(step.operations for step in old if step.peak_bytes <= budget)
+        assert plan.relative_speed >= old[-1].operations / whole - 1e-12
+        speeds.append(plan.relative_speed)
+    assert speeds == sorted(speeds) and speeds[-1] == 1.0
+    # In the middle, products are worth more than whole blocks.
+    middle = (low + high) // 2
+    whole = min(step.operations for step in old if step.peak_bytes <= middle)
+    assert speeds[20] > old[-1].operations / whole
 
 
 def test_a_large_budget_stores_everything_and_a_twin_is_checkpointed() -> None:

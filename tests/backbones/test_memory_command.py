@@ -43,10 +43,8 @@ def run(capsys: Capture, *arguments: str) -> tuple[dict[str, list[str]], str]:
 
 def test_a_table_whose_parts_add_up(capsys: Capture) -> None:
     rows, output = run(capsys, "--budget", "11MB")
-    *policies, mixture = rows.pop("")
-    assert policies == ["store", "checkpoint", "reversible"]
-    stored = int(mixture.removeprefix("reversible+"))
-    assert f"set_memory(model, 'reversible', stored_blocks={stored})" in output
+    assert rows.pop("") == ["store", "checkpoint", "reversible", "fitted"]
+    assert re.search(r"set_memory\(model, 'reversible', \d, keep=.+\)", output)
     assert "speed, measured" not in rows and "not measured, because no GPU is here" in output
 
     below = {label: rows.pop(label) for label in ("total", "held", "speed, counted")}
@@ -63,7 +61,7 @@ def test_a_table_whose_parts_add_up(capsys: Capture) -> None:
     store, _, reversible, chosen = totals
     assert store > 11e6 >= chosen > reversible
     speeds = [float(cell) for cell in below["speed, counted"]]
-    assert speeds[0] == 1.0 > speeds[3] > speeds[2] >= 0.75
+    assert speeds[0] == 1.0 >= speeds[3] > speeds[2] >= 0.75
 
 
 def test_autocast_takes_less(capsys: Capture) -> None:
