@@ -35,34 +35,14 @@ from revdet.quiet import quiet
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = config_parser("revdet/predict.py", __doc__ or "", "configs/detection")
-    add = parser.add_argument
+    add, processes = parser.add_argument, min(4, os.cpu_count() or 1)
     add("--weights", required=True, metavar="FILE", help="a checkpoint of that run or recipe")
     add("--input", required=True, nargs="+", metavar="PATH", help="pictures, videos, folders, …")
     add("--output", required=True, type=Path, metavar="DIR", help="a folder, made if need be")
-    add(
-        "--threshold",
-        type=float,
-        default=0.5,
-        metavar="SCORE",
-        help="leave out what scores less, from 0 to 1 (default: %(default)s)",
-    )
-    add(
-        "--batch-size",
-        type=int,
-        default=1,
-        metavar="N",
-        help="pictures or frames of one size to detect together (default: %(default)s)",
-    )
-    add(
-        "--device", default="auto", metavar="NAME", help="cuda, cpu, or auto (default: %(default)s)"
-    )
-    add(
-        "--workers",
-        type=int,
-        default=min(4, os.cpu_count() or 1),
-        metavar="N",
-        help="processes that read pictures, 0 for none but this (default: %(default)s)",
-    )
+    add("--threshold", type=float, default=0.5, help="leave out lower scores, 0 to 1 (0.5)")
+    add("--batch-size", type=int, default=1, help="pictures or frames of one size at a time (1)")
+    add("--device", default="auto", metavar="NAME", help="cuda, cpu, … (auto)")
+    add("--workers", type=int, default=processes, help="processes that read pictures (%(default)s)")
     add("--no-drawings", action="store_true", help="write the JSON files only")
     args = parser.parse_intermixed_args(argv)
     # argparse takes what follows --input PATH… for paths, up to the next option.

@@ -51,31 +51,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     doc = f"{__doc__}\nKeys of the run and of its data:\n\n{settings_help()}"
     parser = config_parser("revdet/train_net.py", doc, "configs/detection")
     add = parser.add_argument
-    add(
-        "--resume",
-        action="store_true",
-        help="continue from the last checkpoint in train.output_dir; start anew if there is none",
-    )
-    add(
-        "--eval-only",
-        action="store_true",
-        help="only evaluate: train.init_checkpoint if given here, else the last checkpoint",
-    )
-    add(
-        "--num-gpus",
-        type=int,
-        default=1,
-        metavar="N",
-        help="processes on this machine, one per GPU; without a GPU they run on the CPU",
-    )
+    add("--resume", action="store_true", help="continue from the last checkpoint, if there is one")
+    add("--eval-only", action="store_true", help="evaluate train.init_checkpoint=… or the last one")
+    add("--num-gpus", type=int, default=1, help="processes here, one per GPU; else on the CPU (1)")
     add("--num-machines", type=int, default=1, metavar="N", help="machines in the job")
     add("--machine-rank", type=int, default=0, metavar="K", help="this machine, from 0")
-    add(
-        "--dist-url",
-        default="auto",
-        metavar="URL",
-        help="where processes meet, such as tcp://HOST:PORT; auto on a single machine",
-    )
+    add("--dist-url", default="auto", metavar="tcp://HOST:PORT", help="where they meet (auto)")
     return parser.parse_intermixed_args(argv)
 
 

@@ -225,7 +225,6 @@ def _mask_area(mask: Any, height: int, width: int) -> float:
 
 
 def _completed(annotation: dict[str, Any], image: dict[str, Any]) -> dict[str, Any]:
-    """The annotation with ``area`` and ``iscrowd``, which COCO's metrics need."""
     area = annotation.get("area")
     if _is_number(area) and "iscrowd" in annotation:
         return annotation

@@ -109,7 +109,6 @@ def class_counts(model: DictConfig) -> Iterator[tuple[str, DictConfig]]:
         The path of the section below ``model`` and the section, which has ``num_classes``. What
         only refers to another place is left out: it follows.
     """
-
     for path, node in nodes_of(model):
         in_trunk = path.partition(".")[0] == "backbone"
         if not in_trunk and "num_classes" in own_keys(node):
@@ -117,7 +116,6 @@ def class_counts(model: DictConfig) -> Iterator[tuple[str, DictConfig]]:
 
 
 def _boxes_only(cfg: DictConfig) -> None:
-    """Take the masks out of a recipe: head, ground truth and metric."""
     heads = cfg.model.get("roi_heads", {})
     for key in ("mask_in_features", "mask_pooler", "mask_head"):
         heads.pop(key, None)

@@ -157,9 +157,5 @@ def build_train_loader(
         world_size=world_size,
         accumulate=accumulate,
     )
-    return DataLoader(
-        SeededDataset(dataset, mapper, seed),
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=list,
-    )
+    samples = SeededDataset(dataset, mapper, seed)
+    return DataLoader(samples, batch_sampler=sampler, num_workers=num_workers, collate_fn=list)

@@ -150,23 +150,18 @@ def _read(name: str, source: Source) -> dict[str, Any]:
 
 
 def _cleaned(
-    content: dict[str, Any],
-    source: Source,
-    findings: Findings,
-    *,
-    masks: bool,
-    progress: str | None,
+    content: dict[str, Any], source: Source, found: Findings, *, masks: bool, progress: str | None
 ) -> dict[str, Any]:
-    """The content of an annotation file without what is broken, which is added to the findings."""
-    images = sound_images(content["images"], findings)
-    images = _files_that_can_be_used(images, source.images, findings, progress=progress)
-    missing = findings.get("missing_image", ())
+    """The content of an annotation file without what is broken, which is added to ``found``."""
+    images = sound_images(content["images"], found)
+    images = _files_that_can_be_used(images, source.images, found, progress=progress)
+    missing = found.get("missing_image", ())
     if missing and len(missing) == len(content["images"]):
         raise UserError(
             f"no image of {source.annotations} is in {source.images}: check the folder that its "
             "file names start from"
         )
-    annotations = sound_annotations(content, images, findings, masks=masks)
+    annotations = sound_annotations(content, images, found, masks=masks)
     return {**content, "images": images, "annotations": annotations}
 
 

@@ -32,7 +32,7 @@ from revdet.training.metrics import MetricsWriter
 from revdet.training.optim import build_optimizer
 from revdet.training.preflight import log_to
 from revdet.training.results import finish
-from revdet.training.trainer import AMP_DTYPES, Trainer
+from revdet.training.trainer import Trainer
 
 logger = logging.getLogger("revdet")
 
@@ -99,7 +99,7 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     loader = instantiate(cfg.dataloader.train)
     if hasattr(getattr(loader, "dataset", None), "records"):  # the loader is revdet's
         _log_schedule(cfg, len(loader.dataset.records))
-    amp_dtype = AMP_DTYPES[settings.amp.dtype] if settings.amp.enabled else None
+    amp_dtype = getattr(torch, settings.amp.dtype) if settings.amp.enabled else None
     if settings.memory_budget:
         apply_memory_budget(cfg, model, loader.dataset.records, amp_dtype)
     average = ModelEmaV3(model, settings.ema_decay, use_warmup=True) if settings.ema_decay else None

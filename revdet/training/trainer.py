@@ -15,8 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from backbones.common.errors import UserError, error_line
 from backbones.common.seeds import seed_of
 
-AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 class Trainer(SimpleTrainer):
     """Detectron2's trainer with autocast on any device, and randomness that resumes exactly.
