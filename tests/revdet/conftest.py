@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from detectron2.config import instantiate
+from torch import nn
 
 from demo.detection import build
+from revdet.config import load_config
 
 DEMO = "configs/detection/demo/mask_rcnn_rev_vit_demo.py"
 
@@ -21,6 +25,23 @@ SMALL = [
     "train.log_period=1",
     "train.pictures=0",
 ]
+# An untrained model calls everything background; what it finds all the same has a score. Of that a
+# few objects, because drawing takes its time.
+FEW = [
+    "model.roi_heads.box_predictor.test_topk_per_image=8",
+    "model.roi_heads.box_predictor.test_score_thresh=0.0",
+]
+
+
+def detector(*overrides: str, recipe: str = DEMO) -> nn.Module:
+    return instantiate(load_config(recipe, overrides).model)
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command has ended with."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
 
 
 @pytest.fixture(scope="session")
@@ -51,5 +72,17 @@ def train_net(datasets_root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
     def call(output: Path, *arguments: str, config: str = DEMO) -> int:
         torch.manual_seed(0)
         return main(["--config", config, f"train.output_dir={output}", *SMALL, *arguments])
+
+    return call
+
+
+@pytest.fixture
+def refusal(train_net: Callable[..., int], tmp_path: Path, capsys: Any) -> Callable[..., str]:
+    """``refusal(*arguments)``: the error of that command, which leaves no checkpoint."""
+
+    def call(*arguments: str, **options: str) -> str:
+        assert train_net(tmp_path / "refused", *arguments, **options) == 2
+        assert not list(tmp_path.rglob("model*.pth"))
+        return error_of(capsys)
 
     return call

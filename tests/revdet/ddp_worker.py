@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from detectron2.config import instantiate
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.hooks import CallbackHook
 from detectron2.structures import BitMasks, Boxes, Instances
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from revdet.config import load_config
 from revdet.training.trainer import Trainer
-from tests.revdet.conftest import DEMO
+from tests.revdet.conftest import detector
 
 WORLD = 2
 STEPS = 5
@@ -46,39 +43,26 @@ OVERRIDES = [
 
 def build(mode: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = instantiate(load_config(DEMO, OVERRIDES).model)
+    model = detector(*OVERRIDES)
     if "find_unused" in mode:
         model.unused = nn.Linear(2, 2)
     return model, torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
 
 
-def batch(iteration: int, index: int) -> list[dict[str, Any]]:
+def batch(iteration: int, index: int, side: int = SIDE) -> list[dict[str, Any]]:
     """The ``index``-th batch of an iteration, counted through all processes: one noisy image."""
     generator = torch.Generator().manual_seed(100 * iteration + index)
-    truth = Instances((SIDE, SIDE))
-    corners = torch.randint(0, SIDE // 2, (2, 2), generator=generator).float()
+    truth = Instances((side, side))
+    corners = torch.randint(0, side // 2, (2, 2), generator=generator).float()
     truth.gt_boxes = Boxes(torch.cat([corners, corners + 20], dim=1))
     truth.gt_classes = torch.randint(0, 5, (2,), generator=generator)
-    truth.gt_masks = BitMasks(torch.rand(2, SIDE, SIDE, generator=generator) > 0.5)
-    image = torch.randint(0, 256, (3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
-    return [{"image": image, "height": SIDE, "width": SIDE, "instances": truth}]
+    truth.gt_masks = BitMasks(torch.rand(2, side, side, generator=generator) > 0.5)
+    image = torch.randint(0, 256, (3, side, side), generator=generator, dtype=torch.uint8)
+    return [{"image": image, "height": side, "width": side, "instances": truth}]
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters()}
-
-
-class Loader:
-    """The batches of one process."""
-
-    def __init__(self, rank: int, accumulate: int) -> None:
-        self.rank = rank
-        self.accumulate = accumulate
-
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        for iteration in count():
-            for index in range(self.accumulate):
-                yield batch(iteration, self.rank * self.accumulate + index)
 
 
 def run(rank: int, folder: str) -> None:
@@ -87,30 +71,28 @@ def run(rank: int, folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD
     )
-    results = {}
-    for mode, (options, accumulate) in MODES.items():
-        model, optimizer = build(mode)
-        ddp = create_ddp_model(
-            model, device_ids=None, gradient_as_bucket_view=True, broadcast_buffers=False, **options
-        )
-        reduced: list[int] = []  # how many iterations were over, at each reduction
-        steps: list[dict[str, Tensor]] = []
-
-        # No annotations, which DistributedDataParallel would check.
-        def reduce(_state, bucket, reduced=reduced, steps=steps):
-            reduced.append(len(steps))
-            return allreduce_hook(None, bucket)
-
-        ddp.register_comm_hook(None, reduce)
-        trainer = Trainer(
-            ddp, Loader(rank, accumulate), optimizer, seed=SEED, accumulate=accumulate
-        )
-
-        def keep(_: Trainer, steps=steps, model=model) -> None:
-            steps.append(snapshot(model))
-
-        trainer.register_hooks([CallbackHook(after_step=keep)])
-        trainer.train(0, STEPS)
-        results[mode] = {"steps": steps, "reduced": reduced}
-    torch.save(results, Path(folder) / f"{rank}.pt")
+    torch.save({mode: train(rank, mode) for mode in MODES}, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def train(rank: int, mode: str) -> dict[str, Any]:
+    options, accumulate = MODES[mode]
+    model, optimizer = build(mode)
+    ddp = create_ddp_model(
+        model, device_ids=None, gradient_as_bucket_view=True, broadcast_buffers=False, **options
+    )
+    reduced: list[int] = []  # how many iterations were over, at each reduction
+    steps: list[dict[str, Tensor]] = []
+
+    # No annotations, which DistributedDataParallel would check.
+    def reduce(_state, bucket):
+        reduced.append(len(steps))
+        return allreduce_hook(None, bucket)
+
+    ddp.register_comm_hook(None, reduce)
+    mine = range(rank * accumulate, (rank + 1) * accumulate)
+    loader = (batch(iteration, index) for iteration in count() for index in mine)
+    trainer = Trainer(ddp, loader, optimizer, seed=SEED, accumulate=accumulate)
+    trainer.register_hooks([CallbackHook(after_step=lambda _: steps.append(snapshot(model)))])
+    trainer.train(0, STEPS)
+    return {"steps": steps, "reduced": reduced}

@@ -2,50 +2,35 @@
 
 from __future__ import annotations
 
+import logging
+
 import detectron2.data.transforms as T
 import pytest
 import torch
-from detectron2.config import instantiate
-from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 import backbones
 from backbones.engine.policies import blocks_of
 from backbones.memory.budget import predict_memory
 from revdet.config import load_config
+from revdet.models import build_model
 from revdet.training.budget import ShapeOnlyDetector, fit_detector_memory, largest_image
 from tests.backbones.saved_bytes import saved_bytes
-from tests.revdet.conftest import DEMO
+from tests.revdet.conftest import DEMO, detector
+from tests.revdet.ddp_worker import batch
 from tests.revdet.test_recipes import SIDE, small
 
 SHAPE = (2, 3, SIDE, SIDE)
-
-
-def images(count: int) -> list[dict]:
-    generator = torch.Generator().manual_seed(0)
-    batch = []
-    for _ in range(count):
-        truth = Instances((SIDE, SIDE))
-        truth.gt_boxes = Boxes(torch.tensor([[4.0, 6.0, 40.0, 50.0], [20.0, 10.0, 60.0, 30.0]]))
-        truth.gt_classes = torch.tensor([0, 4])
-        truth.gt_masks = BitMasks(torch.rand(2, SIDE, SIDE, generator=generator) > 0.5)
-        pixels = torch.randint(0, 256, (3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
-        batch.append({"image": pixels, "height": SIDE, "width": SIDE, "instances": truth})
-    return batch
-
-
-def detector(recipe: str = DEMO, *overrides: str) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return instantiate(load_config(recipe, overrides).model)
+MVIT = DEMO.replace("rev_vit", "rev_mvit")
 
 
 @pytest.mark.parametrize("policy, dtype", [("store", torch.bfloat16), ("reversible", None)])
 def test_what_is_counted_is_what_a_real_step_holds(policy, dtype):
-    model = detector(DEMO.replace("rev_vit", "rev_mvit"))
+    model = detector(recipe=MVIT)
     backbones.set_memory(model, policy)
     with EventStorage(), saved_bytes(ignore=model) as held:
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            loss = sum(model(images(SHAPE[0])).values())
+            loss = sum(model([*batch(0, 0, SIDE), *batch(0, 1, SIDE)]).values())
         real = held.bytes
     assert loss > 0
     step = ShapeOnlyDetector(model)
@@ -55,7 +40,7 @@ def test_what_is_counted_is_what_a_real_step_holds(policy, dtype):
 
 
 def test_a_budget_is_kept_by_storing_as_many_blocks_as_fit():
-    model = detector(DEMO, "model.backbone.net.model.depth=2")
+    model = detector("model.backbone.net.model.depth=2")
     generous = fit_detector_memory(model, SHAPE, "10GB")
     assert generous.stored_blocks == generous.blocks == 2
     budget = generous.predicted_bytes - 1
@@ -63,6 +48,17 @@ def test_a_budget_is_kept_by_storing_as_many_blocks_as_fit():
     assert plan.predicted_bytes <= plan.budget == budget
     policies = [block.memory_policy for block in blocks_of(model).values()]
     assert policies == ["reversible", "store"]
+
+
+def test_the_policy_reaches_every_block(caplog):
+    overrides = ["train.memory=checkpoint", "train.stored_blocks=1"]
+    overrides += ["train.memory_keep=[g.mlp.fc2,*.qkv]", "model.backbone.net.model.depth=2"]
+    with caplog.at_level(logging.INFO, logger="revdet"):
+        model = build_model(load_config(DEMO, overrides))
+    blocks = blocks_of(model).values()
+    assert [block.memory_policy for block in blocks] == ["checkpoint", "store"]
+    assert {block.keep for block in blocks} == {("g.mlp.fc2", "f.attn.qkv")}
+    assert "g.mlp.fc2, *.qkv kept of the others" in caplog.text
 
 
 def test_budgets_that_cannot_be_kept():
@@ -79,7 +75,9 @@ def test_budgets_that_cannot_be_kept():
 
 def test_every_head_is_run_on_the_most_proposals_it_can_see():
     recipe = "configs/detection/coco/cascade_mask_rcnn_rev_vit_base_100ep.py"
-    outputs = ShapeOnlyDetector(detector(recipe, *small(recipe)))(torch.zeros(2, 3, SIDE, SIDE))
+    outputs = ShapeOnlyDetector(detector(*small(recipe), recipe=recipe))(
+        torch.zeros(2, 3, SIDE, SIDE)
+    )
     levels, (*boxes, masks) = outputs[:10], outputs[10:]
     assert [tuple(x.shape[-2:]) for x in levels] == 2 * [(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)]
     # 8 proposals of each image, a quarter of them objects; three heads with classes and boxes.
@@ -92,7 +90,7 @@ def test_the_largest_image_a_batch_is_padded_to():
     pyramid = detector().backbone
     pyramid._square_pad = 96
     assert largest_image(pyramid, [], records, 2) == (96, 96)
-    fpn = detector(DEMO.replace("rev_vit", "rev_mvit")).backbone
+    fpn = detector(recipe=MVIT).backbone
     # Wide images are batched with wide ones: 480 x 900, and 16 is the coarsest stride.
     assert largest_image(fpn, [], records, 2) == (480, 912)
     assert largest_image(fpn, [], records, 1) == (480, 640)

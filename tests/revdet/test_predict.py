@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -26,15 +25,9 @@ from revdet.data.classes import categories_of
 from revdet.predict import main
 from revdet.prediction.media import VideoReader, video_writer
 from revdet.prediction.predictor import Detector, Frame, Preparation, batches
-from tests.revdet.conftest import DEMO, SMALL
-from tests.revdet.test_bad_input import error_of
+from tests.revdet.conftest import DEMO, FEW, SMALL, error_of
 
 THRESHOLD = 0.01  # an untrained model calls everything background
-# Objects in a picture at most: drawing takes its time.
-FEW = [
-    "model.roi_heads.box_predictor.test_topk_per_image=8",
-    "model.roi_heads.box_predictor.test_score_thresh=0.0",
-]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +37,7 @@ def run(datasets_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     output = tmp_path_factory.mktemp("run")
-    short = ["train.max_iter=2", "train.pictures=0", f"train.output_dir={output}"]
+    short = ["train.max_iter=2", f"train.output_dir={output}"]
     assert train(["--config", DEMO, *SMALL, *FEW, *short]) == 0
     return output
 
@@ -308,10 +301,3 @@ def test_bad_arguments(predict, photos, capsys, arguments, words):
     assert predict(*given, *arguments) == 2
     message = error_of(capsys)
     assert all(word in message for word in words), message
-
-
-def test_help_shows_examples(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    text = capsys.readouterr().out
-    assert re.search(r"--input photo\.jpg", text) and "predictions.json" in text

@@ -13,11 +13,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-import backbones
 from revdet.training.metrics import read_metrics
 from revdet.training.pictures import draw_curves
-from tests.revdet.conftest import DEMO, SMALL
-from tests.revdet.test_bad_input import error_of
+from tests.revdet.conftest import DEMO, FEW, SMALL, error_of
 
 
 def losses(output: Path) -> dict[int, float]:
@@ -45,23 +43,22 @@ def test_a_run_leaves_results_pictures_and_a_checkpoint_that_evaluates_the_same(
 ):
     monkeypatch.setattr("revdet.training.results.draw_curves", draw_curves)
     output = tmp_path / "run"
-    # An untrained model calls everything background; what it finds all the same has a score.
-    predictor = "model.roi_heads.box_predictor"
-    evaluated = [f"{predictor}.test_score_thresh=0.0", f"{predictor}.test_topk_per_image=30"]
-    assert train_net(output, "train.max_iter=2", "train.pictures=2", *evaluated) == 0
+    arguments = ["train.max_iter=2", "train.pictures=2", "train.memory_keep=[g.mlp.fc2,*.qkv]"]
+    assert train_net(output, *arguments, *FEW) == 0
     results = json.loads((output / "results.json").read_text())
     for task in ("bbox", "segm"):
         assert {"AP", "AP50", "AP75", "APs", "APm", "APl"} <= results[task].keys()
         assert 0 <= results[task]["AP50"] <= 100
     assert results["bbox"]["AP"] > 0
     assert results["run"]["memory"] == "reversible"
+    assert results["run"]["memory_keep"] == ["g.mlp.fc2", "*.qkv"]
     assert len(list((output / "pictures").glob("*.png"))) == 2
     for name in ("curves.png", "config.yaml", "environment.txt", "log.txt", "model_final.pth"):
         assert (output / name).stat().st_size > 0
     assert list(output.glob("events.out.tfevents.*"))
     assert not list(output.glob("*.partial"))
 
-    assert train_net(output, "--eval-only", *evaluated) == 0
+    assert train_net(output, "--eval-only", *FEW) == 0
     again = json.loads((output / "results.json").read_text())
     assert (again["bbox"], again["segm"]) == (results["bbox"], results["segm"])
     assert again["run"]["iterations"] == 2
@@ -73,37 +70,14 @@ def test_a_run_leaves_results_pictures_and_a_checkpoint_that_evaluates_the_same(
     # Resuming a finished run evaluates it, and changes nothing that is known about its training.
     del again["run"]["checkpoint"]
     (output / "results.json").write_text(json.dumps(again))
-    arguments = ["train.max_iter=2", "train.memory=store", *evaluated]
-    assert train_net(output, "--resume", *arguments) == 0
+    assert train_net(output, "--resume", "train.max_iter=2", "train.memory=store", *FEW) == 0
     assert json.loads((output / "results.json").read_text()) == results
     assert sorted(losses(output)) == [0, 1]
 
 
-def test_the_policy_reaches_every_block(train_net, tmp_path, monkeypatch):
-    seen = []
-    set_memory = backbones.set_memory
-
-    def spy(model, *arguments):
-        set_memory(model, *arguments)
-        blocks = [m for m in model.modules() if isinstance(m, backbones.ReversibleBlock)]
-        seen.extend((block.memory_policy, block.keep) for block in blocks)
-
-    monkeypatch.setattr(backbones, "set_memory", spy)
-    arguments = ["train.memory=checkpoint", "train.stored_blocks=1", "train.max_iter=2"]
-    assert train_net(tmp_path, "train.memory_keep=[g.mlp.fc2,*.qkv]", *arguments) == 0
-    assert seen == [
-        ("checkpoint", ("g.mlp.fc2", "f.attn.qkv")),
-        ("store", ("g.mlp.fc2", "f.attn.qkv")),
-    ]
-    run = json.loads((tmp_path / "results.json").read_text())["run"]
-    assert run["memory_keep"] == ["g.mlp.fc2", "*.qkv"]
-    assert "g.mlp.fc2, *.qkv kept of the others" in (tmp_path / "log.txt").read_text()
-
-
-def test_a_finished_run_is_not_overwritten(train_net, tmp_path, capsys):
+def test_a_finished_run_is_not_overwritten(refusal, tmp_path):
     (tmp_path / "last_checkpoint").write_text("model_final.pth")
-    assert train_net(tmp_path, "train.max_iter=1") == 2
-    assert "--resume" in capsys.readouterr().err
+    assert "--resume" in refusal(f"train.output_dir={tmp_path}")
 
 
 def test_autocast_trains(train_net, tmp_path):
@@ -128,16 +102,8 @@ def cpu_only(monkeypatch):
 
 
 def command(output: Path, *arguments: str) -> list[str]:
-    return [
-        sys.executable,
-        "revdet/train_net.py",
-        "--config",
-        DEMO,
-        *SMALL,
-        f"train.output_dir={output}",
-        "train.check_data=false",
-        *arguments,
-    ]
+    line = [sys.executable, "revdet/train_net.py", "--config", DEMO, *SMALL, *arguments]
+    return [*line, f"train.output_dir={output}", "train.check_data=false"]
 
 
 KILLED_IN_ITERATION_5 = """
@@ -202,17 +168,14 @@ def test_two_processes_train_alike_however_they_are_started(train_net, tmp_path,
     assert (tmp_path / "launched" / "log.txt.rank1").exists()
 
 
-def test_an_error_in_a_spawned_process_is_one_line_too(train_net, tmp_path, cpu_only, capsys):
+def test_an_error_in_a_spawned_process_is_one_line_too(refusal, cpu_only):
     arguments = ["--num-gpus", "2", "train.device=cpu", "train.stored_blocks=9"]
-    assert train_net(tmp_path, "train.check_data=false", *arguments) == 2
-    assert "stored_blocks" in error_of(capsys)
+    assert "stored_blocks" in refusal("train.check_data=false", *arguments)
 
 
-def test_machines_resume_together_or_not_at_all(train_net, tmp_path, monkeypatch, capsys):
-    arguments = ["train.check_data=false", "train.max_iter=1"]
+def test_machines_resume_together_or_not_at_all(refusal, tmp_path, monkeypatch):
     monkeypatch.setattr("revdet.training.run.comm.all_gather", lambda start_iter: [start_iter, 5])
-    assert train_net(tmp_path, *arguments) == 2
-    assert f"different checkpoints in {tmp_path}" in error_of(capsys)
+    assert f"different checkpoints in {tmp_path}" in refusal("train.max_iter=1")
 
 
 def test_of_torchruns_processes_the_first_says_what_is_wrong(
@@ -282,39 +245,13 @@ def test_the_best_weights_are_kept_also_when_a_run_resumes(train_net, tmp_path, 
     assert best() == (7, 32.0)
 
 
-def test_a_memory_budget_chooses_the_policy(train_net, tmp_path, capsys):
+def test_a_memory_budget_chooses_the_policy(train_net, tmp_path):
     arguments = ["train.memory_budget=1GB", "train.max_iter=1", "train.accumulate=2"]
-    assert train_net(tmp_path / "fits", *arguments) == 0
-    run = json.loads((tmp_path / "fits" / "results.json").read_text())["run"]
+    assert train_net(tmp_path, *arguments) == 0
+    run = json.loads((tmp_path / "results.json").read_text())["run"]
     assert (run["memory"], run["stored_blocks"]) == ("reversible", 2)
-    log = (tmp_path / "fits" / "log.txt").read_text()
+    log = (tmp_path / "log.txt").read_text()
     assert re.search(r"a training step on 1 x 3 x \d+ x \d+\n", log) and "not counted" in log
-    assert train_net(tmp_path / "small", "train.memory_budget=3MB", "train.max_iter=1") == 2
-    assert "train.memory_budget=3MB" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("argument", "words"),
-    [
-        ("train.accumulate=0", ["train.accumulate=0", "at least 1"]),
-        ("train.checkpointer.period=0", ["train.checkpointer.period=0", "at least 1"]),
-        ("train.device=abacus", ["train.device=abacus", "cpu"]),
-        ("--num-gpus 0", ["--num-gpus 0", ">= 1"]),
-        ("--num-machines 2 --machine-rank 2", ["--machine-rank 2", "counted from 0"]),
-        ("train.accumulate=3", ["total_batch_size=2", "3: 1 processes × train.accumulate=3"]),
-        ("train.ema_decay=1", ["train.ema_decay=1", "0.9999"]),
-        ("train.memory_budget=much", ["'much'", "8GiB"]),
-        ("train.memory_budget=1GB train.stored_blocks=1", ["train.stored_blocks", "one of"]),
-        ("train.memory_budget=1GB train.memory_keep=[f.*]", ["train.memory_keep", "one of"]),
-        ("optimizer.params.layer_decay=2", ["layer_decay", "(0, 1], got 2"]),
-        ("optimizer.lr=1e30", ["NaN", "Lower optimizer.lr"]),
-    ],
-)
-def test_settings_that_cannot_be(train_net, tmp_path, capsys, argument, words):
-    arguments = ["train.check_data=false", "train.max_iter=9", *argument.split()]
-    assert train_net(tmp_path, *arguments) == 2
-    message = error_of(capsys)
-    assert all(word in message for word in words), message
 
 
 def test_a_deterministic_run(train_net, tmp_path, monkeypatch, capsys):
