@@ -37,6 +37,12 @@ def detector(*overrides: str, recipe: str = DEMO) -> nn.Module:
     return instantiate(load_config(recipe, overrides).model)
 
 
+def own_files(json: Path, images: Path) -> list[str]:
+    """The dataset for training and validation on the command line."""
+    files = [f"_json={json}", f"_images={images}"]
+    return [f"dataset.{split}{file}" for split in ("train", "val") for file in files]
+
+
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     """The one line that a command has ended with."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

@@ -54,7 +54,7 @@ def batch(iteration: int, index: int, side: int = SIDE) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(100 * iteration + index)
     truth = Instances((side, side))
     corners = torch.randint(0, side // 2, (2, 2), generator=generator).float()
-    truth.gt_boxes = Boxes(torch.cat([corners, corners + 20], dim=1))
+    truth.gt_boxes = Boxes(torch.cat([corners, corners + side // 2], dim=1))
     truth.gt_classes = torch.randint(0, 5, (2,), generator=generator)
     truth.gt_masks = BitMasks(torch.rand(2, side, side, generator=generator) > 0.5)
     image = torch.randint(0, 256, (3, side, side), generator=generator, dtype=torch.uint8)

@@ -13,15 +13,13 @@ from revdet.data.loader import ResumableBatchSampler, SeededDataset, build_train
 GROUPS = [0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0]
 
 
-def batches(count: int, start: int = 0, **kwargs) -> list[list[tuple[int, int]]]:
-    sampler = ResumableBatchSampler(GROUPS, batch_size=3, **kwargs)
-    sampler.start_step = start
-    return list(islice(sampler, count))
+def batches(count: int, **kwargs) -> list[list[tuple[int, int]]]:
+    return list(islice(ResumableBatchSampler(GROUPS, batch_size=3, **kwargs), count))
 
 
 def test_resuming_continues_the_sequence():
     whole = batches(20)
-    assert batches(13, start=7) == whole[7:]
+    assert batches(13, start_step=7) == whole[7:]
     assert batches(20) == whole
     assert batches(20, seed=1) != whole
 

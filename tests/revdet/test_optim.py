@@ -67,11 +67,9 @@ def test_norms_and_positions_have_no_weight_decay():
     assert without_decay == expected and any("rel_pos_h" in name for name in expected)
 
 
-def test_layer_decay_needs_a_trunk_and_a_sensible_value():
+def test_layer_decay_needs_a_trunk():
     with pytest.raises(ValueError, match="TrunkBackbone"):
         get_optimizer_params(nn.Linear(2, 2), 0.1, layer_decay=0.5)
-    with pytest.raises(ValueError, match=r"\(0, 1\], got 1\.5"):
-        get_optimizer_params(detector("vit_tiny", depth=1), 0.1, layer_decay=1.5)
     assert get_optimizer_params(nn.Linear(2, 2), 0.1)[0]["lr"] == 0.1
 
 

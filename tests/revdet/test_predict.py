@@ -85,15 +85,13 @@ def test_predictions_and_drawings_are_those_of_evaluation(
             found = model(batch)[0]["instances"]
             expected[Path(batch[0]["file_name"]).name] = found[found.scores >= THRESHOLD]
 
-    assert [Path(p["file_name"]).name for p in results["pictures"]] == [
-        f"00000{number}.jpg" for number in (0, 1, 2, 0)
-    ]
+    names = [Path(picture["file_name"]).name for picture in results["pictures"]]
+    assert names == [f"00000{number}.jpg" for number in (0, 1, 2, 0)]
     ids = [category["id"] for category in results["categories"]]
     assert ids == [1, 3, 7, 11, 12]
     for picture in results["pictures"]:
-        theirs = instances_to_coco_json(
-            expected[Path(picture["file_name"]).name], picture["image_id"]
-        )
+        found = expected[Path(picture["file_name"]).name]
+        theirs = instances_to_coco_json(found, picture["image_id"])
         ours = [o for o in objects if o["image_id"] == picture["image_id"]]
         assert len(ours) == len(theirs) == picture["objects"] > 0
         for our, their in zip(ours, theirs, strict=True):
@@ -133,11 +131,9 @@ def test_the_batch_changes_nothing(predict, photos, tmp_path):
 
 
 def test_a_batch_is_of_one_size():
-    shapes = [(3, 4, 6), (3, 4, 6), (3, 6, 4), (3, 4, 6), (3, 4, 6), (3, 4, 6), (3, 4, 6)]
-    frames = [
-        Frame(index, np.zeros(0), {"image": torch.zeros(shape)})
-        for index, shape in enumerate(shapes)
-    ]
+    sizes = [(4, 6), (4, 6), (6, 4), (4, 6), (4, 6), (4, 6), (4, 6)]
+    inputs = [{"image": torch.zeros(3, *size)} for size in sizes]
+    frames = [Frame(index, np.zeros(0), given) for index, given in enumerate(inputs)]
     indices = [[frame.index for frame in batch] for batch in batches(frames, 3)]
     assert indices == [[0, 1], [2], [3, 4, 5], [6]]
 
@@ -218,13 +214,9 @@ def test_a_video(predict, photos, tmp_path, monkeypatch):
 def test_a_video_is_turned_upright(photos, tmp_path):
     clip, turned = tmp_path / "clip.mp4", tmp_path / "turned.mp4"
     write_video(clip, 2, (160, 120), photos / "000000.jpg")
-    plain, clockwise = (
-        struct.pack(">9i", *matrix)
-        for matrix in (
-            (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30),
-            (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30),
-        )
-    )
+    one = 1 << 16
+    plain = struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 1 << 30)
+    clockwise = struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, 1 << 30)
     before, after = clip.read_bytes().split(b"tkhd")  # the header of the only track
     turned.write_bytes(before + b"tkhd" + after.replace(plain, clockwise, 1))
     with VideoReader(clip) as lying, VideoReader(turned) as upright:

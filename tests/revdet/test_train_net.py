@@ -124,13 +124,8 @@ main(sys.argv[1:])
 
 
 def test_a_killed_run_resumes_as_if_nothing_had_happened(train_net, tmp_path, cpu_only):
-    arguments = [
-        "train.max_iter=10",
-        "train.checkpointer.period=2",
-        "train.accumulate=2",
-        "train.ema_decay=0.9",
-        "model.backbone.net.model.drop_path_rate=0.2",
-    ]
+    arguments = ["train.max_iter=10", "train.checkpointer.period=2", "train.accumulate=2"]
+    arguments += ["train.ema_decay=0.9", "model.backbone.net.model.drop_path_rate=0.2"]
     killed = tmp_path / "killed"
     # A process that reads the images is killed with it; it does not change them.
     line = command(killed, *arguments, "dataloader.train.num_workers=1")
