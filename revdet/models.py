@@ -8,7 +8,7 @@ from math import log2
 from typing import Any
 
 from detectron2.config import instantiate
-from detectron2.layers import ShapeSpec, get_norm
+from detectron2.layers import get_norm
 from detectron2.modeling import Backbone
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -71,14 +71,6 @@ class TrunkBackbone(Backbone):
         }
         return out | {name: norm(out[name]) for name, norm in self.norms.items()}
 
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each map in :meth:`forward`'s result."""
-        channels, strides = self._out_feature_channels, self._out_feature_strides
-        return {
-            name: ShapeSpec(channels=channels[name], stride=strides[name])
-            for name in self._out_features
-        }
-
 
 def find_trunk(model: nn.Module) -> tuple[str, nn.Module]:
     """The trunk inside a detector, and what the names of its parameters start with there.
@@ -101,9 +93,8 @@ def build_model(cfg: DictConfig, device: str = "cpu") -> nn.Module:
     settings = cfg.train
     try:
         model: Any = instantiate(cfg.model)
-        backbones.set_memory(
-            model.backbone, settings.memory, settings.stored_blocks, settings.memory_keep
-        )
+        policy = settings.memory, settings.stored_blocks, settings.memory_keep
+        backbones.set_memory(model.backbone, *policy)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"the model cannot be built: {type(error).__name__}: {error}") from error
     trunk, total = (sum(p.numel() for p in m.parameters()) for m in (model.backbone, model))

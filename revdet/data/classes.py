@@ -110,8 +110,7 @@ def class_counts(model: DictConfig) -> Iterator[tuple[str, DictConfig]]:
         only refers to another place is left out: it follows.
     """
     for path, node in nodes_of(model):
-        in_trunk = path.partition(".")[0] == "backbone"
-        if not in_trunk and "num_classes" in own_keys(node):
+        if path.partition(".")[0] != "backbone" and "num_classes" in own_keys(node):
             yield path, node
 
 

@@ -132,8 +132,7 @@ def use_normalised(cfg: DictConfig, *, evaluation_only: bool = False) -> None:
 
 def _described(cfg: DictConfig, report: dict[str, Any]) -> dict[str, Any]:
     """What a report says about the classes, which those of earlier versions do not."""
-    names = [name for name in dataset_names(cfg) if "classes" in report.get(name, {})]
-    return {name: report[name] for name in names}
+    return {name: report[name] for name in dataset_names(cfg) if "classes" in report.get(name, {})}
 
 
 def _read(name: str, source: Source) -> dict[str, Any]:

@@ -2,31 +2,117 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.engine.hooks import CallbackHook
+from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from backbones.common.seeds import seed_of
-from tests.revdet import ddp_worker
-from tests.revdet.ddp_worker import MODES, SEED, STEPS, WORLD
+from revdet.training.trainer import Trainer
+from tests.revdet.conftest import detector
+
+WORLD = 2
+STEPS = 5
+SEED = 3
+SIDE = 48
+
+# Options of DistributedDataParallel, and the batches of each process in an iteration.
+MODES: dict[str, tuple[dict[str, bool], int]] = {
+    "plain": ({}, 1),
+    "find_unused_parameters": ({"find_unused_parameters": True}, 1),
+    "static_graph": ({"static_graph": True}, 1),
+    "accumulate": ({}, 2),
+    "static_graph, accumulate": ({"static_graph": True}, 2),
+}
+
+OVERRIDES = [
+    f"model.backbone.net.model.img_size={SIDE}",
+    "model.backbone.net.model.embed_dim=24",
+    "model.backbone.net.model.depth=2",
+    "model.backbone.net.model.drop_path_rate=0.4",
+    "model.proposal_generator.post_nms_topk=[20,10]",
+    "model.roi_heads.batch_size_per_image=8",
+]
+
+
+def build(mode: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = detector(*OVERRIDES)
+    if "find_unused" in mode:
+        model.unused = nn.Linear(2, 2)
+    return model, torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+
+
+def batch(iteration: int, index: int, side: int = SIDE) -> list[dict[str, Any]]:
+    """The ``index``-th batch of an iteration, counted through all processes: one noisy image."""
+    generator = torch.Generator().manual_seed(100 * iteration + index)
+    truth = Instances((side, side))
+    corners = torch.randint(0, side // 2, (2, 2), generator=generator).float()
+    truth.gt_boxes = Boxes(torch.cat([corners, corners + side // 2], dim=1))
+    truth.gt_classes = torch.randint(0, 5, (2,), generator=generator)
+    truth.gt_masks = BitMasks(torch.rand(2, side, side, generator=generator) > 0.5)
+    image = torch.randint(0, 256, (3, side, side), generator=generator, dtype=torch.uint8)
+    return [{"image": image, "height": side, "width": side, "instances": truth}]
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def run(rank: int, folder: str) -> None:
+    """Train in every mode, and save the parameters after each step and the reductions made."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD
+    )
+    torch.save({mode: train(rank, mode) for mode in MODES}, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def train(rank: int, mode: str) -> dict[str, Any]:
+    options, accumulate = MODES[mode]
+    model, optimizer = build(mode)
+    ddp = create_ddp_model(
+        model, device_ids=None, gradient_as_bucket_view=True, broadcast_buffers=False, **options
+    )
+    reduced: list[int] = []  # how many iterations were over, at each reduction
+    steps: list[dict[str, Tensor]] = []
+
+    # No annotations, which DistributedDataParallel would check.
+    def reduce(_state, bucket):
+        reduced.append(len(steps))
+        return allreduce_hook(None, bucket)
+
+    ddp.register_comm_hook(None, reduce)
+    mine = range(rank * accumulate, (rank + 1) * accumulate)
+    loader = (batch(iteration, index) for iteration in count() for index in mine)
+    trainer = Trainer(ddp, loader, optimizer, seed=SEED, accumulate=accumulate)
+    trainer.register_hooks([CallbackHook(after_step=lambda _: steps.append(snapshot(model)))])
+    trainer.train(0, STEPS)
+    return {"steps": steps, "reduced": reduced}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the processes got. They are started once for all modes."""
     folder = tmp_path_factory.mktemp("ddp")
-    torch.multiprocessing.spawn(ddp_worker.run, (str(folder),), nprocs=WORLD)
+    torch.multiprocessing.spawn(run, (str(folder),), nprocs=WORLD)
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD)]
 
 
 def one_process(mode: str) -> list[dict[str, Tensor]]:
     """The parameters after each step, by a loop that knows nothing of the Trainer."""
-    model, optimizer = ddp_worker.build(mode)
+    model, optimizer = build(mode)
     batches = WORLD * MODES[mode][1]
     steps = []
     with EventStorage():
@@ -34,17 +120,17 @@ def one_process(mode: str) -> list[dict[str, Tensor]]:
             optimizer.zero_grad()
             for index in range(batches):
                 seed_all_rng(seed_of(SEED, iteration, index))
-                losses = model(ddp_worker.batch(iteration, index))
+                losses = model(batch(iteration, index))
                 (sum(losses.values()) / batches).backward()
             optimizer.step()
-            steps.append(ddp_worker.snapshot(model))
+            steps.append(snapshot(model))
     return steps
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_parameters_are_those_of_one_process(results, mode):
     expected = one_process(mode)
-    untrained = ddp_worker.snapshot(ddp_worker.build(mode)[0])
+    untrained = snapshot(build(mode)[0])
     for rank in range(WORLD):
         steps = results[rank][mode]["steps"]
         assert len(steps) == STEPS

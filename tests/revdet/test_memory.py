@@ -17,7 +17,7 @@ from revdet.models import build_model
 from revdet.training.budget import ShapeOnlyDetector, fit_detector_memory, largest_image
 from tests.backbones.saved_bytes import saved_bytes
 from tests.revdet.conftest import DEMO, detector
-from tests.revdet.ddp_worker import batch
+from tests.revdet.test_ddp import batch
 from tests.revdet.test_recipes import SIDE, small
 
 SHAPE = (2, 3, SIDE, SIDE)
