@@ -63,8 +63,11 @@ class VideoReader:
 
     def __init__(self, path: Path) -> None:
         self._av = import_av()
+        # PyAV 18 fails on metadata that are no UTF-8 unless told not to; 19 takes no word.
+        old = int(self._av.__version__.partition(".")[0]) < 19
+        options = {"metadata_errors": "ignore"} if old else {}
         try:
-            self._container = self._av.open(str(path))
+            self._container = self._av.open(str(path), **options)
         except (OSError, ValueError) as error:  # PyAV's errors are both
             raise UnreadableError(error_line(error)) from error
         if not self._container.streams.video:

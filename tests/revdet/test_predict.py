@@ -224,6 +224,16 @@ def test_a_video_is_turned_upright(photos, tmp_path):
             assert np.array_equal(seen, np.rot90(given, -1))
 
 
+def test_a_video_may_have_metadata_that_are_no_text(photos, tmp_path):
+    clip = tmp_path / "clip.mp4"
+    write_video(clip, 2, (160, 120), photos / "000000.jpg")
+    content = clip.read_bytes()
+    assert content.count(b"Lavf") == 1  # the program that wrote it
+    clip.write_bytes(content.replace(b"Lavf", b"\xff\xe9vf"))
+    with VideoReader(clip) as frames:
+        assert len(list(frames)) == 2
+
+
 def test_a_video_that_breaks_off_counts_up_to_there(predict, photos, tmp_path, capsys):
     clip = tmp_path / "clip.mp4"
     write_video(clip, 30, (160, 120), photos / "000000.jpg")
