@@ -18,13 +18,7 @@ _context = multiprocessing.get_context("forkserver")
 
 
 def start(arguments: Sequence[str], log: Path, **environment: str) -> BaseProcess:
-    """``run.py`` with these arguments in a new process, which exits with its status.
-
-    Args:
-        arguments: of the command.
-        log: where its output goes.
-        environment: variables to add.
-    """
+    """``run.py`` in a new process, which exits with its status; its output goes to ``log``."""
     process = _context.Process(target=_run, args=(list(arguments), str(log), environment))
     _context.set_forkserver_preload(["revvideo.training.run", __name__])
     with pytest.MonkeyPatch.context() as patch:

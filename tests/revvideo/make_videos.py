@@ -13,9 +13,10 @@ RATE = 30
 MILLISECOND = Fraction(1, 1000)
 OPEN_GOP = {"x264-params": "open-gop=1:keyint=10:min-keyint=10:scenecut=0"}
 HEVC = {"x265-params": "keyint=10:min-keyint=10:log-level=none"}  # groups are open, too
+INDEX_FIRST = {"movflags": "faststart"}
 
 
-def pictures(count: int, width: int, height: int) -> Iterator[np.ndarray]:
+def noise(count: int, width: int, height: int) -> Iterator[np.ndarray]:
     """A window that moves over noise, so that no two pictures are alike: uint8 (H, W, 3)."""
     shape = (height + count, width + 2 * count, 3)
     field = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -25,7 +26,7 @@ def pictures(count: int, width: int, height: int) -> Iterator[np.ndarray]:
 
 def encode(
     path: Path,
-    frames: int = 40,
+    frames: int | Sequence[np.ndarray] = 40,
     codec: str = "libx264",
     size: tuple[int, int] = (64, 48),
     *,
@@ -37,12 +38,11 @@ def encode(
     rotation: int = 0,
     mirrored: bool = False,
     sound: bool = False,
-    title: str = "",
 ) -> Path:
     """Write a video and return its path.
 
     Args:
-        size: (width, height) in pixels.
+        frames: pictures, uint8 (H, W, 3), or how many of noise, of ``size`` (width, height).
         options: of the encoder.
         times: when each frame is shown, in milliseconds; None: at 30 frames per second.
         shift: seconds at the start that an edit list hides.
@@ -50,23 +50,22 @@ def encode(
         rotation: counterclockwise, in degrees, in the metadata.
         mirrored: after the rotation, left to right, in the metadata.
         sound: add a stream of sound.
-        title: in the metadata.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    shown = [*noise(frames, *size)] if isinstance(frames, int) else frames
     with av.open(path, "w", options=container_options or {}) as container:
-        container.metadata["title"] = title
         # With mbtree x264 gives other bytes every few hundred times on a busy machine.
         same = {"mbtree": "0"} if codec == "libx264" else {}
         stream = container.add_stream(codec, rate=RATE, options={**same, **(options or {})})
-        stream.width, stream.height = size
+        stream.height, stream.width = shown[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         if rotation or mirrored:
             stream.set_display_rotation(rotation, hflip=mirrored)
         if times is not None:
             stream.codec_context.time_base = MILLISECOND
         if sound:
-            _add_sound(container, Fraction(frames, RATE))
-        for number, picture in enumerate(pictures(frames, *size)):
+            _add_sound(container, Fraction(len(shown), RATE))
+        for number, picture in enumerate(shown):
             frame = av.VideoFrame.from_ndarray(picture)
             if times is not None:
                 frame.pts, frame.time_base = times[number], MILLISECOND
@@ -92,14 +91,6 @@ def _add_sound(container, seconds: Fraction) -> None:
     container.mux(stream.encode(None))
 
 
-def encode_sound(path: Path) -> Path:
-    """A file with sound only."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(path, "w") as container:
-        _add_sound(container, Fraction(1))
-    return path
-
-
 def damage(path: Path, packet: int) -> Path:
     """Overwrite the inside of a packet, counted in the order of the file."""
     with av.open(path) as container:
@@ -111,12 +102,37 @@ def damage(path: Path, packet: int) -> Path:
     return path
 
 
-def cut(source: Path, path: Path, share: float) -> Path:
-    """The first ``share`` of the bytes of ``source``."""
-    content = source.read_bytes()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content[: int(len(content) * share)])
+def cut(path: Path) -> Path:
+    """Take the last third off a file."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 3])
     return path
+
+
+# Files that cannot be used, and what is to be said of each, as a pattern.
+BAD = {
+    "cut.mp4": "is cut off after [0-9]+ of 40 frames",
+    "no_index.mp4": "is cut off: the index",
+    "cut.mkv": r"is cut off after 0\.[0-9] of 1\.3 seconds",
+    "cut.avi": "is cut off after [0-9]+ of [0-9]+ frames",
+    "missing.mp4": "file is missing",
+    "empty.mp4": "file is empty",
+    "text.mp4": "is not a video",
+    "sound.mp4": "has no video stream, only sound",
+}
+
+
+def make_bad(folder: Path) -> None:
+    """Put those files into a folder."""
+    cut(encode(folder / "cut.mp4", container_options=INDEX_FIRST))
+    cut(encode(folder / "no_index.mp4"))
+    cut(encode(folder / "cut.mkv"))
+    cut(encode(folder / "cut.avi", codec="mpeg4"))
+    (folder / "missing.mp4").symlink_to(folder / "nothing.mp4")
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("no video at all\n" * 100)
+    with av.open(folder / "sound.mp4", "w") as container:
+        _add_sound(container, Fraction(1))
 
 
 def _start_over(path: Path, interval: int) -> Path:
@@ -163,7 +179,6 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "unordered.mov": lambda path: encode(path, 4, size=(50, 50), options={"bf": "2"}),
     "three_frames.mov": lambda path: encode(path, 3),
     "rotated_90.mov": lambda path: encode(path, 3, rotation=90),
-    "rotated_180.mov": lambda path: encode(path, 3, rotation=180),
     "rotated_minus_90.mp4": lambda path: encode(path, rotation=-90),
     "edit_list.mp4": lambda path: encode(path, shift=Fraction(1, 2)),
     "fragments.mp4": lambda path: encode(

@@ -1,4 +1,4 @@
-"""Recipes: what is in them, what is refused, and in which words."""
+"""Recipes: what is in them, what is refused, in which words, and which hardware they run on."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from backbones.common.errors import UserError
 from backbones.common.settings import keys_of
 from revvideo.config import describe_schema, load_config, save_config
 from revvideo.settings import Config
+from revvideo.training.hardware import Hardware, find_hardware
 
-RECIPES = sorted(Path("configs/video").glob("*/*.yaml"))
 MOTION = "configs/video/demo/motion.yaml"
 
 
@@ -24,48 +25,35 @@ def refused(*overrides: str, config: str | Path = MOTION) -> str:
     return message
 
 
-def test_overrides_reach_every_kind_of_value():
-    config = load_config(
-        MOTION,
-        [
-            "data.num_frames=12",
-            "optim.lr=3e-4",
-            "augment.scale=[0.3,1]",
-            "train.memory=store",
-            "model.arguments.depth=3",
-            "model.arguments.transitions=[1,2]",
-            "train.memory_budget=12GB",
-            "data.annotations=",
-            "data.manifests=null",
-        ],
-    )
-    assert config.data.num_frames == 12
-    assert config.optim.lr == 3e-4
-    assert config.augment.scale == [0.3, 1.0]
-    assert config.train.memory == "store"
-    # Beside the arguments of the recipe, not in their place.
-    assert config.model.arguments["depth"] == 3
-    assert config.model.arguments["embed_dim"] == load_config(MOTION).model.arguments["embed_dim"]
-    assert config.train.memory_budget == "12GB"
-    assert config.data.annotations == config.data.manifests == ""
-
-
 @pytest.mark.parametrize(
-    "text",
+    ("override", "value"),
     [
-        "my videos",
-        "[a, b]",
-        "'a'",
-        'é"ü',
-        "a,b",
-        "{c: 1}",
-        "x=y",
-        "1e3",
-        "${nowhere}",
-        r"\\${a}",
-        "#",
+        ("data.num_frames=12", 12),
+        ("optim.lr=3e-4", 3e-4),
+        ("augment.scale=[0.3,1]", [0.3, 1.0]),
+        ("train.memory=store", "store"),
+        ("train.memory_budget=12GB", "12GB"),
+        ("data.annotations=", ""),
+        ("data.manifests=null", ""),
     ],
 )
+def test_overrides_reach_every_kind_of_value(override, value):
+    section, _, key = override.partition("=")[0].partition(".")
+    assert getattr(getattr(load_config(MOTION, [override]), section), key) == value
+
+
+def test_overrides_of_arguments_stand_beside_those_of_the_recipe():
+    changed = {"depth": 3, "transitions": [1, 2]}
+    overrides = [f"model.arguments.{name}={value}" for name, value in changed.items()]
+    own = load_config(MOTION).model.arguments
+    assert "embed_dim" in own
+    assert load_config(MOTION, overrides).model.arguments == {**own, **changed}
+
+
+TEXTS = ["my videos", "[a, b]", "'a'", 'é"ü', "a,b", "{c: 1}", "x=y", "1e3", "${nowhere}", "#"]
+
+
+@pytest.mark.parametrize("text", [*TEXTS, r"\\${a}"])
 def test_a_text_is_taken_and_saved_as_it_was_typed(text, tmp_path):
     config = load_config(MOTION, [f"data.root={text}"])
     assert config.data.root == text
@@ -106,10 +94,7 @@ def test_an_unknown_key_names_the_nearest(override, near):
         ("train.memory=revresible", ["revresible", "checkpoint"]),
         ("test.crops=2", ["test.crops=2", "1 (centre) or 3"]),
         ("test.short_side=32", ["test.short_side=32", "data.crop_size=64"]),
-        (
-            "augment.rand_augment=rand-m7-n4-mst0.5",
-            ["rand-m7-n4-mst0.5", "rand-m7-n4-mstd0.5-inc1"],
-        ),
+        ("augment.rand_augment=rand-m7-mst0.5", ["rand-m7-mst0.5", "rand-m7-n4-mstd0.5-inc1"]),
         ("augment.rand_augment=rand-m7.5", ["augment.rand_augment=rand-m7.5"]),
         ("data.decode_short_side=70", ["data.decode_short_side=70", "test.short_side=72"]),
         ("data=3", ["data", "section", "data.root"]),
@@ -151,27 +136,17 @@ def test_files_are_checked_like_overrides(tmp_path, text, part):
 
 
 def test_a_file_that_does_not_exist_names_the_nearest_recipe():
-    message = refused(config="configs/video/demo/moton.yaml")
-    assert MOTION in message
+    assert MOTION in refused(config="configs/video/demo/moton.yaml")
 
 
 def test_a_recipe_holds_what_differs_from_its_base(tmp_path):
-    (tmp_path / "first.yaml").write_text(
-        "optim: {lr: 0.5, epochs: 7}\nmodel: {arguments: {depth: 2}}"
-    )
-    (tmp_path / "second.yaml").write_text(
-        "base: first.yaml\noptim: {lr: 0.25}\nmodel: {arguments: {embed_dim: 8}}"
-    )
+    first = "optim: {lr: 0.5, epochs: 7}\nmodel: {arguments: {depth: 2}}"
+    (tmp_path / "first.yaml").write_text(first)
+    second = "base: first.yaml\noptim: {lr: 0.25}\nmodel: {arguments: {embed_dim: 8}}"
+    (tmp_path / "second.yaml").write_text(second)
     config = load_config(tmp_path / "second.yaml", ["optim.epochs=9"])
     assert (config.optim.lr, config.optim.epochs) == (0.25, 9)
     assert config.model.arguments == {"depth": 2, "embed_dim": 8}
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_saved_config_is_the_same_recipe(recipe, tmp_path):
-    config = load_config(recipe)
-    save_config(config, tmp_path / "config.yaml")
-    assert load_config(tmp_path / "config.yaml") == config
 
 
 def test_help_explains_every_key():
@@ -181,3 +156,28 @@ def test_help_explains_every_key():
         assert re.search(rf"^  {re.escape(entry.path)} \(", text, re.MULTILINE)
         assert all(choice in text for choice in entry.rules["choices"])
     assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("gpus", "overrides", "found"),
+    [
+        (0, [], ("cpu", 1)),
+        (0, ["train.devices=2"], ("cpu", 2)),
+        (4, [], ("cuda", 4)),
+        (4, ["train.devices=2"], ("cuda", 2)),
+        (4, ["train.device=cpu"], ("cpu", 1)),
+        (0, ["train.device=cuda"], "no GPU is found"),
+        (4, ["train.devices=5"], "4 GPUs are there"),
+        (4, ["train.device=cpu", "train.precision=16-mixed"], "needs a GPU"),
+        (4, ["train.strategy=fsdp", "train.precision=16-mixed"], "set bf16-mixed"),
+        (4, ["train.strategy=fsdp", "optim.ema=0.9"], "set optim.ema=0, or ddp"),
+    ],
+)
+def test_what_a_config_comes_to(monkeypatch, gpus, overrides, found):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    config = load_config(MOTION, overrides)
+    if isinstance(found, tuple):
+        assert find_hardware(config) == Hardware(*found)
+    else:
+        with pytest.raises(UserError, match=found):
+            find_hardware(config)

@@ -2,23 +2,100 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+from itertools import chain, islice
 
 import pytest
 import torch
 
 from backbones.common.errors import UserError
+from backbones.common.seeds import seed_of
 from revvideo.config import load_config
-from revvideo.data.loader import ResumableLoader, ResumableSampler
+from revvideo.data.loader import ResumableLoader, ResumableSampler, TestBatches
 from revvideo.data.mixing import Mixing
 from revvideo.data.videos import VideoData
-from revvideo.run import main
-from revvideo.scan import main as scan
 from revvideo.training.evaluation import accuracy, join_scores
 from revvideo.training.module import Batch, VideoModule
-from tests.revvideo.tiny_set import arguments, build_set
+from tests.revvideo.tiny_set import build_set
 
 MOTION = "configs/video/demo/motion.yaml"
+
+
+def of_epochs(sampler: ResumableSampler, epochs: int) -> list[tuple[int, int]]:
+    keys = []
+    for epoch in range(epochs):
+        sampler.epoch = epoch
+        keys += sampler
+    return keys
+
+
+@pytest.mark.parametrize("size, batch", [(24, 4), (23, 4), (10, 3), (7, 7)])
+def test_every_video_once_before_any_comes_again(size, batch):
+    sampler = ResumableSampler(size, batch)
+    assert len(sampler) == batch * sampler.steps_per_epoch == size // batch * batch
+    keys = of_epochs(sampler, 12)
+    assert len(keys) == 12 * len(sampler)
+    assert [position for _, position in keys] == list(range(len(keys)))
+    indices = [index for index, _ in keys]
+    passes = [indices[i : i + size] for i in range(0, len(indices) - size + 1, size)]
+    assert len(passes) >= 8
+    for of_pass in passes:
+        assert sorted(of_pass) == list(range(size))
+    assert len(set(map(tuple, passes))) == len(passes)  # shuffled anew each time
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_global_batches_do_not_depend_on_the_number_of_processes(world):
+    one = of_epochs(ResumableSampler(50, 6, seed=3), 4)
+    shards = [
+        of_epochs(ResumableSampler(50, 6 // world, seed=3, rank=rank, world_size=world), 4)
+        for rank in range(world)
+    ]
+    assert len({len(shard) for shard in shards}) == 1
+    local = 6 // world
+    for step in range(len(one) // 6):
+        together = chain.from_iterable(shard[step * local : (step + 1) * local] for shard in shards)
+        assert sorted(together) == sorted(one[step * 6 : (step + 1) * 6])
+
+
+@pytest.mark.parametrize("rank, world", [(0, 1), (1, 2)])
+def test_resumes_in_the_middle_of_an_epoch(rank, world):
+    whole = of_epochs(ResumableSampler(47, 4, seed=1, rank=rank, world_size=world), 4)
+    per_epoch = len(whole) // 4
+    resumed = ResumableSampler(47, 4, seed=1, rank=rank, world_size=world)
+    resumed.epoch = 2
+    resumed.start_step = 3
+    assert list(resumed) == whole[2 * per_epoch + 12 : 3 * per_epoch]
+    resumed.epoch = 3
+    assert list(resumed) == whole[3 * per_epoch :]  # it applies once
+    assert len(resumed) == per_epoch
+
+
+def test_seeds():
+    first, again, other = (list(ResumableSampler(40, 4, seed=seed)) for seed in (5, 5, 6))
+    assert first == again != other
+    assert len({seed_of(a, b) for a in range(30) for b in range(30)}) == 900
+
+
+@pytest.mark.parametrize("size, batch, world", [(7, 4, 2), (0, 1, 1), (8, 0, 1)])
+def test_too_few_videos(size, batch, world):
+    with pytest.raises(UserError, match=f"{size} readable .* batch of {batch} on each of {world}"):
+        ResumableSampler(size, batch, world_size=world)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 9, 10, 11])
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_every_video_is_tested_once_in_equally_many_steps(size, world, batch):
+    samplers = [TestBatches(size, batch, rank=rank, world_size=world) for rank in range(world)]
+    shards = [list(sampler) for sampler in samplers]
+    steps = math.ceil(math.ceil(size / world) / batch)
+    assert {len(sampler) for sampler in samplers} == {len(shard) for shard in shards} == {steps}
+    sizes = [sum(map(len, shard)) for shard in shards]
+    assert max(sizes) - min(sizes) <= 1
+    batches = list(chain.from_iterable(shards))
+    assert all(len(keys) <= batch for keys in batches)
+    assert sorted(chain.from_iterable(batches)) == [(i, i) for i in range(size)]
 
 
 class Positions(torch.utils.data.Dataset):
@@ -50,19 +127,16 @@ def test_a_loader_continues_where_its_state_was_taken(parts, workers):
     assert [key for batch in expected for key in batch] == list(range(24))
     for steps in range(6):
         first = loader(parts)
-        given = 0
-        while given < steps * parts:
-            for _ in first:
-                given += 1
-                if given == steps * parts:
-                    break
+        left = steps * parts
+        while left:
+            left -= len(list(islice(first, left)))
         second = loader(parts, workers)
         second.load_state_dict(first.state_dict())
         rest = [batch for _ in range(steps // 2, 3) for batch in second]
         assert rest == expected[steps * parts :]
 
 
-def test_clips_of_one_video_are_no_neighbours(tmp_path, monkeypatch):
+def test_clips_of_one_video_are_no_neighbours(run, tmp_path, monkeypatch):
     """They would be mixed with each other, and nothing would be mixed."""
     labels = []
     mix = Mixing.__call__
@@ -72,46 +146,31 @@ def test_clips_of_one_video_are_no_neighbours(tmp_path, monkeypatch):
         return mix(self, video, label)
 
     monkeypatch.setattr(Mixing, "__call__", record)
-    monkeypatch.setattr("revvideo.training.results.draw_curves", lambda *_: None)
     root = build_set(tmp_path / "set", train=4, val=1)
-    more = ["augment.repeats=3", "optim.epochs=1", "test.clips=1"]
-    assert main(arguments(root, tmp_path / "out", *more)) == 0
+    more = ["augment.repeats=3", "optim.epochs=1"]
+    assert run(tmp_path / "out", *more, root=root) == 0
     # Three copies of four videos: four different means, then the same four again.
     (ranks,) = labels
     videos = [rank // 3 for rank in ranks]
     assert videos[:4] == videos[4:8] == videos[8:] and len(set(videos[:4])) == 4
 
 
-def data_to_test(root: Path, output: Path, *overrides: str, **options: object) -> VideoData:
-    overrides = (f"data.root={root}", f"train.output_dir={output}", *overrides)
-    data = VideoData(load_config(MOTION, overrides), train=False, **options)
+def test_videos_without_a_label_are_not_counted(videos, tmp_path):
+    paths = sorted(str(path.relative_to(videos)) for path in videos.glob("val/*/*.mp4"))
+    listed = tmp_path / "list.txt"
+    overrides = [f"data.root={videos}", f"data.annotations={listed}", "data.layout=list"]
+    config = load_config(MOTION, [*overrides, f"train.output_dir={tmp_path}"])
+    listed.write_text("".join(f"{path} {i % 2 - 1}\n" for i, path in enumerate(paths)))
+    data = VideoData(config, train=False)
     data.prepare_data()
     data.setup("test")
-    return data
+    assert data.val_total == 3 and [record.path for record in data.val_records] == paths[1::2]
 
-
-def test_videos_without_a_label_are_not_counted(tmp_path):
-    root = build_set(tmp_path / "set", train=0, val=4)
-    paths = sorted(str(path.relative_to(root)) for path in root.glob("val/*/*.mp4"))
-    (root / "val.csv").write_text("".join(f"{p} {i % 2 - 1}\n" for i, p in enumerate(paths)))
-    data = data_to_test(root, tmp_path / "out", "data.layout=list")
-    assert data.val_total == 2 and [r.path for r in data.val_records] == paths[1::2]
-
-    (root / "val.csv").write_text("".join(f"{path} -1\n" for path in paths))
+    listed.write_text("".join(f"{path} -1\n" for path in paths))
+    data = VideoData(config, train=False, classes=["only"])
+    data.prepare_data()
     with pytest.raises(UserError, match="has a label"):
-        data_to_test(root, tmp_path / "out", "data.layout=list", classes=["only"])
-
-
-def test_the_manifests_of_a_scan_save_opening_videos_again(tmp_path, monkeypatch):
-    root = build_set(tmp_path / "set", train=0, val=3)
-    assert scan([str(root), "--split", "val"]) == 0
-    monkeypatch.setattr("revvideo.data.scan.probe", _must_not_be_called)
-    assert data_to_test(root, tmp_path / "out").val_total == 3
-    assert (tmp_path / "out" / "manifest_val.csv").is_file()
-
-
-def _must_not_be_called(path: Path) -> None:
-    raise AssertionError(f"{path} was opened")
+        data.setup("test")
 
 
 def test_scores_come_in_the_order_of_the_videos_and_once():
@@ -122,8 +181,7 @@ def test_scores_come_in_the_order_of_the_videos_and_once():
     ]
     index, label, values = join_scores(batches)
     assert index.tolist() == [1, 2, 3] and label.tolist() == [1, 1, 0]
-    found = accuracy(label, values, of=5)
-    assert str(found) == "66.7 top-1, 100.0 top-5 on 3 of 5 videos"
+    assert str(accuracy(label, values, of=5)) == "66.7 top-1, 100.0 top-5 on 3 of 5 videos"
     again = (torch.tensor([1]), torch.tensor([1]), torch.ones(1, 2))
     with pytest.raises(RuntimeError, match="tested twice"):
         join_scores([*batches, again])

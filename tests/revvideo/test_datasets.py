@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from revvideo.data.clips import ClipDataset, RandomClip, UniformClips, collate
-from revvideo.data.decode import Video, probe
+from revvideo.data.decode import Video
 from revvideo.data.manifest import VideoRecord
-from tests.revvideo.make_videos import cut, damage, encode
+from tests.revvideo.make_videos import INDEX_FIRST, cut, damage, encode
 from tests.revvideo.test_decode import full_decode
 
 
@@ -27,8 +27,7 @@ def test_uniform_clips_at_30_fps(digits):
     assert len(clips) == 5 and clips[0][0] == 0 and clips[-1][-1] == 299
     for clip in clips:
         assert [b - a for a, b in pairwise(clip)] == [4] * 15
-    starts = [clip[0] for clip in clips]
-    assert all(abs(start - 239 / 4 * i) <= 1 for i, start in enumerate(starts))
+    assert [clip[0] for clip in clips] == pytest.approx([239 / 4 * i for i in range(5)], abs=1)
     (middle,) = UniformClips(16, 4, clips=1)(at_rate(30, 300, digits))
     assert abs(middle[0] - 239 / 2) <= 1
 
@@ -76,8 +75,9 @@ def frames_as_they_are(clip: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["constant.mp4", "variable_rate.mkv", "mpeg4.avi"])
-def test_a_sample_holds_the_frames_of_its_clips(make, name):
-    chosen = []
+def test_a_sample_holds_the_frames_of_its_clips_decoded_at_once(make, monkeypatch, name):
+    chosen, calls, decode = [], [], Video.frames
+    monkeypatch.setattr(Video, "frames", lambda *args: calls.append(args) or decode(*args))
 
     def remember(timestamps: list[float]) -> list[list[int]]:
         for _ in range(3):
@@ -85,25 +85,15 @@ def test_a_sample_holds_the_frames_of_its_clips(make, name):
         return chosen
 
     path = make(name)
-    record = VideoRecord(name, 3, frames=probe(path).frames)
+    record = VideoRecord(name, 3, frames=len(shown := full_decode(path)))
     sample = ClipDataset([record], path.parent, remember, frames_as_they_are)[0, 17]
-    assert sample["video"].shape == (6, 3, 4, 48, 64)
-    assert (sample["label"], sample["index"], sample["path"]) == (3, 0, name)
-    assert sample["problem"] == ""
-    shown = full_decode(path)
-    for view, clip in zip(sample["video"], chosen, strict=True):
+    assert len(calls) == 1
+    video = sample.pop("video")
+    assert video.shape == (6, 3, 4, 48, 64)
+    assert sample == {"label": 3, "index": 0, "path": name, "problem": ""}
+    for view, clip in zip(video, chosen, strict=True):
         expected = np.stack([shown[i] for i in clip]).transpose(3, 0, 1, 2)
         np.testing.assert_array_equal(view.numpy(), expected)
-
-
-def test_one_decode_for_all_clips(make, monkeypatch):
-    calls = []
-    decode = Video.frames
-    monkeypatch.setattr(Video, "frames", lambda *args: calls.append(args) or decode(*args))
-    path = make("constant.mp4")
-    clips = UniformClips(4, 2, clips=3)
-    ClipDataset([VideoRecord(path.name, 0)], path.parent, clips, frames_as_they_are)[0, 0]
-    assert len(calls) == 1
 
 
 def noisy(clip: torch.Tensor) -> torch.Tensor:
@@ -131,16 +121,14 @@ def test_a_sample_depends_on_seed_and_position_alone(make):
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first[0][0], first[0][1])  # augmented anew for each view
     assert not torch.equal(first[0], dataset(2)[keys[0]]["video"])
-    loader = DataLoader(dataset(1), batch_size=4, sampler=keys, collate_fn=collate, num_workers=2)
-    (batch,) = loader
+    (batch,) = DataLoader(dataset(1), 4, sampler=keys, collate_fn=collate, num_workers=2)
     assert torch.equal(batch["video"], torch.cat(first))
     assert batch["index"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_several_crops(make):
     def crops(clip: torch.Tensor) -> torch.Tensor:
-        views = [clip[..., :32], clip[..., 16:48], clip[..., 32:]]
-        return torch.stack([view.float().transpose(0, 1) for view in views])
+        return torch.stack([frames_as_they_are(clip[..., x : x + 32]) for x in (0, 16, 32)])
 
     path = make("constant.mp4")
     record = VideoRecord(path.name, 1)
@@ -150,16 +138,14 @@ def test_several_crops(make):
 
 
 def test_files_that_break_after_the_scan(tmp_path):
-    fast = {"movflags": "faststart"}
     names = ["good", "gone", "cut", "damaged", "good2"]
     for name in names:
-        encode(tmp_path / f"{name}.mp4", 30, container_options=fast)
+        encode(tmp_path / f"{name}.mp4", 30, container_options=INDEX_FIRST)
     records = [VideoRecord(f"{name}.mp4", label, frames=30) for label, name in enumerate(names)]
     (tmp_path / "gone.mp4").unlink()
-    cut(tmp_path / "cut.mp4", tmp_path / "cut.mp4", 0.7)
+    cut(tmp_path / "cut.mp4")
     damage(tmp_path / "damaged.mp4", 1)
-    clips = UniformClips(4, 8, clips=2)
-    dataset = ClipDataset(records, tmp_path, clips, frames_as_they_are)
+    dataset = ClipDataset(records, tmp_path, UniformClips(4, 8, clips=2), frames_as_they_are)
     batch = collate([dataset[i, i] for i in range(5)])
     assert batch["label"].tolist() == [0, 0, 4, 4] and batch["index"].tolist() == [0, 0, 4, 4]
     assert batch["video"].shape == (4, 3, 4, 48, 64)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import av
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.functional import interpolate
+from torch.utils.data import DataLoader
 
 from revvideo.data import packets
 from revvideo.data.clips import RandomClip, UniformClips
 from revvideo.data.decode import Video, probe
 from revvideo.errors import VideoError
-from tests.revvideo.make_videos import (
-    IRREGULAR_TIMES,
-    KINDS,
-    cut,
-    damage,
-    encode,
-    encode_sound,
-)
+from tests.revvideo.make_videos import BAD, IRREGULAR_TIMES, KINDS, damage, encode, make_bad
 
 DECODED_FROM_START = {
     "no_times.avi",
@@ -36,7 +32,6 @@ DECODED_FROM_START = {
     # The encoder announces frames out of order, but there are too few for that.
     "three_frames.mov",
     "rotated_90.mov",
-    "rotated_180.mov",
 }
 
 
@@ -85,65 +80,43 @@ def test_frames_of_a_full_decode(make, monkeypatch, name, keep):
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in DECODED_FROM_START])
 def test_seeks(make, monkeypatch, name):
-    def refuse(*_: object) -> None:
-        raise AssertionError("decodes from the start")
-
     with Video(make(name)) as video:
-        monkeypatch.setattr(Video, "_all_frames", refuse)
+        monkeypatch.setattr(Video, "_all_frames", None)  # which decodes from the start
         for clip in UniformClips(4, 2, clips=5)(video.timestamps):
             video.frames(clip)
 
 
-class Counter:
-    """A decoder that counts the frames that come out."""
-
-    def __init__(self, codec: object) -> None:
-        self.__dict__.update(codec=codec, count=0)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.codec, name)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        setattr(self.codec, name, value)
-
-    def decode(self, packet: object) -> list[object]:
-        frames = self.codec.decode(packet)
-        self.__dict__["count"] += len(frames)
-        return frames
-
-
-def test_frames_that_no_other_needs_are_not_decoded(make):
-    with Video(make("constant.mp4")) as video:
-        video._codec = Counter(video._codec)
-        video.frames([69])
-        assert video._codec.count <= 20  # the last group of pictures starts with frame 50
-    with Video(make("deep_b_pyramid.mp4")) as video:
-        video._codec = Counter(video._codec)
-        video.frames([0, 28])
-        assert video._codec.count < 20
+@pytest.mark.parametrize(
+    ("name", "wanted", "most"),
+    [
+        ("constant.mp4", [69], 20),  # the last group of pictures starts with frame 50
+        ("deep_b_pyramid.mp4", [0, 28], 19),
+    ],
+)
+def test_frames_that_no_other_needs_are_not_decoded(make, name, wanted, most):
+    with Video(make(name)) as video:
+        numbers = Mock(wraps=video._index.numbers)  # where every frame that comes out is looked up
+        video._index = replace(video._index, numbers=numbers)
+        video.frames(wanted)
+        assert len(wanted) <= numbers.get.call_count <= most
 
 
 @pytest.mark.parametrize("name", ["constant.mp4", "intra_refresh.mp4", "mpeg4.avi"])
 def test_one_thread_inside_a_worker(make, name):
-    class Frames(Dataset):
-        def __len__(self) -> int:
-            return 1
-
-        def __getitem__(self, _: int) -> tuple[int, torch.Tensor]:
-            with Video(make(name)) as video:
-                return video._codec.thread_count, video.frames([0, 20, 39])
-
-    (threads, frames), *_ = DataLoader(Frames(), batch_size=None, num_workers=1)
-    assert threads == 1
-    with Video(make(name)) as video:
-        torch.testing.assert_close(frames, video.frames([0, 20, 39]), rtol=0, atol=0)
-
-
-def test_times_of_a_variable_rate(make):
-    expected = [(t - IRREGULAR_TIMES[0]) / 1000 for t in IRREGULAR_TIMES]
-    for name in ("variable_rate.mp4", "variable_rate.mkv"):
+    def read(_: int) -> tuple[int, torch.Tensor]:
         with Video(make(name)) as video:
-            assert video.timestamps == pytest.approx(expected, abs=1e-3)
+            return video._codec.thread_count, video.frames([0, 20, 39])
+
+    ((threads, frames),) = DataLoader([0], batch_size=None, num_workers=1, collate_fn=read)
+    assert threads == 1
+    torch.testing.assert_close(frames, read(0)[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["variable_rate.mp4", "variable_rate.mkv"])
+def test_times_of_a_variable_rate(make, name):
+    expected = [(t - IRREGULAR_TIMES[0]) / 1000 for t in IRREGULAR_TIMES]
+    with Video(make(name)) as video:
+        assert video.timestamps == pytest.approx(expected, abs=1e-3)
 
 
 def test_info(make):
@@ -169,9 +142,7 @@ def test_resized_while_decoding(make):
     with Video(make("constant.mp4")) as video:
         small, others = (video.frames(clip, short_side=24) for clip in ([3, 9], [4, 10]))
         assert small.shape == (2, 3, 24, 32)
-        expected = torch.nn.functional.interpolate(
-            video.frames([3, 9]).float(), (24, 32), mode="area"
-        )
+        expected = interpolate(video.frames([3, 9]).float(), (24, 32), mode="area")
         # The pictures are noise, so that any other frame is far off.
         assert (small - expected).abs().mean() < 0.7 * (others - expected).abs().mean()
         assert video.frames([3], short_side=480).shape == (1, 3, 48, 64)  # never enlarged
@@ -197,14 +168,11 @@ def test_break_in_the_middle(tmp_path):
         assert_frames(video, [40, 45, 59], whole)
 
 
-@pytest.mark.parametrize(
-    "name, damaged",
-    [("no_times.avi", 20), ("mpeg4.avi", 20), ("one_keyframe.mp4", 20)],
-)
-def test_damage_never_gives_another_frame(make, tmp_path, name, damaged):
+@pytest.mark.parametrize("name", ["no_times.avi", "mpeg4.avi", "one_keyframe.mp4"])
+def test_damage_never_gives_another_frame(make, tmp_path, name):
     path = tmp_path / name
     path.write_bytes(make(name).read_bytes())
-    shown = full_decode(damage(path, damaged))
+    shown = full_decode(damage(path, 20))
     with Video(path) as video:
         assert_frames(video, list(range(min(15, len(shown)))), shown)
 
@@ -233,39 +201,17 @@ def test_a_colon_in_the_name(tmp_path):
 
 
 def test_metadata_that_are_no_text(tmp_path):
-    path = encode(tmp_path / "video.mp4", 3, title="XXXX")
+    path = encode(tmp_path / "video.mp4", 3)
     content = path.read_bytes()
-    assert content.count(b"XXXX") == 1
-    path.write_bytes(content.replace(b"XXXX", b"\xff\xe9XX"))
+    assert content.count(b"Lavf") == 1  # the program that wrote it
+    path.write_bytes(content.replace(b"Lavf", b"\xff\xe9vf"))
     assert probe(path).frames == 3
 
 
 def test_not_a_video(tmp_path):
-    whole = encode(tmp_path / "whole.mp4", container_options={"movflags": "faststart"})
-    index_last = encode(tmp_path / "index_last.mp4")
-    matroska = encode(tmp_path / "whole.mkv")
-    (tmp_path / "empty.mp4").touch()
-    (tmp_path / "text.mp4").write_text("no video at all\n" * 100)
+    make_bad(tmp_path)
     (tmp_path / "folder.mp4").mkdir()
-    cut(whole, tmp_path / "cut.mp4", 0.6)
-    cut(index_last, tmp_path / "no_index.mp4", 0.6)
-    cut(matroska, tmp_path / "cut.mkv", 0.6)
-    cut(encode(tmp_path / "whole.avi", codec="mpeg4"), tmp_path / "cut.avi", 0.6)
-    encode_sound(tmp_path / "sound.mp4")
-    reasons = {
-        "missing.mp4": "file is missing",
-        "folder.mp4": "does not open",
-        "empty.mp4": "file is empty",
-        "text.mp4": "is not a video",
-        "sound.mp4": "has no video stream, only sound",
-        "cut.mp4": "is cut off after [0-9]+ of 40 frames",
-        "no_index.mp4": "is cut off: the index",
-        "cut.mkv": r"is cut off after 0\.[0-9] of 1\.3 seconds",
-        "cut.avi": "is cut off after [0-9]+ of [0-9]+ frames",
-    }
-    for name, reason in reasons.items():
-        with pytest.raises(VideoError, match=reason) as caught:
+    for name, reason in {**BAD, "folder.mp4": "does not open"}.items():
+        with pytest.raises(VideoError, match=f"^{reason}") as caught:
             probe(tmp_path / name)
         assert "\n" not in caught.value.reason
-    for path in (whole, index_last, matroska, tmp_path / "whole.avi"):
-        assert probe(path).frames == 40

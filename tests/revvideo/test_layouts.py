@@ -17,6 +17,11 @@ def touch(root: Path, *names: str) -> None:
         (root / name).write_bytes(b"x")
 
 
+def refused(message: str, *arguments: object, **options: object) -> None:
+    with pytest.raises(UserError, match=message):
+        find_videos(*arguments, **options)
+
+
 def test_folders(tmp_path):
     touch(tmp_path, "train/air_drumming/b.mkv", "train/air_drumming/a.mp4", "elsewhere/c.MP4")
     touch(tmp_path, "train/abseiling/z.mp4", "other/d.webm", "val/air-guitar/g.mp4")
@@ -60,8 +65,7 @@ def test_folders_with_a_list_of_files(tmp_path):
     test = find_videos(tmp_path, "test", tmp_path / "testlist01.txt")
     assert test == (classes, [("Bowling/v_1.avi", 1)])
     (tmp_path / "bad.txt").write_text("Archery/v_1.avi\nRowing/v_1.avi\n")
-    with pytest.raises(UserError, match=r"bad\.txt, line 2: .* has no folder 'Rowing'"):
-        find_videos(tmp_path, "train", "bad.txt", "folders")
+    refused(r"bad\.txt, line 2: .* has no folder 'Rowing'", tmp_path, "train", "bad.txt", "folders")
 
 
 @pytest.mark.parametrize("separator", [" ", ",", "\t", ", "])
@@ -74,9 +78,9 @@ def test_list(tmp_path, separator):
     classes, entries = find_videos(tmp_path, "train", layout="list")
     assert entries == [("train/throwing axe/a b.mp4", 1), *lines[1:]]
     assert classes == ["somewhere", "throwing axe", tmp_path.name]
-    assert find_videos(tmp_path, "train", "train.csv") == (classes, entries)
-    with pytest.raises(UserError, match=r"train\.csv, line 3: label 2 with the 2 classes"):
-        find_videos(tmp_path, "train", "train.csv", classes=["a", "b"])
+    given = tmp_path, "train", "train.csv"
+    assert find_videos(*given) == (classes, entries)
+    refused(r"train\.csv, line 3: label 2 with the 2 classes", *given, classes=["a", "b"])
 
 
 def test_names_of_a_list_whose_folders_are_not_classes(tmp_path):
@@ -88,8 +92,7 @@ def test_names_of_a_list_whose_folders_are_not_classes(tmp_path):
 @pytest.mark.parametrize("line", ["a/1.mp4 x", "a/1.mp4", "a/1.mp4 -2", "a/1.mp4 1.5"])
 def test_bad_list(tmp_path, line):
     (tmp_path / "train.txt").write_text(f"a/0.mp4 0\n{line}\n")
-    with pytest.raises(UserError, match=r"train\.txt, line 2: .* is not `path label`"):
-        find_videos(tmp_path, "train", "train.txt")
+    refused(r"train\.txt, line 2: .* is not `path label`", tmp_path, "train", "train.txt")
 
 
 HEADER = "label,youtube_id,time_start,time_end,split"
@@ -122,8 +125,7 @@ def test_annotations_of_kinetics(tmp_path, annotations):
     underscored = ["abseiling", "air_drumming", "javelin_throw", classes[2]]
     _, again = find_videos(tmp_path, "val", annotations, classes=underscored)
     assert [label for _, label in again] == [3, 2, 1, 1]
-    with pytest.raises(UserError, match=r"has no split 'test', only train, val$"):
-        find_videos(tmp_path, "test", file)
+    refused(r"has no split 'test', only train, val$", tmp_path, "test", file)
 
 
 def test_annotations_without_labels(tmp_path):
@@ -134,38 +136,28 @@ def test_annotations_without_labels(tmp_path):
 
 
 def test_bad_annotations(tmp_path):
-    (tmp_path / "train.csv").write_text(f"{HEADER}\na,abc,zero,10,train\n")
-    with pytest.raises(UserError, match=r"train\.csv: the time of abc is no number"):
-        find_videos(tmp_path, "train")
-    (tmp_path / "train.csv").write_text(f"{HEADER}\na,abc\n")  # the line is cut off
-    with pytest.raises(UserError, match=r"train\.csv: the time of abc is no number"):
-        find_videos(tmp_path, "train")
+    for line in ("a,abc,zero,10,train", "a,abc"):  # which is cut off
+        (tmp_path / "train.csv").write_text(f"{HEADER}\n{line}\n")
+        refused(r"train\.csv: the time of abc is no number", tmp_path, "train")
     for layout in ("auto", "csv", "list"):
         (tmp_path / "train.csv").write_bytes(b"\xff\xfe\x00")  # a spreadsheet, say
-        with pytest.raises(UserError, match=r"train\.csv cannot be read as text"):
-            find_videos(tmp_path, "train", layout=layout)
+        refused(r"train\.csv cannot be read as text", tmp_path, "train", layout=layout)
     (tmp_path / "train.csv").write_text("label,youtube_id,split\na,abc,train\n")
-    with pytest.raises(UserError, match=r"train\.csv has no column time_end, time_start"):
-        find_videos(tmp_path, "train")
+    refused(r"train\.csv has no column time_end, time_start", tmp_path, "train")
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(UserError, match=r"the folder .*none does not exist"):
-        find_videos(tmp_path / "none", "train")
-    with pytest.raises(UserError, match=r"holds no folders of classes, and .* no annotations"):
-        find_videos(tmp_path, "train")
-    with pytest.raises(UserError, match=r"no annotations for split 'train' in .*: tried train.csv"):
-        find_videos(tmp_path, "train", layout="csv")
-    with pytest.raises(UserError, match=r"the annotations none.txt do not exist"):
-        find_videos(tmp_path, "train", "none.txt")
+    refused(r"the folder .*none does not exist", tmp_path / "none", "train")
+    refused(r"holds no folders of classes, and .* no annotations", tmp_path, "train")
+    refused("no annotations for split 'train' .*: tried train.csv", tmp_path, "train", layout="csv")
+    refused(r"the annotations none.txt do not exist", tmp_path, "train", "none.txt")
     with pytest.raises(UserError, match="none of the splits train, val, test"):
         splits_of(tmp_path)
     (tmp_path / "train" / "a").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"split 'train' of .* holds no video"):
-        find_videos(tmp_path, "train")
+    refused(r"split 'train' of .* holds no video", tmp_path, "train")
 
 
 def test_a_class_that_the_model_does_not_have(tmp_path):
     touch(tmp_path, "val/archery2/a.mp4")
-    with pytest.raises(UserError, match=r"'archery2' .* none of the 2 classes .*such as archery:"):
-        find_videos(tmp_path, "val", classes=["archery", "bowling"])
+    two = ["archery", "bowling"]
+    refused("'archery2' .* none of the 2 classes .*such as archery:", tmp_path, "val", classes=two)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
-from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -24,19 +22,16 @@ from revvideo.prediction.media import frame_labels
 from revvideo.prediction.predictor import MOST_WINDOWS, Predictor
 from revvideo.prediction.results import drawing_names
 from revvideo.run import main as train
-from tests.revvideo.tiny_set import Film, arguments, build_set
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_set(tmp_path_factory.mktemp("videos"), train=9, val=5)
+from tests.revvideo import tiny_set
+from tests.revvideo.make_videos import BAD, encode, make_bad
+from tests.revvideo.tiny_set import CLASSES, Film, arguments
 
 
 @pytest.fixture(scope="module")
 def trained(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of a few steps."""
     output = tmp_path_factory.mktemp("run") / "tiny"
-    assert train(arguments(videos, output, "optim.lr=0.02", "test.crops=3")) == 0
+    assert train(arguments(videos, output, "optim.lr=0.02", "test.clips=2", "test.crops=3")) == 0
     return output
 
 
@@ -55,36 +50,22 @@ def predict(trained: Path, tmp_path: Path) -> Callable[..., int]:
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The entries of predictions.json by their paths, and results.json."""
-    files = (folder / "out" / f"{name}.json" for name in ("predictions", "results"))
-    predictions, results = (json.loads(file.read_text()) for file in files)
-    return {entry["path"]: entry for entry in predictions}, results
-
-
-def long_video(path: Path) -> Path:
-    """Four seconds, bright, then dark."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", Fraction(30), {"preset": "ultrafast"})
-        stream.width, stream.height, stream.pix_fmt = 40, 36, "yuv420p"
-        for level in [210] * 60 + [30] * 60:
-            picture = np.full((36, 40, 3), level, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    return path
+    predictions = json.loads((folder / "out" / "predictions.json").read_text())
+    return {entry["path"]: entry for entry in predictions}, tiny_set.results(folder / "out")
 
 
 def test_scores_are_those_of_testing(predict, trained, videos, tmp_path, capsys):
     assert predict(videos / "val", "--batch-size", "13") == 0
     predictions, results = read(tmp_path)
-    with (trained / "predictions.csv").open() as file:
-        tested = list(csv.DictReader(file))
-    assert len(tested) == len(predictions) == results["videos"] == results["inputs"] == 5
+    tested = tiny_set.predictions(trained)
+    assert len(tested) == len(predictions) == results["videos"] == results["inputs"] == 7
     for row in tested:
         best = predictions[str(videos / row["path"])]["top"]
         assert [b["class"] for b in best] == [row["top1"], row["top2"], row["top3"]]
         expected = [float(row[f"score{k}"]) for k in (1, 2, 3)]
         assert [b["score"] for b in best] == pytest.approx(expected, abs=1e-5)
     assert results["unreadable"] == {}
-    assert results["classes"] == ["bright", "dark", "striped"]
+    assert results["classes"] == list(CLASSES)
     printed = capsys.readouterr().out
     for path, entry in predictions.items():
         best = entry["top"][0]
@@ -101,29 +82,24 @@ def test_how_clips_are_grouped_does_not_matter(predict, videos, tmp_path):
 
 
 def test_unreadable_inputs_are_named_and_counted(predict, videos, tmp_path, capsys):
-    good = videos / "val" / "dark" / "01.mp4"
-    mess = tmp_path / "mess"
+    good, mess = videos / "val" / "dark" / "01.mp4", tmp_path / "mess"
     mess.mkdir()
-    (mess / "text.mp4").write_text("no video")
-    (mess / "empty.mp4").touch()
+    make_bad(mess)
     odd = mess / os.fsdecode(b"\xff.mp4")  # no UTF-8
     odd.touch()
-    (mess / "cut.mp4").write_bytes(good.read_bytes()[:2000])
     shutil.copy(good, mess / "good.mp4")
-    gone = tmp_path / "gone.mp4"
-    gone.symlink_to(tmp_path / "nowhere.mp4")
-    assert predict(mess, str(tmp_path / "gone*"), str(good)) == 0
+    assert predict(mess, str(mess / "miss*"), str(good)) == 0
     predictions, results = read(tmp_path)
     assert set(predictions) == {str(mess / "good.mp4"), str(good)}
-    bad = {str(mess / name) for name in ("text.mp4", "empty.mp4", "cut.mp4")}
-    assert set(results["unreadable"]) == {*bad, str(odd), str(gone)}
-    assert (results["inputs"], results["videos"]) == (7, 2)
+    bad = {str(mess / name): reason for name, reason in BAD.items()}
+    assert set(results["unreadable"]) == {*bad, str(odd)}
+    assert (results["inputs"], results["videos"]) == (3 + len(bad), 2)
     captured = capsys.readouterr()
-    assert "2 of 7 videos" in captured.out
-    assert "5 unreadable:" in captured.err
-    for path in bad:
+    assert f"2 of {3 + len(bad)} videos" in captured.out
+    assert f"{1 + len(bad)} unreadable:" in captured.err
+    for path, reason in bad.items():
+        assert re.match(reason, results["unreadable"][path])
         assert f"{path}: {results['unreadable'][path]}" in captured.err
-    assert "empty" in results["unreadable"][str(mess / "empty.mp4")]
 
 
 def test_nothing_but_unreadable_inputs_is_an_error(predict, tmp_path, capsys):
@@ -136,7 +112,9 @@ def test_nothing_but_unreadable_inputs_is_an_error(predict, tmp_path, capsys):
 
 
 def test_a_long_video_is_followed_over_time(predict, tmp_path):
-    source = long_video(tmp_path / "long.mp4")
+    levels = [210] * 60 + [30] * 60  # bright, then dark
+    pictures = [np.full((36, 40, 3), level, np.uint8) for level in levels]
+    source = encode(tmp_path / "long.mp4", pictures)
     assert predict(source, drawings=True) == 0
     entry = read(tmp_path)[0][str(source)]
     assert (entry["frames"], entry["fps"], entry["width"], entry["height"]) == (120, 30, 40, 36)
@@ -217,6 +195,7 @@ def test_each_input_has_drawings_of_its_own():
         (("--step", "nan"), "--step nan: use"),
         (("--device", "gpu7"), "gpu7"),
         (("--weights", "nothing.ckpt"), "nothing.ckpt"),
+        (("--weights", __file__), "test_predict.py is no checkpoint"),
         (("--config", "nothing.yaml"), "nothing.yaml"),
         (("--classes", "nothing.txt"), "nothing.txt"),
         (("--output", __file__), "is a file"),

@@ -17,6 +17,8 @@ from revvideo.run import main
 from revvideo.scan import main as scan
 from revvideo.training.module import VideoModule
 from tests.revvideo.tiny_set import (
+    GOLDEN,
+    GOLDEN_MODEL,
     RANDOM,
     arguments,
     build_set,
@@ -27,12 +29,10 @@ from tests.revvideo.tiny_set import (
     write_video,
 )
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "rev_mvit_video_tiny.pyth"
-
 
 def test_a_run_leaves_its_results_and_tests_the_same_again(videos, tmp_path, capfd, opened):
     output = tmp_path / "run"
-    assert main(arguments(videos, output)) == 0
+    assert main(arguments(videos, output, "test.clips=2")) == 0
     first = results(output)
     assert first["test"].keys() == {"top1", "top5", "videos", "of", "clips", "crops"}
     assert (first["test"]["videos"], first["test"]["of"]) == (7, 7)
@@ -55,9 +55,9 @@ def test_a_run_leaves_its_results_and_tests_the_same_again(videos, tmp_path, cap
     assert first["test"]["top1"] == pytest.approx(100 * correct / 7)
 
     # The config that a run saves is a recipe itself.
-    config = str(output / "config.yaml")
+    recipe = str(output / "config.yaml")
     opened.reset_mock()
-    assert main(["--config", config, "--eval-only", "train.memory_budget=1KB"]) == 0
+    assert main(["--config", recipe, "--eval-only", "train.memory_budget=1KB"]) == 0
     assert opened.call_count == 1
     again = results(output)
     assert again["test"] == first["test"] and again["run"] == first["run"]
@@ -75,7 +75,7 @@ def test_a_run_leaves_its_results_and_tests_the_same_again(videos, tmp_path, cap
     ids=["policy", "keep", "parts", "half precision"],
 )
 def test_what_saves_memory_does_not_change_the_losses(run, tmp_path, more, change, tolerance):
-    more = [*more, "optim.clip_grad_norm=0.1", "optim.max_steps=5", "test.clips=1"]
+    more = [*more, "optim.clip_grad_norm=0.1", "optim.max_steps=5"]
     assert run(tmp_path / "one", *more) == 0 and run(tmp_path / "two", change, *more) == 0
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert sorted(one) == list(range(5)) and two == pytest.approx(one, rel=tolerance)
@@ -94,7 +94,7 @@ def test_a_budget_chooses_the_memory_policy(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(backbones, "fit_memory", fit)
     more = ["train.memory_budget=1GB", "train.precision=bf16-mixed", "augment.repeats=2"]
-    more += ["optim.accumulate=2", "optim.max_steps=1", "test.clips=1"]
+    more += ["optim.accumulate=2", "optim.max_steps=1"]
     assert run(tmp_path, *more) == 0
     assert asked == [((4, 3, 4, 32, 32), "1GB", torch.bfloat16)]
     assert results(tmp_path)["run"]["stored_blocks"] == 3
@@ -102,8 +102,7 @@ def test_a_budget_chooses_the_memory_policy(run, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_spoils_no_checkpoint(run, tmp_path, capfd):
-    more = ["optim.lr=1e30", "train.checkpoint_every=1"]
-    assert run(tmp_path, *more) == 2
+    assert run(tmp_path, "optim.lr=1e30", "train.checkpoint_every=1") == 2
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: the loss is nan at step") and "optim.lr" in error
     state = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
@@ -122,9 +121,8 @@ def test_out_of_memory_is_one_line(run, tmp_path, monkeypatch, capfd):
     assert error.startswith("error: CUDA out of memory: ") and "train.memory_budget=auto" in error
 
 
-def test_the_golden_checkpoint_gives_its_scores(videos, tmp_path, monkeypatch):
+def test_the_golden_checkpoint_gives_its_scores(run, tmp_path, monkeypatch):
     expected = torch.load(GOLDEN.with_suffix(".expected.pt"), weights_only=True)
-    two = build_set(tmp_path / "two", train=0, val=2)
 
     def golden_clip(self: ClipDataset, key: tuple[int, int]) -> dict:
         """In the place of decoded ones: the clips of the golden data are no videos."""
@@ -134,31 +132,17 @@ def test_the_golden_checkpoint_gives_its_scores(videos, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ClipDataset, "__getitem__", golden_clip)
     output, listed = tmp_path / "out", tmp_path / "list.txt"
-    more = [
-        "--eval-only",
-        f"model.weights={GOLDEN}",
-        "model.num_classes=5",
-        "model.arguments={embed_dim: 10, depth: 5, transitions: [1, 3], kv_stride: 8}",
-        "data.crop_size=64",
-        "test.short_side=64",
-        "data.layout=list",
-        f"data.annotations={listed}",
-    ]
-    files = sorted(two.rglob("*.mp4"))
-    listed.write_text("".join(f"{file.relative_to(two)} 0\n" for file in files))
-    assert main(arguments(two, output, *more)) == 0
-    rows = predictions(output)
-    assert len(rows) == 2
-    for row, scores in zip(rows, expected["eval_output"].tolist(), strict=True):
+    listed.write_text("val/bright/00.mp4 0\nval/dark/01.mp4 0\n")
+    more = ["--eval-only", f"model.weights={GOLDEN}", "data.layout=list"]
+    assert run(output, *more, f"data.annotations={listed}", *GOLDEN_MODEL, "test.clips=2") == 0
+    for row, scores in zip(predictions(output), expected["eval_output"].tolist(), strict=True):
         found = {int(row[f"top{rank}"]): float(row[f"score{rank}"]) for rank in range(1, 6)}
         assert found == pytest.approx(dict(enumerate(scores)), abs=1e-5)
     assert results(output)["test"]["videos"] == 2
 
 
 def test_a_batch_without_any_readable_video_is_passed_over(run, videos, tmp_path):
-    """Training goes to the end although no file of some batches can be read."""
-    root = tmp_path / "set"
-    shutil.copytree(videos, root)
+    root = shutil.copytree(videos, tmp_path / "set")
     assert scan(["--split", "train", "val", "--", str(root)]) == 0
     broken = sorted(root.glob("train/*/*.mp4"))[:12]
     for path in broken:
@@ -167,6 +151,7 @@ def test_a_batch_without_any_readable_video_is_passed_over(run, videos, tmp_path
     spoil(root / "val" / "striped" / "02.mp4")
     assert run(tmp_path / "out", *more, root=root) == 0
     found = results(tmp_path / "out")
+    assert (tmp_path / "out" / "manifest_train.csv").is_file()  # what the scan has found
     names = {str(path.relative_to(root)) for path in broken} | {"val/striped/02.mp4"}
     assert found["left_out"].keys() == names
     assert (found["test"]["videos"], found["test"]["of"]) == (6, 7)
@@ -229,13 +214,12 @@ def test_a_command_that_is_run_by_its_path_hides_no_module(script, monkeypatch):
 
 
 def test_fine_tuning_starts_from_a_run_and_other_classes_get_a_new_head(run, tmp_path, capfd):
-    assert run(tmp_path / "first", "optim.epochs=1", "test.clips=1") == 0
+    assert run(tmp_path / "first", "optim.epochs=1") == 0
     other = build_set(tmp_path / "other", train=8, val=2)
     for split in ("train", "val"):
-        (other / split / "more").mkdir()
         write_video(other / split / "more" / "0.mp4", "dark", seed=1)
     last = tmp_path / "first" / "checkpoints" / "last.ckpt"
-    more = [f"model.weights={last}", "optim.layer_decay=0.7", "optim.epochs=1", "test.clips=1"]
+    more = [f"model.weights={last}", "optim.layer_decay=0.7", "optim.epochs=1"]
     assert run(tmp_path / "second", *more, root=other) == 0
     log = capfd.readouterr().err
     assert "left out head.weight: 3 classes, the model has 4" in log

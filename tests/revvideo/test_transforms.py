@@ -1,4 +1,4 @@
-"""Transforms: alike for all frames of a clip, drawn from one generator, of the right part."""
+"""Transforms are alike for all frames of a clip, and mixed clips have the labels of their parts."""
 
 from __future__ import annotations
 
@@ -11,18 +11,15 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torchvision import tv_tensors
 
+from revvideo.data.mixing import Mixing
 from revvideo.data.transforms import TestTransform, TrainTransform, _RandAugment
 from revvideo.settings import AugmentConfig, DataConfig, TestConfig
 
 DATA = DataConfig(crop_size=24)
 RAND_AUGMENT = "rand-m7-n4-mstd0.5-inc1"
-EVERYTHING = AugmentConfig(
-    scale=[0.2, 0.6],
-    flip=0.5,
-    rand_augment=RAND_AUGMENT,
-    color_jitter=0.4,
-    erase=0.7,
-)
+# Columns of the values 0 to 47, which come out unchanged.
+RAMP = torch.arange(48, dtype=torch.uint8).expand(2, 3, 48, 48).contiguous()
+AS_IT_IS = DataConfig(crop_size=24, mean=0.0, std=1 / 255)
 
 
 def clip(frames: int = 5, height: int = 40, width: int = 56) -> torch.Tensor:
@@ -39,7 +36,7 @@ def clip(frames: int = 5, height: int = 40, width: int = 56) -> torch.Tensor:
         AugmentConfig(rand_augment=f"{RAND_AUGMENT}-p1"),
         AugmentConfig(color_jitter=0.4),
         AugmentConfig(erase=1.0),
-        EVERYTHING,
+        AugmentConfig(flip=0.5, rand_augment=RAND_AUGMENT, color_jitter=0.4, erase=0.7),
     ],
     ids=["crop and flip", "randaugment", "jitter", "erasing", "all"],
 )
@@ -58,21 +55,13 @@ def test_all_frames_of_a_clip_are_treated_alike(augment):
     assert torch.equal(transform(clip()), out)  # the generator decides
 
 
-def test_nothing_is_random_where_nothing_is_asked_for():
-    plain = AugmentConfig(scale=[1.0, 1.0], ratio=[1.0, 1.0], flip=0.0)
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_nothing_is_random_where_nothing_is_asked_for(flip):
+    plain = AugmentConfig(scale=[1.0, 1.0], ratio=[1.0, 1.0], flip=flip)
     square = clip(height=24, width=24)
+    expected = ((square.float() / 255 - DATA.mean) / DATA.std).transpose(0, 1)
     out = TrainTransform(plain, DATA)(square)
-    expected = (square.float() / 255 - DATA.mean) / DATA.std
-    torch.testing.assert_close(out, expected.transpose(0, 1))
-
-
-def test_a_flip_mirrors_and_is_off_at_zero():
-    square = clip(height=24, width=24)
-    always, never = (
-        TrainTransform(AugmentConfig(scale=[1.0, 1.0], ratio=[1.0, 1.0], flip=flip), DATA)(square)
-        for flip in (1.0, 0.0)
-    )
-    assert torch.equal(always, never.flip(-1)) and not torch.equal(always, never)
+    torch.testing.assert_close(out, expected.flip(-1) if flip else expected)
 
 
 def test_rand_augment_is_that_of_timm():
@@ -91,35 +80,79 @@ def test_rand_augment_is_that_of_timm():
         assert not torch.equal(out, square)
 
 
-@pytest.mark.parametrize(("height", "width"), [(24, 48), (48, 24)])
-def test_crops_lie_along_the_longer_side(height, width):
-    ramp = torch.arange(48, dtype=torch.uint8).expand(height, 48) if width == 48 else None
-    if ramp is None:
-        ramp = torch.arange(48, dtype=torch.uint8)[:, None].expand(48, width)
-    video = ramp.expand(2, 3, -1, -1).contiguous()
-    test = TestConfig(short_side=24)
-    data = DataConfig(crop_size=24, mean=0.0, std=1 / 255)
-    three = TestTransform(test, data, crops=3)(video)
+@pytest.mark.parametrize("upright", [False, True])
+def test_crops_lie_along_the_longer_side(upright):
+    ramp = RAMP[..., :24, :].transpose(2, 3) if upright else RAMP[..., :24, :]
+    three = TestTransform(TestConfig(short_side=24), AS_IT_IS, crops=3)(ramp)
     assert three.shape == (3, 3, 2, 24, 24)
     ends = [(round(float(crop.min())), round(float(crop.max()))) for crop in three]
     assert ends == [(0, 23), (12, 35), (24, 47)]
-    one = TestTransform(test, data)(video)
+    one = TestTransform(TestConfig(short_side=24), AS_IT_IS)(ramp)
     assert torch.equal(one[0], three[1])
 
 
 def test_crops_of_a_square_lie_side_by_side():
-    ramp = torch.arange(48, dtype=torch.uint8).expand(2, 3, 48, 48).contiguous()
-    data = DataConfig(crop_size=24, mean=0.0, std=1 / 255)
-    crops = TestTransform(TestConfig(short_side=48), data, crops=3)(ramp.transpose(2, 3))
+    transform = TestTransform(TestConfig(short_side=48), AS_IT_IS, crops=3)
+    crops = transform(RAMP.transpose(2, 3))
     assert torch.equal(crops[0], crops[2])  # the columns are alike: only the rows could differ
-    crops = TestTransform(TestConfig(short_side=48), data, crops=3)(ramp)
-    assert [round(float(crop.min())) for crop in crops] == [0, 12, 24]
+    assert [round(float(crop.min())) for crop in transform(RAMP)] == [0, 12, 24]
 
 
 def test_the_short_side_is_resized_before_the_crop():
     video = clip(height=80, width=112)
-    transform = TestTransform(TestConfig(short_side=40), DATA)
-    # Half the size, then the middle: noise averages out, and the mean stays.
-    out = transform(video)
+    out = TestTransform(TestConfig(short_side=40), DATA)(video)  # half the size: noise averages out
     assert out.shape == (1, 3, 5, 24, 24)
     assert out.std() < 0.75 * TestTransform(TestConfig(short_side=80), DATA)(video).std()
+
+
+CLASSES = 6
+
+
+def batch(size: int, frames: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clip i is i + 1 everywhere, of class i."""
+    values = torch.arange(1.0, size + 1).view(-1, 1, 1, 1, 1)
+    return values.expand(size, 3, frames, height, width).clone(), torch.arange(size) % CLASSES
+
+
+@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.0, 0.0), (0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_labels_sum_to_one_and_say_what_is_in_the_clip(mixup, cutmix, seed):
+    torch.manual_seed(seed)
+    size, frames = 2 + seed % 4, 1 + seed % 3
+    video, label = batch(size, frames, 10 + seed, 14)
+    before = video.clone()
+    mixed, target = Mixing(AugmentConfig(mixup=mixup, cutmix=cutmix), CLASSES)(video, label)
+    assert mixed.shape == video.shape and type(mixed) is torch.Tensor
+    assert target.shape == (size, CLASSES)
+    torch.testing.assert_close(target.sum(dim=1), torch.ones(size))
+    assert (target >= 0).all()
+    assert torch.equal(video, before)
+    # The mean of a clip is that of its parts, in the shares that its label names.
+    own = target[torch.arange(size), label]
+    neighbour = (torch.arange(size) - 1) % size
+    expected = own * (torch.arange(size) + 1) + (1 - own) * (neighbour + 1)
+    torch.testing.assert_close(mixed.mean(dim=(1, 2, 3, 4)), expected, rtol=1e-4, atol=1e-4)
+    assert mixup or cutmix or torch.equal(mixed, video)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_cutmix_cuts_one_box_out_of_every_frame(seed):
+    torch.manual_seed(seed)
+    video, label = batch(3, 4, 20, 16)
+    mixed, target = Mixing(AugmentConfig(cutmix=1.0), CLASSES)(video, label)
+    cut = mixed != video
+    assert torch.equal(cut, cut[:, :1, :1].expand_as(cut))  # in all channels and frames
+    assert torch.equal(cut[:, 0, 0], cut[:1, 0, 0].expand(3, -1, -1))  # and clips
+    plane = cut[0, 0, 0]
+    rows, columns = plane.any(dim=1), plane.any(dim=0)
+    assert torch.equal(plane, rows[:, None] & columns[None])  # a rectangle
+    share = plane.float().mean()
+    torch.testing.assert_close(target[0, 0], 1 - share)
+
+
+def test_with_both_each_is_drawn():
+    torch.manual_seed(0)
+    mixing = Mixing(AugmentConfig(mixup=0.8, cutmix=1.0), CLASSES)
+    videos = [mixing(*batch(2, 2, 12, 12))[0] for _ in range(20)]
+    # Cutmix makes no new values.
+    assert {bool((video == video.round()).all()) for video in videos} == {True, False}

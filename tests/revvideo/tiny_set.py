@@ -6,38 +6,43 @@ import csv
 import json
 import os
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
-import av
 import numpy as np
 import torch
 
 from revvideo.errors import VideoError
 from revvideo.training.metrics import read_metrics
+from tests.revvideo.make_videos import encode
 
 CLASSES = ("bright", "dark", "striped")
 
-# A model and a schedule that run in a second or two. No worker, drop path or augmentation by
-# default: tests switch on what they are about.
-SMALL = (
-    "data.num_frames=4",
-    "data.stride=2",
+TINY = {"embed_dim": 8, "depth": 4, "transitions": [1, 3], "kv_stride": 2}
+
+# What makes a run of any recipe small.
+SHRINK = (
     "data.crop_size=32",
     "data.workers=0",
-    "augment.flip=0",
+    f"model.arguments={TINY}",
+    "optim.batch_size=4",
+    "train.device=cpu",
+    "train.log_every=1",
+    "test.short_side=32",
+)
+
+# A run of a second or two. No drop path or augmentation by default: tests switch on what they are
+# about.
+SMALL = (
+    *SHRINK,
+    "data.num_frames=4",
+    "data.stride=2",
     "augment.scale=[1.0,1.0]",
     "augment.ratio=[1.0,1.0]",
-    "model.arguments={embed_dim: 8, depth: 4, transitions: [1, 3], kv_stride: 2}",
-    "optim.batch_size=4",
     "optim.epochs=2",
     "optim.lr=0.002",
     "optim.warmup_epochs=0",
-    "train.device=cpu",
-    "train.log_every=1",
-    "test.clips=2",
-    "test.short_side=32",
+    "test.clips=1",
     "test.batch_size=2",
 )
 
@@ -56,21 +61,16 @@ RANDOM = (
 )
 
 
-def write_video(path: Path, kind: str, seed: int, frames: int = 16) -> None:
+def write_video(path: Path, kind: str, seed: int) -> None:
     """A video of (40, 36) px at 30 frames per second whose picture tells its class."""
     rng = np.random.default_rng(seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(path, "w") as container:
-        stream = container.add_stream("mpeg4", Fraction(30))
-        stream.width, stream.height, stream.pix_fmt = 40, 36, "yuv420p"
-        for number in range(frames):
-            picture = rng.integers(0, 60, (36, 40, 3))
-            picture += {"bright": 180, "dark": 0}.get(kind, 90)
-            if kind == "striped":
-                picture[:, (number + np.arange(0, 40, 8)) % 40] = 255
-            frame = av.VideoFrame.from_ndarray(picture.astype(np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+    frames = []
+    for number in range(16):
+        picture = rng.integers(0, 60, (36, 40, 3)) + {"bright": 180, "dark": 0}.get(kind, 90)
+        if kind == "striped":
+            picture[:, (number + np.arange(0, 40, 8)) % 40] = 255
+        frames.append(picture.astype(np.uint8))
+    encode(path, frames, "mpeg4")
 
 
 def build_set(root: Path, train: int = 18, val: int = 7) -> Path:
@@ -101,6 +101,17 @@ class Film:
         return levels[:, None, None, None].expand(-1, 3, height, width)
 
 
+# The model of the golden file of clips.
+GOLDEN = Path(__file__).parents[1] / "golden" / "rev_mvit_video_tiny.pyth"
+GOLDEN_MODEL = (
+    "model.arguments={embed_dim: 10, depth: 5, transitions: [1, 3], kv_stride: 8}",
+    "model.num_classes=5",
+    "data.num_frames=4",
+    "data.crop_size=64",
+    "test.short_side=64",
+)
+
+
 def spoil(path: Path) -> None:
     """Break a file in a way that neither its size nor its time of change tells."""
     status, content = path.stat(), path.read_bytes()
@@ -122,11 +133,9 @@ def losses(output: Path) -> dict[int, float]:
 
 
 def results(output: Path) -> dict:
-    """The results.json of a run."""
     return json.loads((output / "results.json").read_text())
 
 
 def predictions(output: Path) -> list[dict[str, str]]:
-    """The lines of a run's predictions.csv."""
     with (output / "predictions.csv").open() as file:
         return list(csv.DictReader(file))
