@@ -41,14 +41,19 @@ def _keep_matrix_products(_context: Any, operator: Any, *_args: Any, **_kwargs: 
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _selective(model: nn.Module) -> None:
-    """torch's selective checkpointing of each block: matrix products are kept, the rest is not."""
+def torch_checkpoint(model: nn.Module, **options: Any) -> None:
+    """torch's checkpointing of each block."""
     set_memory(model, "store")
-    contexts = partial(create_selective_checkpoint_contexts, _keep_matrix_products)
     for block in blocks_of(model).values():
         block.forward = partial(  # type: ignore[method-assign]
-            checkpoint, block.forward, use_reentrant=False, context_fn=contexts
+            checkpoint, block.forward, use_reentrant=False, **options
         )
+
+
+def _selective(model: nn.Module) -> None:
+    """torch's selective checkpointing of each block: matrix products are kept, the rest is not."""
+    contexts = partial(create_selective_checkpoint_contexts, _keep_matrix_products)
+    torch_checkpoint(model, context_fn=contexts)
 
 
 def _memory_budget(model: nn.Module, budget: float = 0.5) -> None:

@@ -5,7 +5,7 @@ process, on the same parameters and input, two steps a turn, of which the second
 contestant's result is the median over the rounds of its throughput relative to the baseline's in
 the same round, so that what else the machine does weighs on both alike; beside it the quartiles.
 Memory: on a GPU the allocator's peak during a step above what parameters, gradients and input take;
-elsewhere the bytes that autograd holds.
+elsewhere the bytes that are held between forward and backward pass.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import gc
 import platform
 import re
 import shlex
@@ -26,8 +27,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from backbones.common.console import make_parser
+from backbones.memory.counting import Counter
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -94,11 +97,17 @@ class Trainer:
         shape: of the input.
         device: where the models are.
         autocast: the dtype of autocast in the forward pass, or None.
+        clock: in seconds; for one thread that of the processor, which other programs do not slow.
     """
 
     def __init__(
-        self, shape: Sequence[int], device: torch.device, autocast: torch.dtype | None = None
+        self,
+        shape: Sequence[int],
+        device: torch.device,
+        autocast: torch.dtype | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self.clock = clock
         self.device = device
         self.autocast = autocast
         self.x = torch.randn(*shape, device=device)
@@ -109,13 +118,24 @@ class Trainer:
             return model(self.x).float().square().mean()
 
     def seconds(self, model: nn.Module) -> float:
-        """Wall time of one forward and backward pass."""
+        """Time of one forward and backward pass."""
         model.zero_grad(set_to_none=True)
         self._wait()
-        start = time.perf_counter()
+        start = self.clock()
         torch.autograd.backward(self.forward(model))
         self._wait()
-        return time.perf_counter() - start
+        return self.clock() - start
+
+    def held(self, model: nn.Module) -> int:
+        """Bytes that a forward pass makes and that are alive after it, whoever holds them."""
+        counter = Counter(["there", "made"], FakeTensorMode())
+        for tensor in (self.x, *model.parameters(), *model.buffers()):
+            counter.add(tensor)
+        counter.part = "made"
+        with counter:
+            loss = self.forward(model)
+        gc.collect()
+        return counter.live["made"] - loss.nbytes
 
     def peak(self, model: nn.Module) -> int | None:
         """The allocator's peak above what is there anyway, in bytes; None: out of memory."""

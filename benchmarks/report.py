@@ -76,6 +76,17 @@ def _speed(results: Json) -> Iterator[str]:
     yield origin(results)
 
 
+def _keep(results: Json) -> Iterator[str]:
+    yield (
+        f"{results['depth']} blocks of `{results['model']}`, {results['img_size']} px, "
+        f"{results['precision']}, batch {results['batch']}, on one thread, in time of the "
+        "processor; MB alive between the forward and the backward pass. Blocks are reversible but "
+        "for torch's checkpointing, which has the input of each block on top."
+    )
+    yield contestants(results)
+    yield origin(results)
+
+
 def _profile(results: Json) -> Iterator[str]:
     yield profile(results)
     yield "By kind under the profiler, which itself takes most of what is between the operators."
@@ -143,6 +154,7 @@ def _decode(results: Json) -> Iterator[str]:
 SECTIONS = (
     ("Memory against depth and batch", "memory", _memory),
     ("Speed on a CPU", "speed_*", _speed),
+    ("Outputs kept inside the blocks", "keep_*", _keep),
     ("Where the time goes", "profile_*", _profile),
     ("Numerical drift", "drift_*", _drift),
     ("Training memory of every recipe", "recipes", _recipes),

@@ -36,16 +36,18 @@ def megabytes(size: float | None) -> str:
 
 
 def contestants(part: Json) -> str:
-    """Throughput, spread and time of a step; of a GPU the peak too."""
+    """Throughput, spread and time of a step; bytes, where all have them."""
     header = ["contestant", "throughput", "quartiles", "seconds a step"]
     rows = []
-    peaks = any("peak" in values for values in part["contestants"].values())
+    bytes_of = [
+        key for key in ("peak", "held") if all(key in row for row in part["contestants"].values())
+    ]
     for name, values in part["contestants"].items():
         low, high = values["quartiles"]
         row = [name, f"{values['throughput']:.3f}", f"{low:.3f} … {high:.3f}"]
         row.append(f"{values['seconds']:.3g}")
-        rows.append([*row, megabytes(values["peak"])] if peaks else row)
-    return table([*header, "peak, MB"] if peaks else header, rows)
+        rows.append(row + [megabytes(values[key]) for key in bytes_of])
+    return table(header + [f"{key}, MB" for key in bytes_of], rows)
 
 
 def profile(part: Json) -> str:
