@@ -84,9 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(threads)
     write_json(args.output, results)
     for name, values in results["contestants"].items():
-        low, high = values["quartiles"]
-        speed = f"{values['throughput']:.3f} of store  ({low:.3f} … {high:.3f})"
-        print(f"{name:40} {speed}  {values['held'] / 1e6:7.1f} MB")
+        print(f"{name:40} {values['throughput']:.3f} of store, {values['held'] / 1e6:.1f} MB held")
     print(f"wrote {args.output}")
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import gc
 import platform
 import re
 import shlex
@@ -134,7 +133,6 @@ class Trainer:
         counter.part = "made"
         with counter:
             loss = self.forward(model)
-        gc.collect()
         return counter.live["made"] - loss.nbytes
 
     def peak(self, model: nn.Module) -> int | None:

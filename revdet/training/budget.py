@@ -28,7 +28,7 @@ logger = logging.getLogger("revdet")
 def apply_memory_budget(
     cfg: DictConfig, model: Any, records: Iterable[Any], amp_dtype: torch.dtype | None
 ) -> None:
-    """Choose ``train.memory`` and ``train.stored_blocks`` so that training fits its budget.
+    """Choose ``train.memory``, ``stored_blocks`` and ``memory_keep`` so that training fits.
 
     Writes them into the recipe, and gives its detector the policy. ``records`` are the training
     images, as Detectron2's dataset dictionaries.
@@ -36,13 +36,14 @@ def apply_memory_budget(
     Raises:
         UserError: nothing fits the budget, or it cannot be counted for this recipe.
     """
-    settings = cfg.train
+    settings, chosen = cfg.train, None
     if comm.is_main_process():
         plan = _plan(cfg, model, records, amp_dtype)
-        settings.memory, settings.stored_blocks = plan.policy, plan.stored_blocks
+        kept = [plan.keep] if isinstance(plan.keep, str) else [*plan.keep]
+        chosen = plan.policy, plan.stored_blocks, kept
     # Every process by the same plan, even where "auto" finds different GPUs.
-    chosen = comm.all_gather((settings.memory, settings.stored_blocks))[0]
-    settings.memory, settings.stored_blocks = chosen
+    chosen = comm.all_gather(chosen)[0]
+    settings.memory, settings.stored_blocks, settings.memory_keep = chosen
     backbones.set_memory(model.backbone, *chosen)
 
 

@@ -146,7 +146,7 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
         "data_wait": round(steps.waited / steps.seconds, 4) if steps.seconds else None,
         "memory": module.memory,
         "stored_blocks": module.stored_blocks,
-        "memory_keep": settings.memory_keep,
+        "memory_keep": module.memory_keep,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() or None,
         "left_out": _left_out(data, module),
     }

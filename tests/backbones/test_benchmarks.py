@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import backbones
-from benchmarks import bench_memory, bench_speed, gpu, gpu_report, plots, report
+from benchmarks import bench_keep, bench_memory, bench_speed, gpu, gpu_report, plots, report
 from benchmarks.contestants import EAGER
 from benchmarks.measuring import RESULTS, Trainer, alternate, sharing
 
 CPU = torch.device("cpu")
+ALL = EAGER | bench_keep.CONTESTANTS
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_turns_are_alternated_and_ratios_are_of_one_round() -> None:
     assert found["a"]["seconds"] == 300  # the median of rounds 1 to 5
 
 
-@pytest.mark.parametrize("name", EAGER)
+@pytest.mark.parametrize("name", ALL)
 def test_contestants_have_the_gradients_of_stored_activations(name: str) -> None:
     model = backbones.create_model("rev_vit_tiny", num_classes=0, depth=2, img_size=32)
     model = model.double().train()
@@ -51,7 +52,7 @@ def test_contestants_have_the_gradients_of_stored_activations(name: str) -> None
     trainer.x = trainer.x.double()
     params = list(model.parameters())
     gradients = []
-    for apply in (EAGER["store"], EAGER[name]):
+    for apply in (ALL["store"], ALL[name]):
         own = sharing(model)
         apply(own)
         assert next(own.parameters()) is params[0]
@@ -124,6 +125,16 @@ def test_cpu_benchmarks(tmp_path: Path) -> None:
     }
     assert list(stored) == [4, 0, 1, 2, 3]
     assert stored[0] < stored[1] < stored[2] < stored[3] < stored[4]
+
+    bench_keep.main([*small, "--depth", "4", "--rounds", "2", "--batch", "2"])
+    kept = json.loads((tmp_path / "out.json").read_text())["contestants"]
+    # Counted where they really are: as much as in the simulated step.
+    for name, blocks in (("store", 4), ("nothing kept", 0), ("half of the blocks stored", 2)):
+        assert stored[blocks] - 4 == kept[name]["held"]  # of which 4 are the loss
+    nothing, fc2, mlp, qkv, products = (kept[name]["held"] for name in [*kept][1:6])
+    stream = (fc2 - nothing) / 4
+    assert (mlp - fc2, qkv - mlp) == (4 * 4 * stream, 4 * 3 * stream)
+    assert qkv < products < kept["torch's selective checkpoint, products"]["held"]
 
 
 def test_the_page_is_made_of_the_results(tmp_path: Path, images: Path) -> None:

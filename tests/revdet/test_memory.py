@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import detectron2.data.transforms as T
 import pytest
@@ -14,7 +15,12 @@ from backbones.engine.policies import blocks_of
 from backbones.memory.budget import predict_memory
 from revdet.config import load_config
 from revdet.models import build_model
-from revdet.training.budget import ShapeOnlyDetector, fit_detector_memory, largest_image
+from revdet.training.budget import (
+    ShapeOnlyDetector,
+    apply_memory_budget,
+    fit_detector_memory,
+    largest_image,
+)
 from tests.backbones.saved_bytes import saved_bytes
 from tests.revdet.conftest import DEMO, detector
 from tests.revdet.test_ddp import batch
@@ -59,6 +65,17 @@ def test_the_policy_reaches_every_block(caplog):
     assert [block.memory_policy for block in blocks] == ["checkpoint", "store"]
     assert {block.keep for block in blocks} == {("g.mlp.fc2", "f.attn.qkv")}
     assert "g.mlp.fc2, *.qkv kept of the others" in caplog.text
+
+
+def test_the_plan_is_in_force(monkeypatch):
+    plan = SimpleNamespace(policy="reversible", stored_blocks=1, keep="products")
+    monkeypatch.setattr("revdet.training.budget._plan", lambda *_: plan)
+    cfg = load_config(DEMO, ["model.backbone.net.model.depth=2"])
+    model = build_model(cfg)
+    apply_memory_budget(cfg, model, [], None)
+    assert (cfg.train.stored_blocks, cfg.train.memory_keep) == (1, ["products"])
+    blocks = blocks_of(model).values()
+    assert [(b.memory_policy, b.keep) for b in blocks] == [("reversible", None), ("store", None)]
 
 
 def test_budgets_that_cannot_be_kept():

@@ -90,14 +90,15 @@ def test_a_budget_chooses_the_memory_policy(run, tmp_path, monkeypatch):
     def fit(model: torch.nn.Module, example: torch.Tensor, *rest: object) -> SimpleNamespace:
         """In the place of the real one, which takes seconds and has tests of its own."""
         asked.append((tuple(example.shape), *rest))
-        return SimpleNamespace(policy="reversible", stored_blocks=3)
+        return SimpleNamespace(policy="reversible", stored_blocks=3, keep="products")
 
     monkeypatch.setattr(backbones, "fit_memory", fit)
     more = ["train.memory_budget=1GB", "train.precision=bf16-mixed", "augment.repeats=2"]
     more += ["optim.accumulate=2", "optim.max_steps=1"]
     assert run(tmp_path, *more) == 0
     assert asked == [((4, 3, 4, 32, 32), "1GB", torch.bfloat16)]
-    assert results(tmp_path)["run"]["stored_blocks"] == 3
+    found = results(tmp_path)["run"]
+    assert (found["stored_blocks"], found["memory_keep"]) == (3, ["products"])
     assert "stored_blocks=3" in (tmp_path / "log.txt").read_text()
 
 
