@@ -80,8 +80,8 @@ def _keep(results: Json) -> Iterator[str]:
     yield (
         f"{results['depth']} blocks of `{results['model']}`, {results['img_size']} px, "
         f"{results['precision']}, batch {results['batch']}, on one thread, in time of the "
-        "processor; MB alive between the forward and the backward pass. Blocks are reversible but "
-        "for torch's checkpointing, which has the input of each block on top."
+        "processor; held is what is alive between the forward and the backward pass. torch's "
+        "checkpointing runs on the same blocks and keeps the input of each as well."
     )
     yield contestants(results)
     yield origin(results)

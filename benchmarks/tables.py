@@ -26,7 +26,7 @@ def origin(results: Json) -> str:
     """Where the numbers come from."""
     where = results["device_name"]
     if "threads" in results and where != "shape-only tensors":
-        where += f", {results['threads']} threads"
+        where += f", {results['threads']} thread{'s' * (results['threads'] > 1)}"
     return f"`{results['command']}`: {where}, torch {results['torch']}, {results['date']}."
 
 
