@@ -54,8 +54,9 @@ def encode(
     path.parent.mkdir(parents=True, exist_ok=True)
     shown = [*noise(frames, *size)] if isinstance(frames, int) else frames
     with av.open(path, "w", options=container_options or {}) as container:
-        # With mbtree x264 gives other bytes every few hundred times on a busy machine.
-        same = {"mbtree": "0"} if codec == "libx264" else {}
+        # With mbtree x264 gives other bytes every few hundred times on a busy machine; in noise it
+        # sees scenes change, and would begin groups of pictures of its own.
+        same = {"mbtree": "0", "sc_threshold": "0"} if codec == "libx264" else {}
         stream = container.add_stream(codec, rate=RATE, options={**same, **(options or {})})
         stream.height, stream.width = shown[0].shape[:2]
         stream.pix_fmt = "yuv420p"
