@@ -54,8 +54,7 @@ def encode(
     path.parent.mkdir(parents=True, exist_ok=True)
     shown = [*noise(frames, *size)] if isinstance(frames, int) else frames
     with av.open(path, "w", options=container_options or {}) as container:
-        # With mbtree x264 gives other bytes every few hundred times on a busy machine; in noise it
-        # sees scenes change, and would begin groups of pictures of its own.
+        # With mbtree bytes now and then differ on a busy machine; noise looks like changing scenes.
         same = {"mbtree": "0", "sc_threshold": "0"} if codec == "libx264" else {}
         stream = container.add_stream(codec, rate=RATE, options={**same, **(options or {})})
         stream.height, stream.width = shown[0].shape[:2]
