@@ -41,7 +41,7 @@ def compile_blocks(
         backend: likewise.
 
     Raises:
-        ValueError: no block in ``module``.
+        ValueError: no block in ``module``, or blocks that keep products (``set_memory(keep=…)``).
         RuntimeError: when it runs, a branch of your own cannot be compiled as one graph
             (``torch._dynamo.exc``); there is no compiler for the device
             (``torch._inductor.exc``). Nothing falls back silently.
@@ -49,6 +49,10 @@ def compile_blocks(
     blocks = blocks_of(module).values()
     if not blocks:
         raise ValueError(f"{type(module).__name__} holds no block that could be compiled")
+    if any(block.keep != () for block in blocks):
+        raise ValueError(
+            "blocks that keep products are not compiled: set_memory without keep first"
+        )
     how: dict[str, Any] = {"fullgraph": True, "dynamic": dynamic, "backend": backend}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         how["recompile_limit"] = _RECOMPILE_LIMIT

@@ -142,6 +142,11 @@ class Block(nn.Module):
                 stacklevel=2,
             )
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether :func:`backbones.compile_blocks` has been here."""
+        return any(part._compiled_call_impl is not None for part in (self.f, self.g))
+
     def kept_in(self, branch: str) -> tuple[str, ...] | None:
         """What is kept of a branch, ``"f"`` or ``"g"``, by the names within it."""
         if not self.keep:
@@ -190,7 +195,7 @@ def set_memory(
     Raises:
         ValueError: unknown policy; no block in ``module``; ``"reversible"`` for a module without
             an invertible block; ``stored_blocks`` outside 0 … number of blocks; a name in ``keep``
-            that fits no linear layer (the message lists the near ones).
+            that fits no linear layer (the message lists the near ones), or compiled blocks.
     """
     if policy not in get_args(MemoryPolicy):
         known = ", ".join(repr(name) for name in get_args(MemoryPolicy))
@@ -205,6 +210,10 @@ def set_memory(
         )
     if not 0 <= stored_blocks <= len(blocks):
         raise ValueError(f"stored_blocks must be 0 … {len(blocks)} for {name}, got {stored_blocks}")
+    if isinstance(keep, str):
+        keep = (keep,)
+    if keep and any(block.is_compiled for block in blocks):
+        raise ValueError(f"the blocks of {name} are compiled as a whole: keep goes without compile")
     kept = [_kept(block, keep) for block in blocks]
     for pattern in () if "products" in keep else keep:
         layers = {layer for block in blocks for layer in linear_layers(block)}
@@ -224,7 +233,7 @@ def set_memory(
             block.memory_policy = policy
 
 
-def _kept(block: Block, keep: Sequence[str] | Literal["products"]) -> tuple[str, ...] | None:
+def _kept(block: Block, keep: Sequence[str]) -> tuple[str, ...] | None:
     """The layers of a block that are meant; None for all products."""
     if "products" in keep:
         return None

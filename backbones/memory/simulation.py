@@ -119,6 +119,7 @@ class Simulation:
             twins[id(param)] = nn.Parameter(shape_of(param), requires_grad=param.requires_grad)
         for buffer in model.buffers():
             twins[id(buffer)] = shape_of(buffer)
+        self._compiled = any(block.is_compiled for block in blocks_of(model).values())
         try:
             self.model = copy.deepcopy(model, twins).train()
         except Exception as error:  # of any kind, by what the model holds
@@ -181,7 +182,10 @@ class Simulation:
         """What blocks may keep, from nothing to all products, by the work that it saves per byte.
 
         That of a linear layer grows with its inputs: each output takes as many multiplications.
+        Compiled blocks keep nothing.
         """
+        if self._compiled:
+            return [()]
         layers: dict[str, int] = {}
         for block in self._stage_of:
             for name, layer in linear_layers(block).items():

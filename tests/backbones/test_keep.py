@@ -156,3 +156,17 @@ def test_patterns() -> None:
     assert blocks_of(sequence)["blocks.0"].keep == ()
     with pytest.raises(ValueError, match=r"linear layer 'g\.mlp\.fc3'; did you mean g\.mlp\.fc"):
         set_memory(sequence, "reversible", keep=("g.mlp.fc3",))
+    set_memory(sequence, "reversible", keep="g.mlp.fc2")
+    assert blocks_of(sequence)["blocks.1"].keep == ("g.mlp.fc2",)
+
+
+def test_compiled_blocks_keep_nothing() -> None:
+    model = backbones.create_model("rev_vit_tiny", img_size=32, depth=2, compile=True)
+    with pytest.raises(ValueError, match="keep goes without compile"):
+        set_memory(model, "reversible", keep=("g.mlp.fc2",))
+    plan = backbones.fit_memory(model, torch.zeros(2, 3, 32, 32), "10GB")
+    assert plan.keep == () and plan.stored_blocks == 2
+    eager = make_sequence(2)
+    set_memory(eager, "reversible", keep="products")
+    with pytest.raises(ValueError, match="set_memory without keep first"):
+        backbones.compile_blocks(eager)
