@@ -54,8 +54,5 @@ dataloader.test.num_workers = 0
 # A short memory of the squared gradients, because the run is short.
 optimizer.update(lr=1e-3, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
 
-train.output_dir = "output/overfit"
-train.max_iter = 800
-train.eval_period = 200
-train.clip_grad_norm = 10.0
+train.update(output_dir="output/overfit", max_iter=800, eval_period=200, clip_grad_norm=10.0)
 train.checkpointer.period = 200
