@@ -30,6 +30,9 @@ def weights_of(module: nn.Module, layers: Collection[str]) -> list[Tensor]:
     return [cast(nn.Linear, module.get_submodule(name)).weight for name in layers]
 
 
+_TENSOR = object()
+
+
 class Kept:
     """What one run of a branch leaves for the next: outputs of products, in their order.
 
@@ -39,17 +42,19 @@ class Kept:
 
     def __init__(self, weights: Sequence[Tensor] | None) -> None:
         self._weights = weights
-        self._specs: list[Any] = []
+        self._outputs: list[tuple[list[Any], Any]] = []  # of each product, but for tensors
 
     def recorded(self, into: list[Tensor]) -> AbstractContextManager[None]:
         """A context in which the outputs of the chosen products go into a list."""
-        self._specs.clear()
+        self._outputs.clear()
 
         def keep(func: Any, args: Any, kwargs: Any) -> Any:
             out = func(*args, **kwargs)
             leaves, spec = tree_flatten(out)
-            self._specs.append(spec)
-            into.extend(map(_alias, leaves))
+            into.extend(leaf.detach() for leaf in leaves if isinstance(leaf, Tensor))
+            # Attention returns numbers too, and nothing in some places.
+            others = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            self._outputs.append((others, spec))
             return out
 
         return self._watched(keep, {id(weight) for weight in self._weights or ()})
@@ -61,11 +66,18 @@ class Kept:
             outputs: what was recorded.
             weights: as at first; others, if others stand in their places now.
         """
-        left, specs = iter(outputs), iter(self._specs)
+        tensors, products = iter(outputs), iter(self._outputs)
 
         def play(func: Any, args: Any, kwargs: Any) -> Any:
-            spec = next(specs)
-            return tree_unflatten([_alias(next(left)) for _ in range(spec.num_leaves)], spec)
+            others, spec = next(products, (None, None))
+            if others is None or spec is None:
+                raise RuntimeError(
+                    "a block computes more products in its second run than in its first, so that "
+                    "none can be kept: choose set_memory without keep"
+                )
+            # Others on the same memory, to which autograd will give a history.
+            leaves = [next(tensors).detach() if leaf is _TENSOR else leaf for leaf in others]
+            return tree_unflatten(leaves, spec)
 
         return self._watched(play, {id(weight) for weight in weights or ()})
 
@@ -74,11 +86,6 @@ class Kept:
         products = _Products(instead)
         with products if self._weights is None else _Linears(products, weights):
             yield
-
-
-def _alias(tensor: Any) -> Any:
-    """Another tensor on the same memory: autograd will give this one a history."""
-    return tensor.detach() if isinstance(tensor, Tensor) else tensor
 
 
 class _Products(TorchDispatchMode):

@@ -145,7 +145,7 @@ class Block(nn.Module):
     @property
     def is_compiled(self) -> bool:
         """Whether :func:`backbones.compile_blocks` has been here."""
-        return any(part._compiled_call_impl is not None for part in (self.f, self.g))
+        return any(getattr(part, "_compiled_call_impl", None) for part in (self.f, self.g))
 
     def kept_in(self, branch: str) -> tuple[str, ...] | None:
         """What is kept of a branch, ``"f"`` or ``"g"``, by the names within it."""

@@ -7,10 +7,11 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import backbones
 from backbones import MemoryPolicy, set_memory
+from backbones.engine.kept import Kept
 from backbones.engine.policies import blocks_of
 from tests.backbones.helpers import (
     assert_grads_near,
@@ -170,3 +171,20 @@ def test_compiled_blocks_keep_nothing() -> None:
     set_memory(eager, "reversible", keep="products")
     with pytest.raises(ValueError, match="set_memory without keep first"):
         backbones.compile_blocks(eager)
+
+
+def test_products_that_return_numbers_beside_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernels of attention on a GPU do."""
+    with torch.library._scoped_library("backbones_test", "DEF") as library:
+        library.define("product(Tensor x) -> (Tensor, int, Tensor?)")
+        library.impl("product", lambda x: (2 * x, 7, None), "CPU")
+        product = torch.ops.backbones_test.product
+        monkeypatch.setitem(flop_registry, product, lambda *_, **__: 0)
+        kept, tensors, x = Kept(None), [], torch.ones(3)
+        with kept.recorded(tensors):
+            product(x)
+        with kept.played(tensors, None):
+            out, number, nothing = product(torch.zeros(3))
+            with pytest.raises(RuntimeError, match="more products in its second run"):
+                product(x)
+    assert torch.equal(out, 2 * x) and number == 7 and nothing is None and len(tensors) == 1
