@@ -19,9 +19,6 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["AutocastState", "Observer", "OtherRandom", "RandomState", "only_plain"]
-
-
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 

@@ -10,8 +10,6 @@ from torch import nn
 
 from backbones.engine.policies import blocks_of
 
-__all__ = ["compile_blocks"]
-
 # Compilations count together for all modules of the process that are compiled in this way. Torch's
 # own limit of 8 would be reached by the stages of one MViT, each with and without gradients.
 _RECOMPILE_LIMIT = 64

@@ -7,8 +7,6 @@ import threading
 import torch
 from torch import Tensor
 
-__all__ = ["Chain", "Handover", "here"]
-
 
 class Chain:
     """The blocks of a sequence in one forward pass.

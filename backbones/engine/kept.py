@@ -17,8 +17,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["Kept", "linear_layers", "weights_of"]
-
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers inside ``module`` whose outputs can be kept, by name."""

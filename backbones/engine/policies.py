@@ -27,8 +27,6 @@ from backbones.engine.ambient import only_plain
 from backbones.engine.kept import Kept, linear_layers, weights_of
 from backbones.engine.state import ModuleState
 
-__all__ = ["Block", "Keep", "MemoryPolicy", "add_branch", "blocks_of", "set_memory"]
-
 MemoryPolicy = Literal["store", "checkpoint", "reversible"]
 
 # Names of linear layers inside a block, or patterns of such; or all products.

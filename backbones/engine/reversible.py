@@ -26,8 +26,6 @@ from backbones.engine.handover import Chain, Handover, here
 from backbones.engine.policies import Block, MemoryPolicy, add_branch
 from backbones.engine.second_run import Branch, checked
 
-__all__ = ["ReversibleBlock", "ReversibleSequence"]
-
 
 class ReversibleBlock(Block):
     """Two residual branches coupled so that the block can be inverted.

@@ -20,8 +20,6 @@ from backbones.engine.ambient import AutocastState, Observer, RandomState
 from backbones.engine.kept import Kept, weights_of
 from backbones.engine.state import ModuleState
 
-__all__ = ["Branch", "checked"]
-
 
 def checked(module: nn.Module, out: object, x: Tensor) -> Tensor:
     """The output of a branch, if it can be added to a stream.

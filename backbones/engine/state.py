@@ -22,8 +22,6 @@ from torch.nn.utils import parametrize
 
 from backbones.engine.ambient import Observer, OtherRandom
 
-__all__ = ["ModuleState"]
-
 
 class Layout:
     """What a module is made of: compared before each run, which has to be quick.

@@ -22,16 +22,6 @@ from backbones.engine.policies import Keep, MemoryPolicy, set_memory
 from backbones.memory.counting import nbytes
 from backbones.memory.simulation import Simulation, StepMemory
 
-__all__ = [
-    "MemoryPlan",
-    "fastest_that_fits",
-    "fit_memory",
-    "free_bytes",
-    "parse_budget",
-    "predict_memory",
-    "readable",
-]
-
 # Of the memory that is free, what "auto" plans with: the allocator fragments, and kernels take
 # scratch memory of their own, neither of which can be counted beforehand.
 _AUTO_SHARE = 0.9

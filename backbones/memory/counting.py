@@ -15,8 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["Counter", "as_on_a_gpu", "nbytes"]
-
 
 def nbytes(tensor: Tensor) -> int:
     """The bytes of the whole storage that ``tensor`` is a view of."""

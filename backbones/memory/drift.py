@@ -19,8 +19,6 @@ from backbones.engine.policies import blocks_of, set_memory
 from backbones.engine.reversible import ReversibleBlock, ReversibleSequence
 from backbones.engine.second_run import RandomState
 
-__all__ = ["WARNING_THRESHOLD", "BlockDrift", "DriftReport", "Precision", "probe_drift"]
-
 Precision = Literal["fp32", "bf16", "fp16"]
 
 _AUTOCAST: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}

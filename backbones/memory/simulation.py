@@ -24,8 +24,6 @@ from backbones.engine.kept import linear_layers
 from backbones.engine.policies import Block, Keep, MemoryPolicy, blocks_of, set_memory
 from backbones.memory.counting import Counter, as_on_a_gpu
 
-__all__ = ["Simulation", "StepMemory"]
-
 
 @dataclass(frozen=True)
 class StepMemory:

@@ -21,16 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = [
-    "Attention",
-    "GridAttention",
-    "from_windows",
-    "rel_pos_attention",
-    "relative_rows",
-    "resize_table",
-    "to_windows",
-]
-
 
 class GridAttention(nn.Module):
     """What all attention here has in common: the fused kernel, and where tokens are to each other.

@@ -14,21 +14,6 @@ from torch import Tensor, nn
 from backbones.engine.policies import Block, add_branch
 from backbones.models.attention import Attention, GridAttention, resize_table
 
-__all__ = [
-    "MLP",
-    "NORM_EPS",
-    "AttentionBranch",
-    "ConvEmbed",
-    "MLPBranch",
-    "PatchEmbed",
-    "PositionEmbedding",
-    "ResidualBlock",
-    "SpaceTimePositionEmbedding",
-    "drop_path_rates",
-    "init_weights",
-    "resize_plane",
-]
-
 # The released models use 1e-6 where torch defaults to 1e-5.
 NORM_EPS = 1e-6
 

@@ -23,8 +23,6 @@ from backbones.models.layers import (
 from backbones.models.pooled_attention import Fusion, PooledAttentionBranch, StageTransition, Triple
 from backbones.models.trunk import Trunk, join, run_blocks
 
-__all__ = ["MViT", "RevMViT"]
-
 # Strides of the stem in time and in space.
 _STEM_STRIDE = (2, 4)
 

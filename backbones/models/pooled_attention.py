@@ -16,8 +16,6 @@ from backbones.engine.policies import Block, add_branch
 from backbones.models.attention import GridAttention
 from backbones.models.layers import MLP, NORM_EPS, AttentionBranch, MLPBranch
 
-__all__ = ["Fusion", "PooledAttention", "PooledAttentionBranch", "StageTransition", "Triple"]
-
 # How two streams become one, by the names of the original configurations.
 Fusion = Literal["avg", "concat", "concat_linear_2"]
 

@@ -13,8 +13,6 @@ from backbones.engine.policies import blocks_of
 from backbones.engine.reversible import ReversibleBlock, ReversibleSequence
 from backbones.models.layers import NORM_EPS, ResidualBlock, init_weights
 
-__all__ = ["Trunk", "join", "layer_decay_factors", "layer_depths", "run_blocks"]
-
 
 class Trunk(nn.Module):
     """A stem and blocks, which subclasses make; then norm, mean over all tokens, and head.

@@ -18,8 +18,6 @@ from backbones.models.layers import (
 )
 from backbones.models.trunk import Trunk, join, run_blocks
 
-__all__ = ["RevViT", "ViT"]
-
 
 class ViT(Trunk):
     """Vision transformer without a class token: patches, blocks, norm, mean over tokens, head.
