@@ -138,8 +138,10 @@ def _set(cfg: DictConfig, key: str, value: Any, text: str) -> None:
     if isinstance(old, str) and isinstance(value, int | float) and not isinstance(value, bool):
         value = text  # a folder may be called 2017
     if old is not None and not _same_kind(old, value):
-        kind = "a section" if OmegaConf.is_config(old) else type(old).__name__
-        raise UserError(f"{key} takes a value like {old!r} ({kind}), got {value!r}")
+        if isinstance(old, DictConfig):
+            keys = ", ".join(map(str, old))
+            raise UserError(f"{key} is a section, with the keys {keys}; got {text}")
+        raise UserError(f"{key} takes a value like {old!r} ({type(old).__name__}), got {value!r}")
     OmegaConf.update(cfg, key, value)
 
 

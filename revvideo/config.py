@@ -16,7 +16,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from backbones.common.errors import UserError, near_names
-from backbones.common.settings import check_values, describe, keys_of, split_override, unknown_key
+from backbones.common.settings import (
+    check_values,
+    describe,
+    keys_of,
+    split_override,
+    unknown_key,
+    verbatim,
+)
 from revvideo.settings import Config
 
 BASE = "base"
@@ -64,7 +71,7 @@ def save_config(config: Config, path: Path) -> None:
     """Write all settings as YAML, complete, so that it is a recipe itself."""
     tree = asdict(config)
     for section, entry in _TEXTS:
-        tree[section][entry] = _literal(tree[section][entry])
+        tree[section][entry] = verbatim(tree[section][entry])
     path.write_text(OmegaConf.to_yaml(tree), encoding="utf-8")
 
 
@@ -97,17 +104,12 @@ def _parse_override(text: str) -> tuple[str, Tree]:
     name, value = split_override(text)
     if name.split(".") in _TEXTS:
         section, entry = name.split(".")
-        return where, {section: {entry: "" if value == "null" else _literal(value)}}
+        return where, {section: {entry: "" if value == "null" else verbatim(value)}}
     try:
         tree = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{where} cannot be read: {_one_line(error)}") from error
     return where, cast(Tree, tree)
-
-
-def _literal(text: str) -> str:
-    r"""A text as OmegaConf must have it, or it would take a ``${`` for a reference."""
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def _explain(error: OmegaConfBaseException, tree: Tree, where: str) -> UserError:

@@ -96,7 +96,7 @@ def find_classes(data: Path) -> ClassFolders:
     none of a class are refused.
     """
     if not data.is_dir():
-        raise UserError(f"--data {data} is {'no folder' if data.exists() else 'not there'}")
+        raise UserError(f"--data {data} is no folder: give the one of the images")
     root = data / "val" if (data / "val").is_dir() else data
     entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
     classes = [entry.name for entry in entries if entry.is_dir()]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from backbones.common.errors import UserError
+from backbones.common.errors import UserError, error_line
 
 
 @contextmanager
@@ -29,6 +29,15 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def make_folder(path: str, setting: str) -> None:
+    """Make the folder that a setting names, unless it is there; a UserError if it cannot be."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        reason = f"cannot be made ({error_line(error)})"
+        raise UserError(f"{setting}={path} {reason}: name another folder") from error
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:

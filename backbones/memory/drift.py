@@ -136,7 +136,7 @@ def probe_drift(
     found = {block: name for name, block in blocks_of(model).items() if block in members}
     blocks = cast(dict[ReversibleBlock, str], found)
     if not blocks:
-        raise ValueError(f"{type(model).__name__} holds no reversible sequence of blocks")
+        raise ValueError(f"{type(model).__name__} holds no reversible blocks: use a rev_* model")
     device = example_input.device
     autocast = torch.autocast(
         device.type, dtype=_AUTOCAST.get(precision), enabled=precision in _AUTOCAST

@@ -11,6 +11,7 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
 from backbones.common.errors import UserError
+from backbones.common.files import make_folder
 from backbones.memory.budget import parse_budget
 from revdet.data.normalise import normalise
 from revdet.training import hardware
@@ -37,6 +38,7 @@ def preflight(cfg: DictConfig, args: argparse.Namespace) -> str:
             "it, or set train.output_dir to a new folder"
         )
     if hardware.is_first_on_machine():
+        make_folder(train.output_dir, "train.output_dir")
         log_to(train.output_dir, hardware.rank_of_this_process(args.machine_rank))
         if args.eval_only:
             fetch_weights(args.weights)

@@ -51,7 +51,6 @@ def set_up_log(output_dir: Path) -> None:
     if not is_first_process():
         logger.setLevel(logging.CRITICAL)
         return
-    output_dir.mkdir(parents=True, exist_ok=True)
     logger.setLevel(logging.INFO)
     for handler in (_Console(), logging.FileHandler(output_dir / "log.txt")):
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%m/%d %H:%M:%S"))

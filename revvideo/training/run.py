@@ -13,8 +13,10 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from backbones.common.errors import UserError
+from backbones.common.files import make_folder
 from revvideo.config import save_config
 from revvideo.data.videos import VideoData
+from revvideo.models import build_model
 from revvideo.settings import Config
 from revvideo.training.checkpoint import CheckpointIO
 from revvideo.training.evaluation import gathered
@@ -67,6 +69,10 @@ def run(config: Config, *, resume: bool, eval_only: bool, weights: str = "") -> 
                 f"--eval-only: {output_dir} holds no checkpoint; train first, or set "
                 "model.weights=FILE"
             )
+    if is_first_process():
+        if not eval_only:
+            build_model(config, num_classes=1)  # what it cannot be made of, before the data
+        make_folder(config.train.output_dir, "train.output_dir")
     set_up_log(output_dir)
     pl.seed_everything(config.train.seed, workers=True, verbose=False)
     facts: dict[str, Any] = {}
@@ -94,12 +100,13 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
     sharded = settings.strategy == "fsdp"
     # Of a sharded run, Lightning maps the file into memory itself.
     checkpoints = CheckpointIO(checkpoint, hand_out=not sharded)
+    source = "" if checkpoint else config.model.weights
+    weights = read_weights(source) if source else None
     data = VideoData(config, classes=checkpoints.classes, resume=checkpoint is not None)
     if not launched():
         data.prepare_data()  # before other processes are started, so that errors come at once
         data.setup("fit")
-    source = "" if checkpoint else config.model.weights
-    module = VideoModule(config, read_weights(source) if source else None)
+    module = VideoModule(config, weights)
     steps = StepLog(settings.log_every)
     callbacks: list[pl.Callback] = [
         steps,
@@ -133,7 +140,6 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
         num_sanity_val_steps=0 if checkpoint else 1,
     )
     if is_first_process():
-        output_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, output_dir / "config.yaml")
         cut_metrics(output_dir / METRICS, checkpoints.step)
     where = f"continuing at step {checkpoints.step:,}" if checkpoint else "training"

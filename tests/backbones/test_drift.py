@@ -181,7 +181,7 @@ def test_a_module_of_ones_own() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="'fp8' does not exist"):
         probe_drift(small_vit(), images(), "fp8")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="Linear holds no reversible sequence"):
+    with pytest.raises(ValueError, match="Linear holds no reversible blocks: use a rev_"):
         probe_drift(nn.Linear(2, 2), torch.zeros(1, 2))
     with pytest.raises(ValueError, match="meta"):
         probe_drift(small_vit().to("meta"), images().to("meta"))
@@ -205,7 +205,7 @@ def test_command(precision: str, tmp_path: Path, capsys: Capture) -> None:
     "arguments, message",
     (
         ("--model rev_vit_tinny", "did you mean rev_vit_tiny"),
-        ("--model vit_tiny --depth 1 --img-size 32", "no reversible sequence"),
+        ("--model vit_tiny --depth 1 --img-size 32", "no reversible blocks"),
         ("--model rev_mvit_base --depth 4", "transitions must rise"),
         ("--model rev_vit_tiny --device cuda:99", "--device cuda:99 cannot be used"),
         ("--model rev_vit_tiny --weights no.pth", "cannot read no.pth"),

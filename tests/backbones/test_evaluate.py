@@ -165,7 +165,7 @@ def test_missing_and_misnamed_folders(data: Path, tmp_path: Path, capsys: Captur
     def line(folder: Path) -> str:
         return refused([*arguments(data), "--data", str(folder)], capsys)
 
-    assert "nowhere is not there" in line(tmp_path / "nowhere")
+    assert "nowhere is no folder: give" in line(tmp_path / "nowhere")
     assert "is no folder" in line(data / "a" / "0_red.png")
     assert "images directly in it (0_red.png, 1_red.png, 2_blue.png)" in line(data / "a")
     for name in IMAGES:

@@ -35,6 +35,8 @@ from tests.revdet.conftest import DEMO
         ("+train.max_iter=1", ["without '+'"]),
         ("~train.max_iter", ["'~'"]),
         ("train.output_dir=???", ["???"]),
+        ("train.output_dir=", ["train.output_dir= cannot be made", "another folder"]),
+        ("model=3", ["model is a section, with the keys backbone, proposal_gen"]),
         ("model.backbone.net.0=1", ["model.backbone.net.0"]),
         ("model.backbone.in_feature=scale4", ["scale4"]),
         ("train.max_iter", ["train.max_iter", "key=value"]),

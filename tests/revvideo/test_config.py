@@ -97,6 +97,7 @@ def test_an_unknown_key_names_the_nearest(override, near):
         ("augment.rand_augment=rand-m7-mst0.5", ["rand-m7-mst0.5", "rand-m7-n4-mstd0.5-inc1"]),
         ("augment.rand_augment=rand-m7.5", ["augment.rand_augment=rand-m7.5"]),
         ("data.decode_short_side=70", ["data.decode_short_side=70", "test.short_side=72"]),
+        ("train.output_dir=???", ["'???' can be no value"]),
         ("data=3", ["data", "section", "data.root"]),
         ("data.root", ["data.root", "key=value"]),
         ("=3", ["key=value"]),

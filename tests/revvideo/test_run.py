@@ -167,6 +167,8 @@ def test_a_batch_without_any_readable_video_is_passed_over(run, videos, tmp_path
     [
         (["data.root=nowhere"], ["data.root=nowhere", "no such folder"]),
         (["data.root="], ["data.root=", "not set"]),
+        (["data.root=nowhere", "model.arguments.dept=3"], ["'dept'; did you mean depth"]),
+        (["train.output_dir="], ["train.output_dir= cannot be made", "another folder"]),
         (["data.val_split=tset"], ["tset"]),
         (["optim.batch_size=6", "optim.accumulate=4"], ["optim.batch_size=6", "use 8"]),
         (["optim.batch_size=32"], ["18 readable", "optim.batch_size"]),
