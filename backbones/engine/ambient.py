@@ -6,8 +6,10 @@ region and the random generators have moved on.
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -157,7 +159,8 @@ class Observer(TorchFunctionMode):
         super().__init__()
         self.computed: list[Tensor] = []
         self.generators: list[tuple[torch.Generator, Tensor]] = []
-        self.start = 0  # number of the first autograd node that is made here
+        self.start = 0  # number of the first autograd node that is made here, for the input
+        self._made: list[weakref.ref[Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -169,7 +172,20 @@ class Observer(TorchFunctionMode):
                 value is not known for known, _ in self.generators
             ):
                 self.generators.append((value, value.get_state()))
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        made = [out] if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ()
+        self._made += [weakref.ref(tensor) for tensor in made if isinstance(tensor, Tensor)]
+        return out
+
+    def left(self) -> bool:
+        """Whether somebody holds what was computed here with a graph, as for a loss on it."""
+        if self._has_left():
+            gc.collect()  # a cycle of references is nobody
+        return self._has_left()
+
+    def _has_left(self) -> bool:
+        made = [tensor for ref in self._made if (tensor := ref()) is not None]
+        return any((n := t.grad_fn) is not None and n._sequence_nr() > self.start for t in made)
 
     def find(self, node: Any, output: int) -> Tensor | None:
         """The tensor that is a certain output of a node of autograd, if it was seen."""

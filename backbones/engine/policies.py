@@ -20,12 +20,13 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from backbones.common.errors import near_names
 from backbones.engine.ambient import only_plain
 from backbones.engine.kept import Kept, linear_layers, weights_of
-from backbones.engine.state import ModuleState
+from backbones.engine.sameness import different, is_near, sample
+from backbones.engine.state import ModuleState, hooked_everywhere
 
 MemoryPolicy = Literal["store", "checkpoint", "reversible"]
 
@@ -33,6 +34,8 @@ MemoryPolicy = Literal["store", "checkpoint", "reversible"]
 Keep = tuple[str, ...] | Literal["products"]
 
 Output = TypeVar("Output")
+
+_AFTER = "_post_accumulate_grad_hooks"
 
 
 class Block(nn.Module):
@@ -88,7 +91,7 @@ class Block(nn.Module):
 
     def _checkpointed(self, piece: Callable[..., Output], *args: Any) -> Output:
         state, runs = ModuleState(self), 0
-        if state.layout.hooked_inside:
+        if state.layout.hooked_inside or hooked_everywhere():
             self.warn_of_hooks()
             return piece(*args)
 
@@ -98,6 +101,11 @@ class Block(nn.Module):
         weights = weights_of(self, self.keep or ())
         keeper = None if self.keep == () else Kept(weights if self.keep else None)
         kept: list[Tensor] = []
+        half = torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu")
+        # Of weights that are stepped as soon as they have their gradients, others than those of
+        # this piece may have been.
+        stepped = {id(p) for p in state.layout.params if getattr(p, _AFTER, None)}
+        samples: list[Tensor | None] = []
 
         def run(*args: Any) -> Output:
             nonlocal runs
@@ -110,26 +118,41 @@ class Block(nn.Module):
                     out = piece(*args)
             if any(arg._version != version for arg, version in versions):
                 raise RuntimeError(
-                    f"the input of {type(self).__name__} was changed in place, and a checkpointed "
-                    "block runs on it twice: change a copy, or choose the 'store' policy"
+                    f"the input or a parameter of {type(self).__name__} was changed in place, and "
+                    "a checkpointed block runs on it twice: change a copy, step the optimizer "
+                    "after backward(), or choose the 'store' policy"
                 )
             if runs == 1:
+                versions.extend(
+                    (p, p._version) for p in state.layout.params if id(p) not in stepped
+                )
+                if state.facts is None or not state.facts.closed:
+                    samples.extend(map(sample, _tensors(out)))
                 return out
             other = {
                 id(param): param.detach().requires_grad_(not param.requires_grad)
                 for _, _, param in places
                 if param.requires_grad is not trained[id(param)]
             }
-            now = [other.get(id(weight), weight) for weight in weights]
+            played = [other.get(id(weight), weight) for weight in weights]
             with (
                 state.other_random.replayed() if state.other_random else nullcontext(),
-                keeper.played(kept, now) if keeper else nullcontext(),
+                keeper.played(kept, played) if keeper else nullcontext(),
             ):
                 if state.is_as_it_was and not other:
-                    return piece(*args)
-                return piece.__func__(state.copy(other), *args)  # type: ignore[attr-defined]
+                    out = piece(*args)
+                else:
+                    out = piece.__func__(state.copy(other), *args)  # type: ignore[attr-defined]
+            for now, before in zip(_tensors(out), samples, strict=False):
+                if before is not None and not is_near(now, before, half):
+                    state.forget()
+                    raise RuntimeError(different(self))
+            return out
 
-        return checkpoint(run, *args, use_reentrant=False)
+        foreign = state.facts is None or not state.facts.closed
+        # To its end, where there is something to compare.
+        with set_checkpoint_early_stop(False) if foreign else nullcontext():
+            return checkpoint(run, *args, use_reentrant=False)
 
     def warn_of_hooks(self) -> None:
         """Say that hooks inside of the block cost the memory that its policy would save."""
@@ -156,6 +179,10 @@ class Block(nn.Module):
         keep = "products" if self.keep is None else ", ".join(self.keep)
         kept = f", keep={keep!r}" if keep else ""
         return f"drop_path={self.drop_path}, memory_policy={self.memory_policy!r}{kept}"
+
+
+def _tensors(out: object) -> list[Tensor]:
+    return [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)]
 
 
 def add_branch(x: Tensor, branch: Tensor, mask: Tensor | None) -> Tensor:

@@ -65,7 +65,9 @@ class ReversibleBlock(Block):
     def _couple(self, x1: Tensor, x2: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         y1 = add_branch(x1, checked(self.f, self.f(x2), x2), mask)
         y2 = add_branch(x2, checked(self.g, self.g(y1), y1), mask)
-        return y1, y2
+        # What g takes and what is returned are two, as they are where nothing is kept: hooks on an
+        # output see the same gradient under every policy.
+        return (y1.view_as(y1) if y1.requires_grad else y1), y2
 
     def inverse(self, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
         """Rebuild the block's inputs ``(x1, x2)`` from its outputs.
@@ -165,6 +167,8 @@ class _FirstRun:
     behind: Handover | None
     ahead: Handover | None
     streams: list[Tensor]
+    inputs: list[Tensor]
+    dtypes: tuple[torch.dtype, torch.dtype]
 
 
 def _reversed(
@@ -172,7 +176,7 @@ def _reversed(
 ) -> tuple[Tensor, Tensor]:
     """Run a block that keeps nothing."""
     f, g = Branch(block.f, block.kept_in("f")), Branch(block.g, block.kept_in("g"))
-    if f.state.layout.hooked or g.state.layout.hooked:
+    if f.state.is_hooked or g.state.is_hooked:
         block.warn_of_hooks()
         return block._couple(x1, x2, mask)
     chain = here.chain
@@ -200,7 +204,8 @@ def _reversed(
         inputs = [*{id(tensor): tensor for tensor in inputs}.values()]
         places = {id(tensor): index for index, tensor in enumerate(inputs)}
         f.indices, g.indices = ([places[id(t)] for t in tensors] for tensors in (of_f, of_g))
-    first = _FirstRun(f, g, mask, autocast, behind, ahead, [y1, y2])
+    dtypes = x1.dtype, x2.dtype
+    first = _FirstRun(f, g, mask, autocast, behind, ahead, [y1, y2], inputs, dtypes)
     y1, y2 = _ReversedBlock.apply(first, x1, x2, *inputs)
     if ahead is not None:
         ahead.offer(y1, y2)
@@ -236,9 +241,10 @@ class _ReversedBlock(torch.autograd.Function):
                 "gradients of gradients (create_graph=True) do not pass reversed blocks: "
                 "choose the 'store' policy for this model"
             )
-        first, saved = ctx.first, ctx.saved_tensors
+        first, saved = ctx.first, _unchanged(ctx)
         of_inputs, of_f, of_g = ctx.counts
-        inputs, kept_f, kept_g = saved[:of_inputs], saved[of_inputs:of_f], saved[of_f:of_g]
+        # Not the saved inputs, which hooks (save_on_cpu) may have replaced by others.
+        inputs, kept_f, kept_g = first.inputs, saved[of_inputs:of_f], saved[of_f:of_g]
         y1, y2 = saved[of_g:] if first.ahead is None else first.ahead.take()
         _, x1_needs, x2_needs, *needs = ctx.needs_input_grad
         mask, autocast = first.mask, first.autocast
@@ -251,7 +257,7 @@ class _ReversedBlock(torch.autograd.Function):
             d, grads = first.g.gradients(g_y1, leaf, wanted, dy2, mask)
             dy1 = _sum(dy1, d)
             del leaf, d, wanted
-        x2 = _subtract_branch(y2, g_y1.detach(), mask)
+        x2 = _subtract_branch(y2, g_y1.detach(), mask).to(first.dtypes[1])
         # The names are dropped as soon as they are spent: they are the peak of the backward pass.
         del g_y1, y2
 
@@ -267,8 +273,24 @@ class _ReversedBlock(torch.autograd.Function):
         elif rebuild:
             f_x2 = first.f.output(x2, kept_f, autocast)
         if rebuild and f_x2 is not None:
-            first.behind.leave(_subtract_branch(y1, f_x2.detach(), mask), x2)
+            x1 = _subtract_branch(y1, f_x2.detach(), mask).to(first.dtypes[0])
+            first.behind.leave(x1, x2)
         return (None, dy1, dy2, *(grads.get(index) for index in range(len(inputs))))
+
+
+def _unchanged(ctx: Any) -> tuple[Tensor, ...]:
+    """What a node has saved; an error if somebody has changed it in place."""
+    try:
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "parameters or outputs of a reversible block were changed in place between the forward "
+            "and the backward pass (modified by an inplace operation), and the block needs them as "
+            f"they were: step the optimizer after backward(), or choose 'store' ({error})"
+        ) from None
+    return saved
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils import parametrize
 
 from backbones.engine.ambient import AutocastState, Observer, RandomState
 from backbones.engine.kept import Kept, weights_of
+from backbones.engine.sameness import different, is_near, sample
 from backbones.engine.state import ModuleState
 
 
@@ -68,6 +70,7 @@ class Branch:
         self.indices: Sequence[int] = []
         self._captured: list[Tensor] = []
         self._random: RandomState | None = None
+        self._sample: Tensor | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -89,7 +92,12 @@ class Branch:
                 self._captured = facts.captured
                 # Some kernels of attention prepare for gradients only where they are wanted.
                 given = x.detach().requires_grad_() if self._products else x
-                with torch.set_grad_enabled(self._products), autocast.restored(), self._record():
+                with (
+                    torch.set_grad_enabled(self._products),
+                    autocast.restored(),
+                    _unseen() if self._products else nullcontext(),
+                    self._record(),
+                ):
                     out = checked(self.module, self.module(given), x).detach()
             changed = x._version != version
         except RuntimeError as error:
@@ -102,13 +110,14 @@ class Branch:
             )
         after = RandomState(x.device)
         self._random = None if before.same_as(after) else before
+        assert self.state.facts is not None
+        if not self.state.facts.closed:
+            self._sample = sample(out)
         return out, after
 
     def _observed_run(self, x: Tensor, autocast: AutocastState) -> Tensor:
         """A first run with a graph, in which is found what the branch is made of."""
-        # Hooks in the place of the user's, who shall not see what nobody will keep.
-        unseen = saved_tensors_hooks(Tensor.detach, lambda tensor: tensor)
-        with torch.enable_grad(), autocast.restored(), unseen:
+        with torch.enable_grad(), autocast.restored(), _unseen():
             leaf = x.detach().requires_grad_()
             view = leaf.view_as(leaf)
             with self.state.observed() as observer, self._record():
@@ -124,7 +133,15 @@ class Branch:
         facts.captured, facts.volatile = captured, bool(computed)
         facts.closed = facts.closed and not captured and not computed
         self._captured = captured + computed
-        return out.detach()
+        out = out.detach()
+        if not parametrize._cache_enabled and observer.left():
+            self.state.forget()
+            raise RuntimeError(
+                f"{type(self.module).__name__} leaves a tensor that it has computed to others, "
+                "and a loss on it would have no gradient, since nothing is kept of this run: "
+                "leave tensor.detach(), or choose the 'store' policy"
+            )
+        return out
 
     def _seen(self, observer: Observer, node: Any, output: int) -> Tensor:
         if (tensor := observer.find(node, output)) is None:
@@ -143,6 +160,7 @@ class Branch:
         with torch.no_grad(), self._surroundings(autocast, kept, {}):
             module = self.module if self.state.is_as_it_was else self.state.copy()
             out: Tensor = module(x)
+        self._compare(out, autocast)
         return out
 
     def second_run(
@@ -182,7 +200,8 @@ class Branch:
             if _is_watched(wanted.values()):  # not one that could be replaced
                 raise RuntimeError(
                     f"a tensor that {type(module).__name__} uses without owning it has a hook, "
-                    "which would be called twice: choose the 'store' policy"
+                    "which would be called twice, or was frozen after the forward pass: choose "
+                    "the 'store' policy"
                 )
             module = self.state.copy(fresh)
         x = x.detach().requires_grad_()
@@ -194,7 +213,13 @@ class Branch:
         if facts is None or not facts.closed:
             unneeded = [inputs[i] for i in self.indices if not needs[i]]
             self._check(out, [x, *wanted.values(), *unneeded])
+        self._compare(out, autocast)
         return x, out, wanted
+
+    def _compare(self, out: Tensor, autocast: AutocastState) -> None:
+        if self._sample is not None and not is_near(out, self._sample, autocast.enabled):
+            self.state.forget()
+            raise RuntimeError(different(self.module))
 
     def _surroundings(
         self, autocast: AutocastState, kept: Sequence[Tensor], fresh: dict[int, Tensor]
@@ -237,6 +262,12 @@ class Branch:
         grad = (grad if mask is None else grad * mask).to(out.dtype)
         grad_x, *grads = torch.autograd.grad(out, [x, *wanted.values()], grad, allow_unused=True)
         return grad_x, {i: g for i, g in zip(wanted, grads, strict=True) if g is not None}
+
+
+def _unseen() -> AbstractContextManager[None]:
+    """Hooks in the place of the user's, who shall not see what nobody will keep."""
+    hooks: AbstractContextManager[None] = saved_tensors_hooks(Tensor.detach, lambda tensor: tensor)
+    return hooks
 
 
 def _is_watched(tensors: Iterable[Tensor]) -> bool:

@@ -9,6 +9,7 @@ the module's objects that is. The module is never changed, so other threads may 
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _every
 from torch.nn.utils import parametrize
 
 from backbones.engine.ambient import Observer, OtherRandom
@@ -116,6 +118,8 @@ class Layout:
                 for name, child in self._children[number].items()
             }
             own["_compiled_call_impl"] = None  # it would run the original
+            # Hooks that have come since; a module that had some is not run twice.
+            own["_forward_hooks"], own["_forward_pre_hooks"] = OrderedDict(), OrderedDict()
         for number, name, param in self.places:
             tensor: Any = params.get(id(param), param)
             twins[number]._parameters[name] = tensor
@@ -178,6 +182,11 @@ class ModuleState:
             if self.facts.generators or self.facts.other_random:
                 self.other_random = OtherRandom(self.facts.generators)
         self._versions = [buffer._version for _, _, buffer in self.layout.buffers]
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether forward hooks will be called when the module runs, which must happen once."""
+        return self.layout.hooked or hooked_everywhere()
 
     # ---- observing the first run
 
@@ -246,8 +255,14 @@ class ModuleState:
         """Whether a run of the module itself would see what the first one saw.
 
         Raises:
-            RuntimeError: a buffer has got other values, so that nothing could see them again.
+            RuntimeError: a buffer has got other values, so that nothing could see them again; or
+                global hooks have come, which would be called by this run only.
         """
+        if hooked_everywhere():
+            raise RuntimeError(
+                "global forward hooks were registered between the forward and the backward pass: a "
+                "reversed or checkpointed block would call them when it runs again"
+            )
         for (number, name, buffer), version in zip(
             self.layout.buffers, self._versions, strict=True
         ):
@@ -264,6 +279,15 @@ class ModuleState:
         return self.layout.copy(self._before, params or {})
 
 
+def hooked_everywhere() -> bool:
+    """Whether forward hooks on all modules are in force, other than those of torch's own tools."""
+    after, before = _every._global_forward_hooks, _every._global_forward_pre_hooks
+    if not after and not before:
+        return False
+    hooks = (*after.values(), *before.values())
+    return any(not getattr(hook, "__module__", "").startswith("torch.") for hook in hooks)
+
+
 def _attributes(own: dict[str, Any]) -> dict[str, Any]:
     """What a run may change of a module's attributes; containers and buffers copied."""
     kept = {key: _copied(own[key]) for key in own if key not in ("_parameters", "_modules")}
@@ -278,7 +302,8 @@ def _copied(value: Any) -> Any:
     """Containers, and those inside, as others with the same content; anything else as it is."""
     if isinstance(value, dict):
         twin = copy.copy(value)  # of any class
-        twin.update({key: _copied(item) for key, item in value.items()})
+        for key, item in value.items():
+            twin[key] = _copied(item)  # not update(), which in a Counter adds
         return twin
     if type(value) in (list, tuple, set):
         return type(value)(map(_copied, value))
@@ -294,10 +319,6 @@ def _differs(now: Any, was: Any) -> bool:
     if type(was) is set:
         return bool(now != was)
     return now is not was
-
-
-def _versions(part: nn.Module) -> dict[str, tuple[Tensor, int]]:
-    return {k: (v, v._version) for k, v in vars(part).items() if isinstance(v, Tensor)}
 
 
 def _has_changed(own: dict[str, Any], before: dict[str, Any]) -> bool:
