@@ -280,12 +280,13 @@ class ModuleState:
 
 
 def hooked_everywhere() -> bool:
-    """Whether forward hooks on all modules are in force, other than those of torch's own tools."""
+    """Whether forward hooks on all modules are in force, other than those of tools."""
     after, before = _every._global_forward_hooks, _every._global_forward_pre_hooks
     if not after and not before:
         return False
     hooks = (*after.values(), *before.values())
-    return any(not getattr(hook, "__module__", "").startswith("torch.") for hook in hooks)
+    tools = ("torch.", "backbones.")
+    return any(not getattr(hook, "__module__", "").startswith(tools) for hook in hooks)
 
 
 def _attributes(own: dict[str, Any]) -> dict[str, Any]:
