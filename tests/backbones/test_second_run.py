@@ -18,6 +18,7 @@ from torch.nn.modules.module import (
 )
 
 from backbones import MemoryPolicy, ReversibleBlock, ReversibleSequence, set_memory
+from backbones.engine.sameness import is_near, sample
 from tests.backbones.helpers import DIM, assert_grads_near, make_sequence, make_streams
 from tests.backbones.test_right_or_refused import Uses, compare, mlp, of, savers
 
@@ -256,3 +257,15 @@ def test_a_block_that_widens_the_streams() -> None:
         return {name: param.grad for name, param in module.named_parameters()}
 
     assert_grads_near(grads("reversible"), grads("store"), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_rounding_beside_zeros_is_no_difference(dtype: torch.dtype) -> None:
+    """A branch that ends in a ReLU may give nothing but zeros, or a number next to one."""
+    zeros = torch.zeros(4, 4, dtype=dtype)
+    before = sample(zeros)
+    assert before is not None
+    zeros[0, 0] = torch.finfo(dtype).eps
+    assert is_near(zeros, before, half=False)
+    zeros[0, 0] = 1e-3
+    assert not is_near(zeros, before, half=False)
