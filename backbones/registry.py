@@ -14,7 +14,7 @@ from backbones.models.mvit import MViT, RevMViT
 from backbones.models.vit import RevViT, ViT
 
 # Arguments that may differ without making another model: they follow the data and the training.
-_OF_THE_DATA = {"img_size", "num_classes", "num_frames"}
+_OF_THE_DATA = {"img_size", "num_classes", "num_frames", "pretrain_img_size"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ _SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 6}
 _BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12}
 _LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
 _HUGE = {"embed_dim": 1280, "depth": 32, "num_heads": 16, "patch_size": 14}
+_GIANT = {"embed_dim": 1536, "depth": 40, "num_heads": 24, "patch_size": 14, "swiglu": True}
 
 # The released Kinetics model. The published config does not build as it stands; without its class
 # token it does, with the published parameters and operations, and it takes the mean of the streams.
@@ -53,11 +54,13 @@ MODELS: dict[str, ModelRecord] = {
     "rev_vit_base": ModelRecord(RevViT, _BASE, f"{_ZOO}/REV_VIT_B.pyth", 81.8, 95.56),
     "rev_vit_large": ModelRecord(RevViT, _LARGE, top1=81.4),
     "rev_vit_huge": ModelRecord(RevViT, _HUGE),
+    "rev_vit_giant": ModelRecord(RevViT, _GIANT),
     "vit_tiny": ModelRecord(ViT, _TINY),
     "vit_small": ModelRecord(ViT, _SMALL, top1=79.9),
     "vit_base": ModelRecord(ViT, _BASE, top1=81.8),
     "vit_large": ModelRecord(ViT, _LARGE, top1=81.5),
     "vit_huge": ModelRecord(ViT, _HUGE),
+    "vit_giant": ModelRecord(ViT, _GIANT),
     "rev_mvit_base": ModelRecord(
         RevMViT, {"fusion": "concat_linear_2"}, f"{_ZOO}/REV_MVIT_B.pyth", 82.9
     ),

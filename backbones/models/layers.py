@@ -90,6 +90,34 @@ def resize_plane(weight: Tensor, grid: tuple[int, int], wanted: tuple[int, int])
     return F.interpolate(plane, size=wanted, mode="bicubic").flatten(2).transpose(1, 2)
 
 
+class PrefixTokens(nn.Module):
+    """Learned tokens in front of those of the patches: a class token, and registers.
+
+    A class token's own position is part of it: both are added anyway. Registers have none (DINOv2
+    with registers, arXiv 2309.16588).
+    """
+
+    def __init__(self, embed_dim: int, class_token: bool, num_registers: int) -> None:
+        super().__init__()
+        self.register_parameter("cls_token", None)
+        self.register_parameter("register_tokens", None)
+        if class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        if num_registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, embed_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as the position embeddings."""
+        for tokens in self.parameters():
+            nn.init.trunc_normal_(tokens, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A grid (B, T, H, W, C) -> a row of tokens (B, 1, 1, prefix + T H W, C)."""
+        prefix = [tokens.expand(x.shape[0], -1, -1) for tokens in self.parameters()]
+        return torch.cat([*prefix, x.flatten(1, 3)], dim=1)[:, None, None]
+
+
 class PositionEmbedding(nn.Module):
     """One learned vector for each cell of a grid of tokens, (H, W)."""
 
@@ -170,35 +198,86 @@ class MLP(nn.Module):
         return cast(Tensor, self.drop2(self.fc2(x)))
 
 
+class SwiGLU(nn.Module):
+    """The gated MLP of the largest DINOv2 (arXiv 2002.05202): ``fc2(silu(a) b)``, (a, b) of fc1.
+
+    Two thirds of ``hidden_dim``, rounded up to a multiple of 8, go into ``fc2``.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
+        super().__init__()
+        hidden_dim = -(-int(hidden_dim * 2 / 3) // 8) * 8
+        self.fc1 = nn.Linear(dim, 2 * hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, dim) -> (…, dim)."""
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return cast(Tensor, self.drop(self.fc2(F.silu(gate) * value)))
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a branch's output (CaiT, arXiv 2103.17239)."""
+
+    def __init__(self, dim: int, value: float) -> None:
+        super().__init__()
+        self.value = value
+        self.gamma = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """All factors as given."""
+        nn.init.constant_(self.gamma, self.value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, dim) -> (…, dim)."""
+        return x * self.gamma.to(x.dtype)
+
+
 class AttentionBranch(nn.Module):
     """F of the paper: layer norm, then attention. Holds no residual connection.
 
-    Arguments as for :class:`Attention`, of which ``dim`` is the first.
+    Arguments as for :class:`Attention`, of which ``dim`` is the first; ``layer_scale`` is where
+    the factors of :class:`LayerScale` start, None for none.
     """
 
     attention: ClassVar[type[GridAttention]] = Attention
 
-    def __init__(self, dim: int, *args: Any, **options: Any) -> None:
+    def __init__(
+        self, dim: int, *args: Any, layer_scale: float | None = None, **options: Any
+    ) -> None:
         super().__init__()
         self.norm = LayerNorm(dim)
         self.attn = self.attention(dim, *args, **options)
+        self.ls = None if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, …, C) -> (B, …, C)."""
-        return cast(Tensor, self.attn(self.norm(x)))
+        x = self.attn(self.norm(x))
+        return x if self.ls is None else cast(Tensor, self.ls(x))
 
 
 class MLPBranch(nn.Module):
     """G of the paper: layer norm, then MLP. Holds no residual connection."""
 
-    def __init__(self, dim: int, mlp_ratio: float = 4.0, drop: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        mlp_ratio: float = 4.0,
+        drop: float = 0.0,
+        swiglu: bool = False,
+        layer_scale: float | None = None,
+    ) -> None:
         super().__init__()
         self.norm = LayerNorm(dim)
-        self.mlp = MLP(dim, int(dim * mlp_ratio), drop)
+        self.mlp = (SwiGLU if swiglu else MLP)(dim, int(dim * mlp_ratio), drop)
+        self.ls = None if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, …, C) -> (B, …, C)."""
-        return cast(Tensor, self.mlp(self.norm(x)))
+        x = self.mlp(self.norm(x))
+        return x if self.ls is None else cast(Tensor, self.ls(x))
 
 
 class ResidualBlock(Block):

@@ -21,7 +21,7 @@ from backbones.models.layers import (
     drop_path_rates,
 )
 from backbones.models.pooled_attention import Fusion, PooledAttentionBranch, StageTransition, Triple
-from backbones.models.trunk import Trunk, join, run_blocks
+from backbones.models.trunk import Fuse, Trunk, run_blocks
 
 # Strides of the stem in time and in space.
 _STEM_STRIDE = (2, 4)
@@ -78,6 +78,7 @@ class MViT(Trunk):
         residual_pooling: whether the queries are added to the output of the attention (MViTv2).
         fusion: how a transition of :class:`RevMViT` makes one stream out of two: ``"avg"``,
             ``"concat"``, or ``"concat_linear_2"``, which is what None stands for.
+        fuse: as for :class:`backbones.ViT`, of the features of every stage.
         drop_rate: dropout before the head.
         pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout after the position embedding, in
             the branches, and on the attention weights.
@@ -104,13 +105,14 @@ class MViT(Trunk):
         use_rel_pos: bool = False,
         residual_pooling: bool = False,
         fusion: Fusion | None = None,
+        fuse: Fuse | None = None,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(num_classes, clips=num_frames is not None)
+        super().__init__(num_classes, clips=num_frames is not None, fuse=fuse)
         bounds = [0, *transitions, depth]
         if any(first >= following for first, following in pairwise(bounds)):
             raise ValueError(
@@ -160,7 +162,7 @@ class MViT(Trunk):
             ]
             stages.append(Stage(transition, self._stack(blocks)))
             feature_info.append(
-                {"num_chs": self.streams * dim, "reduction": _STEM_STRIDE[1] * 2**index}
+                {"num_chs": self.width * dim, "reduction": _STEM_STRIDE[1] * 2**index}
             )
         self.stages = nn.ModuleList(stages)
         self._finish(feature_info, drop_rate)
@@ -177,7 +179,7 @@ class MViT(Trunk):
             streams = stage(*streams)
             last = index == len(self.stages) - 1
             if last or every_stage:
-                grid = join(streams)
+                grid = self.join(streams)
                 grids.append(self.norm(grid) if last else grid)
         return grids
 

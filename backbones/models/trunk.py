@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from backbones.engine.policies import blocks_of
 from backbones.engine.reversible import ReversibleBlock, ReversibleSequence
 from backbones.models.layers import NORM_EPS, ResidualBlock, init_weights
+
+Fuse = Literal["concat", "mean"]
 
 
 class Trunk(nn.Module):
@@ -23,15 +25,39 @@ class Trunk(nn.Module):
         feature_info: for each map of :meth:`feature_maps` its channels (``num_chs``) and its
             stride in pixels (``reduction``), finest first, as in timm.
         num_features: channels of the tokens after the final norm.
+        num_prefix_tokens: tokens in front of those of the grid.
         streams: 2 in a reversible model, which end side by side; else 1.
+        fuse: what becomes of two streams: ``"concat"``, or ``"mean"``.
+        global_pool: what the head reads: ``"avg"``, the mean of the grid's tokens, or ``"token"``.
     """
 
     streams: ClassVar[int] = 1
+    num_prefix_tokens = 0
+    global_pool: Literal["avg", "token"] = "avg"
 
-    def __init__(self, num_classes: int, clips: bool) -> None:
+    def __init__(self, num_classes: int, clips: bool, fuse: Fuse | None = None) -> None:
         super().__init__()
+        if fuse is not None and (self.streams == 1 or fuse not in get_args(Fuse)):
+            raise ValueError(
+                f"fuse {fuse!r}: a reversible model takes 'concat' or 'mean', one of a single "
+                "stream has nothing to fuse"
+            )
         self.num_classes = num_classes
         self.clips = clips
+        self.fuse = fuse or "concat"
+
+    @property
+    def width(self) -> int:
+        """How many times as wide as a stream the features are."""
+        return 1 if self.fuse == "mean" else self.streams
+
+    def join(self, streams: tuple[Tensor, ...]) -> Tensor:
+        """Two streams side by side, or their mean; or the one there is. (…, C) each."""
+        if len(streams) == 1:
+            return streams[0]
+        if self.fuse == "mean":
+            return (streams[0] + streams[1]) / 2
+        return torch.cat(streams, dim=-1)
 
     def _stack(self, blocks: Iterable[tuple[Any, ...]]) -> nn.Module:
         """Blocks one after the other, from the arguments of each: f, g, rate of drop path."""
@@ -39,11 +65,21 @@ class Trunk(nn.Module):
             return nn.Sequential(*(ResidualBlock(*block) for block in blocks))
         return ReversibleSequence(ReversibleBlock(*block) for block in blocks)
 
-    def _finish(self, feature_info: list[dict[str, int]], drop_rate: float) -> None:
+    def _finish(
+        self,
+        feature_info: list[dict[str, int]],
+        drop_rate: float,
+        final_norm: bool = True,
+        fc_norm: bool = False,
+    ) -> None:
         """Make norm and head behind what is there, and initialise all of it."""
         self.feature_info = feature_info
         self.num_features = feature_info[-1]["num_chs"]
-        self.norm = nn.LayerNorm(self.num_features, eps=NORM_EPS)
+        norms = [
+            nn.LayerNorm(self.num_features, eps=NORM_EPS) if wanted else nn.Identity()
+            for wanted in (final_norm and not fc_norm, final_norm and fc_norm)
+        ]
+        self.norm, self.fc_norm = norms
         self.head_drop = nn.Dropout(drop_rate)
         classes = self.num_classes
         self.head = nn.Linear(self.num_features, classes) if classes else nn.Identity()
@@ -83,7 +119,8 @@ class Trunk(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W), or clips (B, in_chans, T, H, W) -> (B, N, num_features).
 
-        The tokens of the last stage after the final norm, row-major in time, height and width.
+        The tokens of the last stage after the final norm, row-major in time, height and width,
+        behind those that precede them (``num_prefix_tokens``).
         """
         return self._forward_grids(x, every_stage=False)[0].flatten(1, 3)
 
@@ -106,8 +143,12 @@ class Trunk(nn.Module):
         Raises:
             ValueError: ``x`` has another number of axes or of channels.
         """
-        pooled = self.forward_features(x).mean(dim=1)
-        return cast(Tensor, self.head(self.head_drop(pooled)))
+        tokens = self.forward_features(x)
+        if self.global_pool == "token":
+            pooled = tokens[:, 0]
+        else:
+            pooled = tokens[:, self.num_prefix_tokens :].mean(dim=1)
+        return cast(Tensor, self.head(self.head_drop(self.fc_norm(pooled))))
 
 
 def run_blocks(blocks: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
@@ -115,11 +156,6 @@ def run_blocks(blocks: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     if isinstance(blocks, ReversibleSequence):
         return cast(tuple[Tensor, Tensor], blocks(x, x))
     return (cast(Tensor, blocks(x)),)
-
-
-def join(streams: tuple[Tensor, ...]) -> Tensor:
-    """Two streams side by side, or the one there is, (…, C) each."""
-    return streams[0] if len(streams) == 1 else torch.cat(streams, dim=-1)
 
 
 def layer_depths(trunk: nn.Module) -> dict[str, int]:
@@ -131,7 +167,7 @@ def layer_depths(trunk: nn.Module) -> dict[str, int]:
     """
     blocks = [f"{name}." for name in blocks_of(trunk)]
     depths = {start: len(blocks) - index for index, start in enumerate(blocks)}
-    depths |= dict.fromkeys(("patch_embed.", "pos_embed."), len(blocks) + 1)
+    depths |= dict.fromkeys(("patch_embed.", "pos_embed.", "prefix."), len(blocks) + 1)
     names = (name for name, _ in trunk.named_parameters())
     return {name: next((depths[s] for s in depths if name.startswith(s)), 0) for name in names}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import isqrt
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from backbones.common.errors import some_of
 from backbones.registry import build
+from backbones.weights.adapting import adapt
 from backbones.weights.checkpoint import (
     Checkpoint,
     WeightsError,
@@ -22,7 +22,7 @@ from backbones.weights.checkpoint import (
     write_safetensors,
 )
 from backbones.weights.download import local_file
-from backbones.weights.formats import Layout, convert_state_dict, recognise
+from backbones.weights.formats import Layout, describe, recognise, translate
 from backbones.weights.resizing import Grid, grids_of, is_table, resize_positions, resize_tables
 
 # Entries of a safetensors file's metadata, both JSON: the model's name and arguments, and the
@@ -31,7 +31,6 @@ CONFIG = "backbones.config"
 _GRIDS = "backbones.grids"
 
 _HEAD = "head."
-_OF_DETECTORS = ("proposal_generator.", "roi_heads.", "rpn_head.", "roi_head.", "bbox_head.")
 
 
 @dataclass
@@ -40,25 +39,45 @@ class LoadReport:
 
     Attributes:
         source: the path or address.
-        format: whose layout the file has, ``"own"``, ``"PySlowFast"`` or ``"mmpretrain"``.
+        format: whose layout the file has: ``"own"``, ``"PySlowFast"``, ``"mmpretrain"``,
+            ``"timm"`` (also DeiT, MAE, DINOv2), ``"Detectron2"`` (ViTDet), ``"Hugging Face"`` or
+            ``"torchvision"``.
+        net: what net it is, in words; empty where only the layout is known.
         loaded: tensors that were copied into the model.
+        converted: those among them, or what else of the file, that took another form: a class
+            token with its position, LayerScale that was folded, a plain net's norm and head in a
+            reversible model; each with what was done.
         resized: those among them that were resized to the model's grid, each with what was done.
         left_out: tensors of the file that were not used, each with the reason.
-        missing: tensors of the model that keep the values they had: those of the head, and tables
-            of relative positions where the file has none.
+        missing: tensors of the model that keep the values they had: those of the head, tables of
+            relative positions where the file has none, and a final norm (ViTDet has none).
+        averaged: under which name the file holds averaged weights too, which were not taken.
     """
 
     source: str
     format: Layout
+    net: str = ""
     loaded: list[str] = field(default_factory=list)
+    converted: dict[str, str] = field(default_factory=dict)
     resized: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    averaged: str | None = None
 
     def __str__(self) -> str:
-        lines = [f"{self.source} ({self.format}): {len(self.loaded)} tensors loaded"]
-        lines += [f"resized {name}: {what}" for name, what in self.resized.items()]
-        lines += [f"left out {name}: {why}" for name, why in self.left_out.items()]
+        what = ": ".join(filter(None, (self.format, self.net)))
+        lines = [f"{self.source} ({what}): {len(self.loaded)} tensors loaded"]
+        for did, names in (
+            ("converted", self.converted),
+            ("resized", self.resized),
+            ("left out", self.left_out),
+        ):
+            reasons: dict[str, list[str]] = {}
+            for name, why in names.items():
+                reasons.setdefault(why, []).append(name)
+            lines += [f"{did} {some_of(group)}: {why}" for why, group in reasons.items()]
+        if self.averaged is not None:
+            lines.append(f"not taken: averaged weights under {self.averaged!r} (ema=True)")
         tables = [name for name in self.missing if is_table(name)]
         if others := [name for name in self.missing if not is_table(name)]:
             lines.append(f"left unchanged: {', '.join(others)}")
@@ -68,15 +87,23 @@ class LoadReport:
         return "\n  ".join(lines)
 
 
-def load_weights(model: nn.Module, path_or_url: str | PathLike[str]) -> LoadReport:
-    """Load a checkpoint of PySlowFast, mmpretrain or this package into ``model``.
+def load_weights(
+    model: nn.Module, path_or_url: str | PathLike[str], ema: bool = False
+) -> LoadReport:
+    """Load pretrained weights into ``model``: of this package or of another one.
 
-    Which of them it is shows in the file. Position embeddings made for another grid are resized,
-    bicubically in space and linearly in time, tables of relative positions linearly. Where a file
-    has no such tables, those of the model stay as they are: zeros, in a new one. A head for
-    another number of classes is left out, and so are the class token and its position that early
-    mmpretrain files carry without using them. Anything else that does not fit is an error, and
-    then the model is as it was. No code in the file is run.
+    Whose they are shows in the file: timm's (DeiT, MAE, DINOv2 among them), Hugging Face's ViT and
+    DINOv2, torchvision's ViT, Detectron2's ViTDet, PySlowFast's, mmpretrain's; as ``.pth``,
+    ``.safetensors``, an index of several of these, or the ``.pkl`` of Detectron2's zoo; nested and
+    prefixed as trainers do.
+
+    Position embeddings made for another grid are resized, bicubically in space and linearly in
+    time, tables of relative positions linearly. Where a file has no such tables, those of the model
+    stay as they are: zeros, in a new one. A class token and registers that the model has not are
+    left out, and LayerScale is folded into the layers before it. A head is left out that is for
+    another number of classes, or reads something else than the model's. The branches of a plain
+    net go into its reversible twin, which has to be fine-tuned then (docs/pretrained.md). Anything
+    else that does not fit is an error, and then the model is as it was. No code in the file is run.
 
     >>> print(load_weights(model, "REV_VIT_S.pyth"))
     REV_VIT_S.pyth (PySlowFast): 151 tensors loaded
@@ -85,44 +112,48 @@ def load_weights(model: nn.Module, path_or_url: str | PathLike[str]) -> LoadRepo
         model: a model of this package. Its dtype and device stay.
         path_or_url: a file, or an address, which is downloaded once (see
             :func:`backbones.weights.download.download`).
+        ema: take the averaged weights of a file that holds others too. The report names them.
 
     Raises:
-        WeightsError: a file that cannot be had or read, or does not fit the model.
+        WeightsError: a file that cannot be had or read, does not fit the model, is of another
+            kind of net (by its name), or has no averaged weights.
         ImportError: a safetensors file, and safetensors is not installed.
     """
-    checkpoint = read_checkpoint(local_file(path_or_url))
-    return load_checkpoint(model, checkpoint, str(path_or_url))
+    checkpoint = read_checkpoint(local_file(path_or_url), ema)
+    return load_checkpoint(model, checkpoint, str(path_or_url), ema)
 
 
-def load_checkpoint(model: nn.Module, checkpoint: Checkpoint, source: str) -> LoadReport:
+def load_checkpoint(
+    model: nn.Module, checkpoint: Checkpoint, source: str, ema: bool = False
+) -> LoadReport:
     """As :func:`load_weights`, for a checkpoint that was read already from ``source``.
 
     Raises:
         WeightsError: it does not fit the model.
     """
     own: dict[str, Tensor] = model.state_dict()
-    report = LoadReport(source, recognise(checkpoint.tensors))
+    report = LoadReport(source, recognise(checkpoint.tensors), averaged=checkpoint.averaged)
     try:
-        if detector := [name for name in checkpoint.tensors if name.startswith(_OF_DETECTORS)]:
-            raise WeightsError(
-                f"it is of a whole detector ({some_of(sorted(detector))}), not of its trunk alone"
-            )
-        tensors = convert_state_dict(checkpoint.tensors, model)
+        translation = translate(checkpoint.tensors, model, ema)
+        tensors, report.format = translation.tensors, translation.layout
+        report.net = describe(translation)
         _check_numbers(tensors, own)
-        _drop_class_token(tensors, report)
+        adapt(translation, model, report)
         grids = _recorded_grids(checkpoint.metadata)
         report.resized = resize_positions(tensors, model, grids, foreign=report.format != "own")
         report.resized |= resize_tables(tensors, own)
         _drop_head(tensors, own, report)
         absent = [name for name in own if name not in tensors]
         has_tables = any(map(is_table, tensors))
-        report.missing = [
+        report.missing += [
             name for name in absent if name.startswith(_HEAD) or (is_table(name) and not has_tables)
         ]
         _check_names_and_shapes(tensors, own, report.missing)
     except WeightsError as error:
         kind = type(model).__name__
-        raise WeightsError(f"{source} does not fit this {kind}: {error}") from error
+        raise WeightsError(
+            f"{source}, taken for {report.format}'s layout, does not fit this {kind}: {error}"
+        ) from error
     # To dtype and device first, since that may still fail; the copies below cannot.
     ready = {name: tensors[name].to(own[name]) for name in own if name in tensors}
     with torch.no_grad():
@@ -138,30 +169,18 @@ def _check_numbers(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
         raise WeightsError("the model is on the meta device and has no values")
     odd = [
         name
-        for name in sorted(own.keys() & tensors.keys())
-        if (value := tensors[name]).layout != torch.strided
+        for name, value in sorted(tensors.items())
+        if value.layout != torch.strided
         or value.device.type != "cpu"
         or value.is_quantized
-        or value.is_floating_point() != own[name].is_floating_point()
-        or value.is_complex() != own[name].is_complex()
+        or (
+            name in own
+            and (value.is_floating_point(), value.is_complex())
+            != (own[name].is_floating_point(), own[name].is_complex())
+        )
     ]
     if odd:
         raise WeightsError(f"not plain numbers: {some_of(odd)}")
-
-
-def _drop_class_token(tensors: dict[str, Tensor], report: LoadReport) -> None:
-    """Early mmpretrain allocated a class token and its position and used neither."""
-    position = tensors.get("pos_embed.weight")
-    if report.format != "mmpretrain" or "cls_token" not in tensors or position is None:
-        return
-    patches = position.shape[1] - 1 if position.ndim == 3 else 0
-    if patches < 1 or isqrt(patches) ** 2 != patches:
-        return
-    # Extra tokens stand before those of the patches.
-    tensors["pos_embed.weight"] = position[:, 1:]
-    del tensors["cls_token"]
-    report.left_out["cls_token"] = "not used by the model"
-    report.left_out["pos_embed.weight[:, 0]"] = "the position of cls_token"
 
 
 def _recorded_grids(metadata: dict[str, str]) -> dict[str, Grid]:
@@ -194,16 +213,18 @@ def _check_names_and_shapes(
     tensors: dict[str, Tensor], own: dict[str, Tensor], allowed: Iterable[str]
 ) -> None:
     problems = {
-        "not in the file": own.keys() - tensors.keys() - set(allowed),
-        "not in the model": tensors.keys() - own.keys(),
         "of another shape": {
             f"{name} {tuple(tensors[name].shape)} for {tuple(own[name].shape)}"
             for name in own.keys() & tensors.keys()
             if tensors[name].shape != own[name].shape
         },
+        "not in the model": tensors.keys() - own.keys(),
+        "not in the file": own.keys() - tensors.keys() - set(allowed),
     }
-    if found := [f"{what}: {some_of(sorted(names))}" for what, names in problems.items() if names]:
-        raise WeightsError("; ".join(found))
+    # The first that is wrong: the others follow from it as a rule.
+    for what, names in problems.items():
+        if names:
+            raise WeightsError(f"{what}: {some_of(sorted(names))}")
 
 
 def load_model(path: str | PathLike[str] | Checkpoint) -> nn.Module:

@@ -38,12 +38,19 @@ def run(block: tuple[str, int, str]) -> dict[str, Any]:
     return names
 
 
-BLOCKS = [block for document in (HEADS, "README.md") for block in blocks_of(document)]
+DOCUMENTS = (HEADS, "README.md", "docs/pretrained.md")
+BLOCKS = [block for document in DOCUMENTS for block in blocks_of(document)]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"{name}:{line}" for name, line, _ in BLOCKS])
-def test_it_runs(block: tuple[str, int, str]) -> None:
-    run(block)
+def test_it_runs(
+    block: tuple[str, int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run(block)
+    if "report" in names:
+        text = (ROOT / block[0]).read_text(encoding="utf-8")
+        assert str(names["report"]) in text.replace("\n    ", "\n")
 
 
 def test_the_blocks_were_found() -> None:

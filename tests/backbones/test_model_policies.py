@@ -29,12 +29,14 @@ DROPS = {
     "attn_drop_rate": 0.1,
 }
 PLAIN = {"window_size": 0, "global_attn_indexes": (), "use_rel_pos": False}
+TOKENS = {"class_token": True, "num_registers": 2, "layer_scale": 0.5, "swiglu": True}
 MVITV2 = {"use_rel_pos": True, "residual_pooling": True, "depth": 5}
 TRANSITIONS = {"depth": 4, "transitions": (1, 2, 3)}
 
 # Arguments, and the shape of the input but for its channels.
 VITS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "vit": ({**WINDOWS, **PLAIN, **DROPS}, (4, 16, 24)),
+    "token": ({**WINDOWS, **PLAIN, **DROPS, **TOKENS}, (4, 16, 24)),
     "windows": ({**WINDOWS, **DROPS}, (1, 40, 40)),
     "windows, padded": ({**WINDOWS, **DROPS}, (2, 56, 25)),
     "windows, one row of them": ({**WINDOWS, **DROPS}, (1, 9, 90)),
@@ -51,6 +53,7 @@ CASES = VITS | MVITS
 for _fusion in ("avg", "concat"):  # of reversible models; without any, "concat_linear_2"
     CASES[f"mvit, odd grids, {_fusion}"] = ({**SMALL, "fusion": _fusion}, (1, 34, 51))
     CASES[f"clips, {_fusion}"] = ({**SMALL_CLIP, **DROPS, "fusion": _fusion}, (3, 4, 32, 32))
+CASES["mvit, mean of the streams"] = ({**SMALL, "fuse": "mean"}, (1, 34, 51))
 
 
 def make(case: str, reversible: bool = True, **overrides: Any) -> tuple[nn.Module, Tensor]:

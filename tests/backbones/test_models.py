@@ -47,7 +47,9 @@ def test_every_model_at_its_published_width(name: str) -> None:
     shallow = {"depth": 5, "transitions": (1, 2, 3)} if "mvit" in name else {"depth": 2}
     model = meta_model(name, **shallow)
     inputs = torch.empty(2, *input_shape(model), device="meta")
-    reductions = [4, 8, 16, 32] if "mvit" in name else [14 if "huge" in name else 16]
+    reductions = (
+        [4, 8, 16, 32] if "mvit" in name else [14 if name.endswith(("huge", "giant")) else 16]
+    )
     assert [info["reduction"] for info in model.feature_info] == reductions
     for stage_map, info in zip(model.feature_maps(inputs), model.feature_info, strict=True):
         time = (8,) if inputs.ndim == 5 else ()
@@ -212,6 +214,32 @@ def test_errors_of_create_model() -> None:
         create_model("vit_small", **{**SMALL, "img_size": 30})
     with pytest.raises(ValueError, match="embed_dim 32 is not divisible by num_heads 3"):
         create_model("vit_small", **{**SMALL, "num_heads": 3})
+    for arguments, message in (
+        ({"class_token": True, "window_size": 2}, "no place in windows"),
+        ({"num_registers": 1, "use_rel_pos": True}, "no place in windows"),
+        ({"global_pool": "token"}, "global_pool 'token': choose 'avg', or .* class_token=True"),
+        ({"global_pool": "max"}, "global_pool 'max'"),
+        ({"fuse": "mean"}, "fuse 'mean': .* one of a single stream has nothing to fuse"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            create_model("vit_small", **SMALL, **arguments)
+    with pytest.raises(ValueError, match="fuse 'sum': a reversible model takes 'concat' or 'mean'"):
+        create_model("rev_mvit_base", fuse="sum")
+
+
+@pytest.mark.parametrize("reversible", (True, False))
+def test_tokens_in_front_of_the_patches(reversible: bool) -> None:
+    options = {"class_token": True, "num_registers": 2, "num_classes": 3, "fc_norm": True}
+    model = create_model("rev_vit_small" if reversible else "vit_small", **SMALL, **options).eval()
+    inputs = torch.randn(2, 3, 32, 48)
+    tokens = model.forward_features(inputs)
+    assert model.num_prefix_tokens == 3 and tokens.shape == (2, 3 + 24, model.num_features)
+    (stage_map,) = model.feature_maps(inputs)
+    assert torch.equal(stage_map.flatten(2).transpose(1, 2), tokens[:, 3:])
+    torch.testing.assert_close(model(inputs), model.head(model.fc_norm(tokens[:, 0])))
+    model.global_pool = "avg"
+    expected = model.head(model.fc_norm(tokens[:, 3:].mean(1)))
+    torch.testing.assert_close(model(inputs), expected)
 
 
 def test_errors_of_set_memory() -> None:

@@ -230,7 +230,7 @@ def test_another_number_of_classes(tmp_path: Path) -> None:
     report = load_weights(model, VIT)
     assert torch.equal(model.head.weight, head)
     assert list(report.left_out) == report.missing == ["head.weight", "head.bias"]
-    assert "left out head.weight: 5 classes, the model has 7" in str(report)
+    assert "left out head.weight, head.bias: 5 classes, the model has 7" in str(report)
     assert "unchanged: head.weight, head.bias" in str(report)
     assert "not in the file" not in str(report)
 

@@ -1,0 +1,217 @@
+"""What a file has and a model has not, and the other way round, where the two still go together.
+
+A class token is left out, or takes in its position; LayerScale is folded into the layers before it;
+a plain net's branches go into a reversible one. Each is said in the report, and a head is taken
+over only where it reads what it was trained to read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from math import isqrt
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from backbones.models.trunk import Trunk
+from backbones.weights.checkpoint import WeightsError
+from backbones.weights.formats import Translation
+
+Tensors = dict[str, Tensor]
+
+_CLS, _REGISTERS, _POSITION = "prefix.cls_token", "prefix.register_tokens", "pos_embed.weight"
+_DETECTOR = r"simfp_|fpn_|proposal_generator\.|roi_heads\.|rpn_head\.|roi_head\.|bbox_head\.|pixel_"
+# Parts of files that are not of the net itself, and what they are.
+_PARTS = {
+    _DETECTOR: "of the detector around the trunk",
+    r"decoder": "of MAE's decoder",
+    r"mask_token$": "stands for masked patches",
+    r"(dino|ibot)_head\.": "of the training without labels",
+    r"dist_token$|head_dist\.": "of the distillation",
+    r"pooler\.": "of the pooler",
+}
+
+
+class Report(Protocol):
+    """What of a :class:`backbones.LoadReport` is written here."""
+
+    left_out: dict[str, str]
+    converted: dict[str, str]
+    missing: list[str]
+
+
+def adapt(translation: Translation, model: nn.Module, report: Report) -> None:
+    """Make what a file holds fit a model, in place, and say in the report what was done.
+
+    Raises:
+        WeightsError: a net of two streams for a model of one, or one that cannot become the other.
+    """
+    tensors, own = translation.tensors, model.state_dict()
+    foreign = translation.layout not in ("own", "PySlowFast", "mmpretrain")
+    if foreign:
+        _fit_prefix(tensors, own, report)
+    elif translation.layout == "mmpretrain":
+        _drop_stale_class_token(tensors, report)
+    for name in [*tensors]:
+        bare = name.rpartition("backbone.")[2]
+        why = next((why for start, why in _PARTS.items() if re.match(start, bare)), None)
+        if name not in own and (why or name in translation.beside):
+            del tensors[name]
+            report.left_out[name] = why or "not of the net itself"
+    if not isinstance(model, Trunk):
+        return
+    if foreign:
+        _fit_layer_scale(tensors, own, report)
+        _fit_head(tensors, own, model.global_pool, _CLS in translation.read, report)
+        _fit_norm(tensors, own, report)
+    if translation.streams > model.streams:
+        raise WeightsError(
+            "it is of a reversible net, whose branches a plain one joins in another way: take its "
+            "reversible twin (rev_…)"
+        )
+    if translation.streams < model.streams:
+        _rewire(tensors, own, report)
+
+
+def _drop_stale_class_token(tensors: Tensors, report: Report) -> None:
+    """Early mmpretrain allocated a class token and its position and used neither."""
+    position = tensors.get(_POSITION)
+    if "cls_token" not in tensors or position is None:
+        return
+    patches = position.shape[1] - 1 if position.ndim == 3 else 0
+    if patches < 1 or isqrt(patches) ** 2 != patches:
+        return
+    # Extra tokens stand before those of the patches.
+    tensors[_POSITION] = position[:, 1:]
+    del tensors["cls_token"]
+    report.left_out["cls_token"] = "not used by the model"
+    report.left_out[f"{_POSITION}[:, 0]"] = "the position of cls_token"
+
+
+def _fit_prefix(tensors: Tensors, own: Mapping[str, Tensor], report: Report) -> None:
+    """Tokens in front of the patches' take in their positions, or go where the model has none."""
+    position, registers = tensors.get(_POSITION), tensors.get(_REGISTERS)
+    rows = 0
+    if position is not None and position.ndim == 3:
+        more = registers.shape[1] if registers is not None and registers.ndim == 3 else 0
+        special = 2 if "dist_token" in tensors else 1
+        rows = _rows_in_front(position.shape[1], (special, special + more, 0), own)
+        tensors[_POSITION] = position[:, rows:]
+    for name, first, what in (
+        (_CLS, 0, "class token"),
+        (_REGISTERS, 1 + ("dist_token" in tensors), "registers"),
+    ):
+        token = tensors.get(name)
+        if token is None:
+            continue
+        if name not in own:
+            del tensors[name]
+            report.left_out[name] = f"the model has no {what}"
+        elif position is not None and rows > first and token.ndim == 3:
+            own_rows = position[:, first : first + token.shape[1]]
+            if own_rows.shape[1:] == token.shape[1:]:
+                tensors[name] = token + own_rows
+                report.converted[name] = "its position is added to it"
+    if rows and _CLS not in own:
+        report.left_out[f"{_POSITION}[:, :{rows}]"] = "of tokens that are no patches"
+
+
+def _rows_in_front(rows: int, candidates: tuple[int, ...], own: Mapping[str, Tensor]) -> int:
+    """How many rows of a position embedding are not of patches: these are a square as a rule."""
+    wanted = own[_POSITION].shape[1] if _POSITION in own and own[_POSITION].ndim == 3 else None
+    for count in candidates:
+        if rows - count == wanted:
+            return count
+    square = (count for count in candidates if 0 < isqrt(max(rows - count, 0)) ** 2 == rows - count)
+    return next(square, 0)
+
+
+def _fit_layer_scale(tensors: Tensors, own: Mapping[str, Tensor], report: Report) -> None:
+    """Factors behind a layer are those of its rows."""
+    folded = 0
+    for name in [name for name in tensors if name.endswith(".ls.gamma") and name not in own]:
+        start = name.removesuffix("ls.gamma")
+        layer = start + ("attn.proj" if start.endswith(".f.") else "mlp.fc2")
+        gamma, weight, bias = (tensors.get(n) for n in (name, f"{layer}.weight", f"{layer}.bias"))
+        if (
+            gamma is None
+            or weight is None
+            or bias is None
+            or not (gamma.shape == bias.shape == weight.shape[:1] and weight.ndim == 2)
+        ):
+            raise WeightsError(f"{name} belongs to no layer {layer}")
+        # Multiplied in half precision, they would be rounded twice.
+        gamma = gamma.to(torch.promote_types(gamma.dtype, torch.float32))
+        tensors[f"{layer}.weight"], tensors[f"{layer}.bias"] = weight * gamma[:, None], bias * gamma
+        del tensors[name]
+        folded += 1
+    if folded:
+        report.converted[f"LayerScale ({folded} tensors)"] = "folded into attn.proj and mlp.fc2"
+    if absent := [name for name in own if name.endswith(".ls.gamma") and name not in tensors]:
+        tensors |= {name: torch.ones_like(own[name], device="cpu") for name in absent}
+        report.converted[f"LayerScale ({len(absent)} tensors)"] = "1, since the file has none"
+
+
+def _fit_head(
+    tensors: Tensors, own: Mapping[str, Tensor], pool: str, class_token: bool, report: Report
+) -> None:
+    """Leave a head out that reads something else than the model's does."""
+    head, norm = tensors.get("head.weight"), tensors.get("patch_embed.proj.weight")
+    if head is None or "head.weight" not in own:
+        return
+    behind = "fc_norm.weight" in tensors
+    theirs = _words("token" if class_token and not behind else "avg", behind)
+    if norm is not None and head.ndim == 2 and head.shape[1] == 2 * norm.shape[0]:
+        theirs = "the class token beside the mean of the patches"
+    mine = _words(pool, "fc_norm.weight" in own)
+    if mine != theirs:
+        for name in [name for name in tensors if name.startswith("head.")]:
+            del tensors[name]
+            report.left_out[name] = f"it reads {theirs}, the model's reads {mine}"
+
+
+def _words(pool: str, behind: bool) -> str:
+    if pool == "token":
+        return "the class token"
+    return f"the mean of the patches, with the norm {'behind' if behind else 'before'} it"
+
+
+def _fit_norm(tensors: Tensors, own: Mapping[str, Tensor], report: Report) -> None:
+    """The norm before the pooling, behind it, or none."""
+    for end in ("weight", "bias"):
+        here, there = f"norm.{end}", f"fc_norm.{end}"
+        if here not in own:
+            here, there = there, here
+        if here not in tensors and there in tensors and here in own:
+            tensors[here] = tensors.pop(there)
+            report.converted[here] = f"the file's {there}"
+        if there in tensors:
+            del tensors[there]
+            report.left_out[there] = "the model has no such norm"
+        if here in own and here not in tensors:
+            report.missing.append(here)
+
+
+def _rewire(tensors: Tensors, own: Mapping[str, Tensor], report: Report) -> None:
+    """A plain net's branches become f and g; norm and head see two streams (Re2TAL, CVPR 2023)."""
+    if any(".fuse." in name for name in own.keys() - tensors.keys()):
+        raise WeightsError(
+            "it is of a plain net, which has no fusion of two streams: create the model with "
+            "fusion='avg'"
+        )
+    report.converted["blocks"] = "the branches of a plain net in a reversible one: fine-tune it"
+    double: dict[str, Callable[[Tensor], Tensor]] = {
+        name: lambda value: torch.cat([value, value])
+        for name in ("norm.weight", "norm.bias", "fc_norm.weight", "fc_norm.bias")
+    }
+    double["head.weight"] = lambda value: torch.cat([value, value], dim=-1) / 2
+    for name, twice in double.items():
+        value, mine = tensors.get(name), own.get(name)
+        if value is None or mine is None or value.ndim != mine.ndim:
+            continue
+        if value.shape[-1] * 2 == mine.shape[-1]:
+            tensors[name] = twice(value)
+            halved = ", halved" if name == "head.weight" else ""
+            report.converted[name] = f"two copies{halved}, one for each stream"
