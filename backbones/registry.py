@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from backbones.common.errors import near_names
+from backbones.common.errors import did_you_mean
 from backbones.models.mvit import MViT, RevMViT
 from backbones.models.vit import RevViT, ViT
 
@@ -95,8 +95,8 @@ def record_of(name: str) -> ModelRecord:
         ValueError: unknown name (the message lists the near ones).
     """
     if name not in MODELS:
-        near = ", ".join(near_names(name, list_models()))
-        raise ValueError(f"there is no model {name!r}; did you mean {near}?")
+        near = did_you_mean(name, list_models()) or ": backbones.list_models() has all names"
+        raise ValueError(f"there is no model {name!r}{near}")
     return MODELS[name]
 
 
@@ -111,8 +111,7 @@ def build(name: str, **overrides: Any) -> nn.Module:
     any_key = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     for key in overrides:
         if key not in known and not any_key:
-            near = ", ".join(near_names(key, known))
-            raise ValueError(f"{name} takes no argument {key!r}; did you mean {near}?")
+            raise ValueError(f"{name} takes no argument {key!r}{did_you_mean(key, known)}")
     arguments = {**record.arguments, **overrides}
     for key, value in overrides.items():
         if isinstance(value, Sequence) and not isinstance(value, str | tuple):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from detectron2.config import LazyConfig
+from detectron2.layers import ShapeSpec
 from detectron2.utils.registry import locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -31,6 +34,32 @@ MOVED = {
     "revdet.solver.get_optimizer_params": "revdet.training.optim.get_optimizer_params",
 }
 
+# What the config.yaml of a run may name: a file of strangers shall build models, not call programs.
+# Both the name and the module that defines what it names are looked at.
+BUILDABLE = (
+    "backbones.create_model",
+    "backbones.factory.",
+    "backbones.models.",
+    "revdet.TrunkBackbone",
+    "revdet.data.loader.",
+    "revdet.models.",
+    "revdet.priors.",
+    "revdet.training.evaluation.",
+    "revdet.training.optim.",
+    "detectron2.data.build",
+    "detectron2.data.get_detection_dataset_dicts",
+    "detectron2.data.DatasetMapper",
+    "detectron2.data.dataset_mapper.",
+    "detectron2.data.transforms.",
+    "detectron2.evaluation.",
+    "detectron2.layers.",
+    "detectron2.modeling.",
+    "detectron2.solver.",
+    "fvcore.common.param_scheduler.",
+    "torch.nn.",
+    "torch.optim.",
+)
+
 _TYPED = {key.path: key for name, section in SECTIONS.items() for key in keys_of(section, name)}
 
 
@@ -52,6 +81,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
         if isinstance(node, DictConfig) and "_target_" in node:
             if isinstance(node._target_, str):
                 node._target_ = MOVED.get(node._target_, node._target_)
+                if not path.endswith(".py"):
+                    _check_buildable(node._target_, f"config {path}")
             known = _known_keys(node)
             for key in node:
                 if known is not None and key not in (*known, "_target_"):
@@ -73,15 +104,57 @@ def _read(path: str) -> DictConfig:
         hint = f"; there are {', '.join(near)}" if near else ""
         raise UserError(f"config {path!r} does not exist{hint}")
     try:
-        cfg = LazyConfig.load(path)
-    except Exception as error:
+        cfg = LazyConfig.load(path) if path.endswith(".py") else _read_yaml(path)
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}".replace("\n", " ")
         raise UserError(f"config {path!r} cannot be read: {reason}") from error
-    if missing := [section for section in REQUIRED if section not in cfg]:
+    if missing := [section for section in REQUIRED if not OmegaConf.is_dict(cfg.get(section))]:
         raise UserError(
             f"config {path!r} is no recipe: it lacks the section(s) {', '.join(missing)}"
         )
     return cfg
+
+
+class _Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):  # type: ignore[misc]
+    """YAML without Python objects, but for those that recipes hold."""
+
+
+_Loader.add_constructor(
+    "tag:yaml.org,2002:python/tuple", lambda loader, node: loader.construct_sequence(node)
+)
+
+
+_Loader.add_constructor(
+    "tag:yaml.org,2002:python/object:detectron2.layers.shape_spec.ShapeSpec",
+    lambda loader, node: ShapeSpec(**loader.construct_mapping(node)),
+)
+
+
+def _read_yaml(path: str) -> DictConfig:
+    """The config of a run. Nothing in it is executed: no tag, no resolver as in ``${oc.env:}``."""
+    text = Path(path).read_text(encoding="utf-8")
+    if resolver := re.search(r"(?<!\\)(?:\\\\)*\$\{[^{}]*:", text):
+        raise ValueError(f"{resolver[0]}…}} is no key of it")
+    content = yaml.load(text, Loader=_Loader)
+    if not isinstance(content, dict):
+        raise ValueError("it holds no sections")
+    return OmegaConf.create(content, flags={"allow_objects": True})
+
+
+def _check_buildable(target: str, where: str) -> None:
+    remedy = "only a .py recipe may build what is not of a recipe's packages"
+    allowed = target.startswith(BUILDABLE) and ".__" not in target
+    if allowed:
+        try:
+            found = locate(target)
+            home = f"{found.__module__}.{found.__qualname__}"
+        except (ImportError, AttributeError) as error:
+            raise UserError(
+                f"{where} names {target!r}, which cannot be imported: correct it"
+            ) from error
+        allowed = home.startswith(BUILDABLE) or home.startswith("torch.nn.")
+    if not allowed:
+        raise UserError(f"{where} names _target_ {target!r}: {remedy}")
 
 
 def _typed(name: str, given: Any, where: str) -> DictConfig:

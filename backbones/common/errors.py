@@ -32,9 +32,14 @@ def some_of(names: Sequence[str]) -> str:
 
 
 def near_names(name: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
-    """Up to three known names that a misspelt one may mean, or else the first twelve of all."""
-    known = list(known)
-    return difflib.get_close_matches(name, known, cutoff=cutoff) or known[:12]
+    """Up to three known names that a misspelt one may mean; none if no name is near."""
+    return difflib.get_close_matches(name[:200], list(known), cutoff=cutoff)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What an error message on a misspelt name ends with, if another name is near."""
+    near = ", ".join(near_names(name, known))
+    return f"; did you mean {near}?" if near else ""
 
 
 def optional_import(module: str, package: str, purpose: str) -> Any:

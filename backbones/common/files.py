@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def make_folder(path: str, setting: str) -> None:
-    """Make the folder that a setting names, unless it is there; a UserError if it cannot be."""
+    """Make the folder that a setting names, unless it is there; a UserError if it cannot."""
     try:
         os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        reason = f"cannot be made ({error_line(error)})"
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "it is read-only")
+    except (OSError, ValueError) as error:
+        reason = f"cannot be made or written to ({error_line(error)})"
         raise UserError(f"{setting}={path} {reason}: name another folder") from error
 
 
@@ -107,6 +110,15 @@ def _files_at(path: Path, accepts: Callable[[Path], bool]) -> list[Path]:
     if not path.is_dir():
         return [path]
     return [file for file in sorted(path.rglob("*")) if accepts(file) and file.is_file()]
+
+
+def free_name(folder: Path, source: Path, suffix: str, taken: Container[Path]) -> Path:
+    """A file in ``folder`` for a drawing of ``source``, numbered if its name is taken."""
+    stem = source.stem[:100]  # names have a limit, and numbers come behind
+    file, number = folder / f"{stem}{suffix}", 2
+    while file in taken:
+        file, number = folder / f"{stem}_{number}{suffix}", number + 1
+    return file
 
 
 def printable(path: str | os.PathLike[str]) -> str:

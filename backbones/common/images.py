@@ -42,8 +42,14 @@ def import_images(module: str) -> Any:
 
 
 def image_suffixes() -> tuple[str, ...]:
-    """Suffixes of the files in a folder that are taken for images, in lower case."""
-    return tuple(import_images("torchvision.datasets.folder").IMG_EXTENSIONS)
+    """Suffixes of the files in a folder that are taken for images, in lower case.
+
+    All that Pillow opens, apart from those of documents, videos and data.
+    """
+    image = import_images("PIL.Image")
+    others = {"EPS", "FITS", "HDF5", "MPEG", "WMF", "GRIB", "BUFR", "PDF"}
+    formats = image.registered_extensions()
+    return tuple(s for s, kind in formats.items() if kind in image.OPEN and kind not in others)
 
 
 def eval_transform(height: int, width: int) -> Any:
@@ -83,13 +89,32 @@ def read_image(path: str | os.PathLike[str], upright: bool = False) -> Image.Ima
     """
     from PIL import Image, ImageOps
 
-    with warnings.catch_warnings(), Image.open(path) as image:
+    with warnings.catch_warnings():
         # Damaged EXIF data and odd palettes, of which ImageNet has some; the pixels are fine.
         warnings.simplefilter("ignore", UserWarning)
-        if image.mode[0] in "IF":
-            # Pillow would clip these to white.
-            raise ValueError(f"more than 8 bits a channel (Pillow's mode {image.mode})")
-        return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error here
+        with Image.open(path) as image:
+            size, most = f"{image.width} x {image.height} px", Image.MAX_IMAGE_PIXELS
+            if most and image.width * image.height > most:
+                raise ValueError(f"its header says {size}, over {most:,} pixels: cut it into tiles")
+            if image.mode[0] in "IF":  # Pillow would clip these to white
+                raise ValueError(
+                    f"more than 8 bits a channel (Pillow's mode {image.mode}): save it with 8"
+                )
+            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
+
+
+def header_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Width and height that the header of a picture names, in pixels; (0, 0) if it has none."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                return image.size
+    except Exception:  # PIL raises whatever a format's plugin raises; reading it will say so again
+        return 0, 0
 
 
 class ImageFiles(Dataset[tuple[int, Tensor | str]]):

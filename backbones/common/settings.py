@@ -137,5 +137,5 @@ def unknown_key(name: str, known: Iterable[str], where: str = "") -> UserError:
     section = [other for other in known if other.startswith(name.partition(".")[0] + ".")]
     near += [other for other in near_names(name, section or known) if other not in near]
     place = f"{where}: " if where else ""
-    choices = ", ".join(near[:12])
-    return UserError(f"{place}there is no key {name!r}; did you mean {choices}?")
+    hint = f"; did you mean {', '.join(near[:12])}?" if near else ": --help lists the keys"
+    return UserError(f"{place}there is no key {name!r}{hint}")

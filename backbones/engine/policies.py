@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from backbones.common.errors import near_names
+from backbones.common.errors import did_you_mean
 from backbones.engine.ambient import only_plain
 from backbones.engine.kept import Kept, linear_layers, weights_of
 from backbones.engine.sameness import different, is_near, sample
@@ -243,10 +243,8 @@ def set_memory(
     for pattern in () if "products" in keep else keep:
         layers = {layer for block in blocks for layer in linear_layers(block)}
         if not fnmatch.filter(layers, pattern):
-            near = ", ".join(near_names(pattern, sorted(layers)))
-            raise ValueError(
-                f"keep: no block of {name} has a linear layer {pattern!r}; did you mean {near}?"
-            )
+            near = did_you_mean(pattern, sorted(layers)) or f": {', '.join(sorted(layers)[:12])} …"
+            raise ValueError(f"keep: no block of {name} has a linear layer {pattern!r}{near}")
     first_stored = len(blocks) - stored_blocks
     for index, block in enumerate(blocks):
         block.keep = kept[index]

@@ -1,4 +1,8 @@
-"""What a COCO-format annotation file holds: read, looked through, and cleaned."""
+"""What a COCO-format annotation file holds: read, and every field made what it must be.
+
+What leaves this module has whole ids, numbers that are finite and not huge, and masks that have
+been decoded once: behind it, nobody need look again.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +12,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pycocotools import mask as rle
-
 from backbones.common.errors import UserError
 from backbones.common.files import replacing
+from revdet.data.fields import decoded, flag, is_nothing, numbers, shown, whole_number
 
 # What cannot be trained on: the run stops, or leaves it out and counts it.
 BROKEN = {
     "missing_image": "image file does not exist",
     "unreadable_image": "image cannot be read",
     "wrong_image_size": "image has another size than the annotations say",
+    "line_image": "image is more than 100 times as long as wide: cut it into pieces",
     "incomplete_image": "image lacks a whole id, a file_name, or a width and height in pixels",
     "repeated_image": "image id is used twice",
     "incomplete_annotation": "annotation lacks a whole id, image_id or category_id",
     "repeated_annotation": "annotation id is used twice",
     "unknown_image": "annotation is of an image that is not listed",
     "unknown_category": "annotation is of a category that is not listed",
+    "bad_iscrowd": "iscrowd is neither 0 nor 1",
     "bad_box": "bbox is not [x, y, width, height]",
+    "relative_box": "bbox is in fractions of the image: multiply it by the image's size",
     "box_outside_image": "less than half of the box is inside the image",
-    "empty_mask": "segmentation is empty, or is no mask of this image",
+    "no_mask": "segmentation is missing, while others have one: draw it, or take out all of them",
+    "bad_polygon": "a polygon is not [x1, y1, x2, y2, …] of at least three corners, in numbers",
+    "polygon_far_outside": "a polygon has corners far outside the image",
+    "mask_outside_image": "all of the segmentation is outside the image",
+    "mask_of_other_size": "the RLE of the segmentation is not of the image's size",
+    "bad_rle": "the RLE of the segmentation cannot be decoded",
+    "wrong_rle_length": "the RLE of the segmentation is too long or too short for the image",
+    "empty_mask": "segmentation covers no pixel",
     "ignored_annotation": "annotation is marked ignore, which Detectron2 does not take",
 }
 # What Detectron2 deals with by itself: counted only. COCO's own files have all three.
@@ -35,6 +48,7 @@ NOTED = {
     "clipped_box": "box reaches over the border and is clipped",
     "empty_box": "box has no width or no height and is left out of training",
 }
+NAME_LENGTH = 200  # characters of a class name, at most
 BORDER = 2.0  # px that a box may reach over the border before it is worth a word
 
 # What is found in a dataset: for each kind of BROKEN and NOTED its lines; a defaultdict.
@@ -44,9 +58,11 @@ Findings = dict[str, list[str]]
 def read_coco(path: Path) -> dict[str, Any]:
     """Read a COCO-format file, whose categories must be right for anything else to mean something.
 
+    UTF-8, UTF-16 and UTF-32 are taken, with a byte order mark or without.
+
     Returns:
         The file's content; ``images``, ``annotations`` and ``categories`` are lists of
-        dictionaries, and each category has a number ``id`` of its own and a ``name``.
+        dictionaries, and each category has a whole ``id`` and a ``name`` of its own.
 
     Raises:
         UserError: no such file, or one that is not COCO JSON.
@@ -55,25 +71,47 @@ def read_coco(path: Path) -> dict[str, Any]:
         raise UserError(f"annotation file {path} does not exist: check the path")
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not COCO JSON ({error}): check the file") from error
+    except (ValueError, RecursionError, OSError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path} is not COCO JSON ({reason}): check the file") from error
     if isinstance(content, dict):
         content.setdefault("annotations", [])  # COCO's test sets have none
     for key in ("images", "annotations", "categories"):
         items = content.get(key) if isinstance(content, dict) else None
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
             raise UserError(f"{path} is not COCO JSON (no list {key!r} of objects): check the file")
+    if any("segments_info" in annotation for annotation in content["annotations"][:1]):
+        raise UserError(
+            f"{path} is a panoptic file (segments_info): give that of the instances, such as "
+            "instances_train2017.json"
+        )
     if not content["categories"]:
         raise UserError(f"{path} lists no category: add the classes under 'categories'")
-    seen: set[int] = set()
-    for category in content["categories"]:
-        number = category.get("id")
-        if not _is_int(number) or number in seen or not isinstance(category.get("name"), str):
-            raise UserError(
-                f"{path}: category {category} needs a number 'id' of its own and a 'name'"
-            )
-        seen.add(number)
+    content["categories"] = _categories(content["categories"], path)
     return content
+
+
+def _categories(given: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    categories: list[dict[str, Any]] = []
+    for category in given:
+        number, name = whole_number(category.get("id")), category.get("name")
+        if number is None or not isinstance(name, str) or not name.strip():
+            raise UserError(
+                f"{path}: category {shown(category)} needs a number 'id' of its own and a 'name'"
+            )
+        if len(name) > NAME_LENGTH or not name.isprintable():
+            raise UserError(
+                f"{path}: the name of category {number} is longer than {NAME_LENGTH} characters, "
+                f"or has some that cannot be printed: {shown(name)}"
+            )
+        for other in categories:
+            if number == other["id"] or name == other["name"]:
+                raise UserError(
+                    f"{path}: categories {shown(other)} and {shown(category)} have one id or one "
+                    "name: give each its own"
+                )
+        categories.append({**category, "id": number, "name": name})
+    return categories
 
 
 def write_coco(path: Path, content: dict[str, Any]) -> None:
@@ -83,8 +121,7 @@ def write_coco(path: Path, content: dict[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
-        others = {k: v for k, v in content.items() if k not in ("images", "annotations")}
-        file.write(json.dumps(others).removesuffix("}"))
+        file.write(json.dumps({"categories": categories_in(content)}).removesuffix("}"))
         for key in ("images", "annotations"):
             # Without the list, as COCO's test sets are, there will be no scores.
             if key == "images" or content[key]:
@@ -104,27 +141,32 @@ def categories_in(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 def has_masks(content: dict[str, Any]) -> bool:
     """Whether any object, crowd regions aside, has a segmentation."""
-    return any(a.get("segmentation") and not a.get("iscrowd") for a in content["annotations"])
+    return any(
+        not is_nothing(a.get("segmentation")) and not flag(a.get("iscrowd"))
+        for a in content["annotations"]
+    )
 
 
 def sound_images(images: Sequence[dict[str, Any]], findings: Findings) -> list[dict[str, Any]]:
-    """The images that can be identified; the others are added to the findings."""
-    kept: dict[int, dict[str, Any]] = {}
+    """The images that can be identified, with the keys that count; others go to the findings."""
+    kept: list[dict[str, Any]] = []
+    seen: set[int] = set()
     for number, image in enumerate(images):
-        name = f"image {image.get('id', f'number {number} of the list')}"
-        sizes: list[Any] = [image.get("width"), image.get("height")]
-        if (
-            not _is_int(image.get("id"))
-            or not isinstance(image.get("file_name"), str)
-            or not all(_is_int(size) and size > 0 for size in sizes)
-        ):
+        name = f"image {shown(image.get('id', f'number {number} of the list'))}"
+        whole, file = whole_number(image.get("id")), image.get("file_name")
+        width, height = (whole_number(image.get(side)) or 0 for side in ("width", "height"))
+        if whole is None or not isinstance(file, str) or not 0 < min(width, height) < 2**24:
             keys = {key: image.get(key) for key in ("id", "file_name", "width", "height")}
-            findings["incomplete_image"].append(f"{name}: {keys}")
-        elif image["id"] in kept:
-            findings["repeated_image"].append(f"{name} ({image['file_name']})")
+            findings["incomplete_image"].append(f"{name}: {shown(keys)}")
+        elif whole in seen:
+            findings["repeated_image"].append(f"{name} ({shown(file)})")
         else:
-            kept[image["id"]] = image
-    return list(kept.values())
+            seen.add(whole)
+            if max(width, height) > 100 * min(width, height):
+                findings["line_image"].append(f"{name} ({shown(file)}): {width} x {height} px")
+            else:
+                kept.append({"id": whole, "file_name": file, "width": width, "height": height})
+    return kept
 
 
 def sound_annotations(
@@ -132,43 +174,65 @@ def sound_annotations(
 ) -> list[dict[str, Any]]:
     """The annotations of ``images`` that can be trained on; the others are added to the findings.
 
-    Those of images that are listed in ``content`` but not in ``images`` go without a word.
-    ``area`` and ``iscrowd`` are added where they are missing, since COCO's metrics need them.
-    With ``masks``, each object must have one.
+    Each has the keys that count, as COCO's metrics and Detectron2 need them: whole ids from 1 on
+    (0 and less mean "not found" to COCO's metrics, and are renumbered), ``iscrowd`` 0 or 1, a
+    ``bbox``, an ``area``, and with ``masks`` a ``segmentation`` of polygons or compressed RLE,
+    which each object must have. Those of images that are listed in ``content`` but not in
+    ``images`` go without a word.
     """
     kept_images = {image["id"]: image for image in images}
-    # Ids may be anything here, a list too: nothing has been checked yet.
-    listed = {repr(image.get("id")) for image in content["images"]}
+    listed = {whole_number(image.get("id")) for image in content["images"]}
     categories = {category["id"] for category in content["categories"]}
     seen: set[int] = set()
     kept = []
     for number, annotation in enumerate(content["annotations"]):
-        name = f"annotation {annotation.get('id', f'number {number} of the list')}"
-        image_id, category = annotation.get("image_id"), annotation.get("category_id")
-        if not all(_is_int(value) for value in (annotation.get("id"), image_id, category)):
-            keys = {key: annotation.get(key) for key in ("id", "image_id", "category_id")}
-            findings["incomplete_annotation"].append(f"{name}: {keys}")
-        elif repr(image_id) not in listed:
+        name = f"annotation {shown(annotation.get('id', f'number {number} of the list'))}"
+        keys = ("id", "image_id", "category_id")
+        own, image_id, category = (whole_number(annotation.get(key)) for key in keys)
+        if own is None or image_id is None or category is None:
+            ids = {key: annotation.get(key) for key in keys}
+            findings["incomplete_annotation"].append(f"{name}: {shown(ids)}")
+        elif image_id not in listed:
             findings["unknown_image"].append(f"{name}: image {image_id}")
         elif image_id in kept_images:
             image = kept_images[image_id]
-            name += f" of {image['file_name']}"
+            name += f" of {shown(image['file_name'])}"
             kind, detail = "", ""
-            if annotation["id"] in seen:
+            crowd = flag(annotation.get("iscrowd"))
+            box, mask, area = numbers(annotation.get("bbox")), None, 0.0
+            if own in seen:
                 kind = "repeated_annotation"
             elif category not in categories:
                 kind, detail = "unknown_category", f": category {category}"
             elif annotation.get("ignore"):
                 kind = "ignored_annotation"
+            elif crowd is None:
+                kind, detail = "bad_iscrowd", f": iscrowd {shown(annotation['iscrowd'])}"
             else:
-                kind, detail = _check_box(annotation, image)
-                if kind not in BROKEN and masks and not _has_mask(annotation, image):
-                    kind, detail = "empty_mask", ""
+                kind = _check_box(box, image)
+                if kind:
+                    size = f"{image['width']} x {image['height']}"
+                    detail = f": bbox {shown(annotation.get('bbox'))} in an image of {size} px"
+                if kind not in BROKEN and masks:
+                    mask, area, bad = decoded(annotation.get("segmentation"), image)
+                    kind, detail = (bad, "") if bad else (kind, detail)
             if kind:
                 findings[kind].append(name + detail)
             if kind not in BROKEN:
-                seen.add(annotation["id"])
-                kept.append(_completed(annotation, image))
+                seen.add(own)
+                given = numbers([annotation.get("area")])
+                entry: dict[str, Any] = {
+                    "id": own,
+                    "image_id": image_id,
+                    "category_id": category,
+                    "bbox": box,
+                }
+                entry["area"] = given[0] if given and given[0] >= 0 else area or math.prod(box[2:])
+                entry["iscrowd"] = crowd
+                kept.append({**entry, "segmentation": mask} if mask else entry)
+    free = (n for n in range(1, len(kept) + len(seen) + 1) if n not in seen)
+    for entry in kept:
+        entry["id"] = entry["id"] if entry["id"] > 0 else next(free)
     crowds = {annotation["image_id"] for annotation in kept if annotation["iscrowd"]}
     crowds -= {annotation["image_id"] for annotation in kept if not annotation["iscrowd"]}
     for image in images:
@@ -177,67 +241,17 @@ def sound_annotations(
     return kept
 
 
-def _check_box(annotation: dict[str, Any], image: dict[str, Any]) -> tuple[str, str]:
-    """The kind of what is wrong with the box, and a word on it; two empty strings if nothing is."""
-    box = annotation.get("bbox")
-    detail = f": bbox {box} in an image of {image['width']} x {image['height']} px"
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        return "bad_box", detail
+def _check_box(box: list[float], image: dict[str, Any]) -> str:
+    """The kind of what is wrong with the box; empty if nothing is."""
+    if len(box) != 4 or min(box[2:]) < 0:
+        return "bad_box"
     x, y, width, height = box
-    if min(width, height) < 0:
-        return "bad_box", detail
     if min(width, height) == 0:
-        return "empty_box", detail
+        return "empty_box"
+    if max(box) <= 1 < min(image["width"], image["height"]) and min(box) >= 0:
+        return "relative_box"
     inside_x = min(x + width, image["width"]) - max(x, 0)
     inside_y = min(y + height, image["height"]) - max(y, 0)
     if max(inside_x, 0) * max(inside_y, 0) < 0.5 * width * height:
-        return "box_outside_image", detail
-    if max(width - inside_x, height - inside_y) > BORDER:
-        return "clipped_box", detail
-    return "", ""
-
-
-def _has_mask(annotation: dict[str, Any], image: dict[str, Any]) -> bool:
-    """Whether Detectron2 can make a mask of this image's size from the segmentation."""
-    mask = annotation.get("segmentation")
-    try:
-        if isinstance(mask, dict):
-            size, counts = list(mask["size"]), mask["counts"]
-            if isinstance(counts, list) and (min(counts) < 0 or sum(counts) != math.prod(size)):
-                return False
-            return size == [image["height"], image["width"]] and _mask_area(mask, *size) > 0
-        # A sum is finite if every number is; a loop over all of COCO's corners takes long.
-        finite = [math.isfinite(sum(corners)) for corners in mask or ()]
-        drawable = [len(corners) >= 6 and len(corners) % 2 == 0 for corners in mask or ()]
-        return all(finite) and any(drawable)
-    except (KeyError, TypeError, ValueError):
-        return False
-
-
-def _mask_area(mask: Any, height: int, width: int) -> float:
-    """Pixels of a COCO segmentation: polygons, or RLE with or without compression."""
-    if isinstance(mask, list):
-        drawable = [corners for corners in mask if len(corners) >= 6 and len(corners) % 2 == 0]
-        mask = rle.merge(rle.frPyObjects(drawable, height, width))
-    elif isinstance(mask["counts"], list):
-        mask = rle.frPyObjects(mask, height, width)
-    return float(rle.area(mask))
-
-
-def _completed(annotation: dict[str, Any], image: dict[str, Any]) -> dict[str, Any]:
-    area = annotation.get("area")
-    if _is_number(area) and "iscrowd" in annotation:
-        return annotation
-    if not _is_number(area):
-        area = math.prod(annotation["bbox"][2:])
-        if _has_mask(annotation, image):
-            area = _mask_area(annotation["segmentation"], image["height"], image["width"])
-    return {**annotation, "area": area, "iscrowd": annotation.get("iscrowd", 0)}
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return "box_outside_image"
+    return "clipped_box" if max(width - inside_x, height - inside_y) > BORDER else ""

@@ -7,11 +7,16 @@ written here, in ``OUTPUT_DIR/dataset``: ``NAME.json`` for each dataset, and ``r
 from __future__ import annotations
 
 import itertools
+import json
 import logging
+import math
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from detectron2.data import MetadataCatalog
@@ -21,12 +26,13 @@ from tqdm import tqdm
 
 from backbones.common.errors import UserError, error_line
 from backbones.common.files import write_json
-from backbones.common.images import read_image
+from backbones.common.images import header_size, read_image
 from revdet.data.annotations import (
     BROKEN,
     NOTED,
     Findings,
     read_coco,
+    shown,
     sound_annotations,
     sound_images,
     write_coco,
@@ -44,9 +50,13 @@ from revdet.data.datasets import (
 from revdet.data.tables import class_rows, class_table, dataset_table, summarize
 from revdet.settings import nodes_of, own_keys
 
+LARGE = 2**23  # pixels: of larger images one is decoded at a time, of others as many as threads
 LISTED = 20  # lines of each kind that are printed; the report has all
 
 logger = logging.getLogger("revdet")
+
+# Images that have been decoded: length and time of the file, width and height, by its path.
+Checked = dict[str, list[int]]
 
 # What Detectron2 knows of a dataset that comes from the normalised file; colours, say, stay.
 _REPLACED = {"name", "json_file", "image_root", "evaluator_type", "thing_classes"}
@@ -81,11 +91,12 @@ def normalise(cfg: DictConfig, *, evaluation_only: bool = False) -> None:
     fit_recipe(cfg, {**_described(cfg, earlier), **described})
     masks = bool(OmegaConf.select(cfg, "dataloader.train.mapper.use_instance_mask"))
     report, classes, findings = {}, {}, {}
+    checked = _read_checked(cfg)
     for source, alike in names.items():
         content = contents.pop(source)  # COCO's fills the memory
         found: Findings = defaultdict(list)
         progress = f"checking {alike[0]}" if cfg.train.check_data else None
-        cleaned = _cleaned(content, source, found, masks=masks, progress=progress)
+        cleaned = _cleaned(content, source, found, checked, masks=masks, progress=progress)
         findings[" and ".join(alike)] = found
         for name in alike:
             facts = summarize(source.annotations, content, cleaned, found)
@@ -93,6 +104,7 @@ def normalise(cfg: DictConfig, *, evaluation_only: bool = False) -> None:
             classes[name] = class_rows(cleaned)
             if cfg.dataset.skip_broken or not facts["broken"]:
                 write_coco(file_of(cfg, name), cleaned)
+    write_json(file_of(cfg, "checked"), checked, indent=None)
     known = {**earlier, **report}
     write_json(
         file_of(cfg, "report"), {name: known[name] for name in dataset_names(cfg) if name in known}
@@ -130,6 +142,15 @@ def use_normalised(cfg: DictConfig, *, evaluation_only: bool = False) -> None:
                 node[key] = renamed.get(node[key], node[key])
 
 
+def _read_checked(cfg: DictConfig) -> Checked:
+    """The images that an earlier session of the run has decoded; none if the file is damaged."""
+    try:
+        content = json.loads(file_of(cfg, "checked").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def _described(cfg: DictConfig, report: dict[str, Any]) -> dict[str, Any]:
     """What a report says about the classes, which those of earlier versions do not."""
     return {name: report[name] for name in dataset_names(cfg) if "classes" in report.get(name, {})}
@@ -149,11 +170,17 @@ def _read(name: str, source: Source) -> dict[str, Any]:
 
 
 def _cleaned(
-    content: dict[str, Any], source: Source, found: Findings, *, masks: bool, progress: str | None
+    content: dict[str, Any],
+    source: Source,
+    found: Findings,
+    checked: Checked,
+    *,
+    masks: bool,
+    progress: str | None,
 ) -> dict[str, Any]:
     """The content of an annotation file without what is broken, which is added to ``found``."""
     images = sound_images(content["images"], found)
-    images = _files_that_can_be_used(images, source.images, found, progress=progress)
+    images = _files_that_can_be_used(images, source.images, found, checked, progress=progress)
     missing = found.get("missing_image", ())
     if missing and len(missing) == len(content["images"]):
         raise UserError(
@@ -165,18 +192,40 @@ def _cleaned(
 
 
 def _files_that_can_be_used(
-    images: Sequence[dict[str, Any]], folder: Path, findings: Findings, *, progress: str | None
+    images: Sequence[dict[str, Any]],
+    folder: Path,
+    findings: Findings,
+    checked: Checked,
+    *,
+    progress: str | None,
 ) -> list[dict[str, Any]]:
-    """The images whose files are there and, if a progress bar is named, decode as training will."""
+    """The images whose files are there and, if a progress bar is named, decode as training will.
+
+    Those that ``checked`` knows with the same length and time are not decoded again; the others
+    are added to it.
+    """
+    one_large = Lock()
 
     def problem(image: dict[str, Any]) -> tuple[str, str]:
         path = folder / image["file_name"]
-        if not path.is_file():
+        try:
+            facts = path.stat() if path.is_file() else None
+        except (OSError, ValueError):  # such as a name of thousands of characters
+            facts = None
+        if facts is None:
             return "missing_image", ""
         if progress is None:
             return "", ""
+        state = [facts.st_size, facts.st_mtime_ns]
         try:
-            width, height = read_image(path, upright=True).size
+            known = checked.get(str(path), [])
+            if known[:2] == state:
+                width, height = known[2:]
+            else:
+                large = math.prod(header_size(path)) > LARGE
+                with one_large if large else nullcontext():
+                    width, height = read_image(path, upright=True).size
+                checked[str(path)] = [*state, width, height]
         except Exception as error:  # a damaged file fails in any way
             return "unreadable_image", f" ({error_line(error)})"
         if (width, height) != (image["width"], image["height"]):
@@ -185,13 +234,13 @@ def _files_that_can_be_used(
         return "", ""
 
     kept = []
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         problems = tqdm(
             pool.map(problem, images), total=len(images), desc=progress, disable=progress is None
         )
         for image, (kind, detail) in zip(images, problems, strict=True):
             if kind:
-                file = folder / image["file_name"]
+                file = shown(str(folder / image["file_name"]))
                 findings[kind].append(f"image {image['id']} ({file}){detail}")
             else:
                 kept.append(image)
@@ -212,10 +261,13 @@ def _stop_or_go_on(cfg: DictConfig, report: dict[str, Any]) -> None:
         if broken := summary["broken"]:
             counts = ", ".join(f"{number} {kind}" for kind, number in broken.items())
             if not cfg.dataset.skip_broken:
+                remedy = "correct them, or set dataset.skip_broken=true to train without them"
+                if not summary["objects"]:  # nothing would be left
+                    kind = max(broken, key=lambda kind: broken[kind])
+                    remedy = f"correct the file; most are {kind}: {BROKEN[kind]}"
                 raise UserError(
                     f"dataset {name!r} is broken in {sum(broken.values())} places ({counts}), "
-                    f"listed above and in {file}: correct them, or set dataset.skip_broken=true to "
-                    "train without them"
+                    f"listed above and in {file}: {remedy}"
                 )
             logger.warning(
                 f"{name}: left out {summary['left_out_images']} images and "

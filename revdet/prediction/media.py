@@ -9,28 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from backbones.common.errors import UserError, error_line, optional_import
 from backbones.common.files import replacing
+from backbones.common.images import image_suffixes
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
-# Of what is looked for in folders.
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp", *VIDEO_SUFFIXES}
+SUFFIXES = {*image_suffixes(), *VIDEO_SUFFIXES}  # of what is looked for in folders
 
 
 def is_video(path: Path) -> bool:
     """Whether a file is taken for a video, by its name."""
     return path.suffix.lower() in VIDEO_SUFFIXES
-
-
-def header_size(path: Path) -> tuple[int, int]:
-    """Width and height that the header of a picture names, in pixels; (0, 0) if it has none."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except Exception:  # PIL raises whatever a format's plugin raises; reading it will say so again
-        return 0, 0
 
 
 def import_av() -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 
-from backbones.common.files import write_json
+from backbones.common.files import free_name, write_json
 
 
 @dataclass
@@ -44,9 +44,7 @@ class Predictions:
         """The file for a drawing of ``path``; inputs of one name in two folders get two."""
         folder = self.folder / kind
         folder.mkdir(parents=True, exist_ok=True)
-        file, number = folder / f"{path.stem}{suffix}", 2
-        while file in self._drawings:
-            file, number = folder / f"{path.stem}_{number}{suffix}", number + 1
+        file = free_name(folder, path, suffix, self._drawings)
         self._drawings.add(file)
         return file
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
 from detectron2.utils.video_visualizer import VideoVisualizer
@@ -21,19 +22,25 @@ from tqdm import tqdm
 from backbones.common.console import name_unreadable, try_device
 from backbones.common.errors import UserError, error_line
 from backbones.common.files import find_files
+from backbones.common.images import header_size
 from revdet.config import load_config
 from revdet.data.classes import categories_of
 from revdet.prediction.media import (
     SUFFIXES,
+    VIDEO_SUFFIXES,
     UnreadableError,
     VideoReader,
-    header_size,
     import_av,
     is_video,
     video_writer,
 )
 from revdet.prediction.predictor import Detector, Frame, PictureFiles, batches
 from revdet.prediction.results import Predictions
+
+LARGEST = 4096  # px: larger pictures are drawn smaller
+
+# The names of classes and pictures are no formulas.
+matplotlib.rcParams["text.parse_math"] = False
 
 
 def run(args: argparse.Namespace) -> None:
@@ -44,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     """
     _check_options(args)
     device = try_device(args.device, f"--device {args.device}", "try --device cpu")
-    what = f"picture or video ({' '.join(sorted(SUFFIXES))})"
+    what = f"picture that Pillow reads, or video ({' '.join(sorted(VIDEO_SUFFIXES))})"
     inputs = find_files(
         args.input, lambda path: path.suffix.lower() in SUFFIXES, what, passed_over=args.output
     )
@@ -125,7 +132,8 @@ class Inference:
             self.predictions.add(ids[path], instances, file_name=str(path))
             if not self.args.no_drawings:
                 drawing = self.predictions.drawing("pictures", path, ".jpg")
-                painter = Visualizer(frame.pixels, self.metadata)
+                scale = min(1.0, LARGEST / max(frame.pixels.shape))
+                painter = Visualizer(frame.pixels, self.metadata, scale)
                 drawn = painter.draw_instance_predictions(instances).get_image()
                 Image.fromarray(drawn).save(drawing, quality=92)
                 facts["drawing"] = str(drawing)

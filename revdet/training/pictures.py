@@ -14,13 +14,17 @@ from detectron2.data import detection_utils as utils
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from torch import nn
 
+from backbones.common.files import free_name
 from revdet.training.metrics import read_metrics
 
 matplotlib.use("Agg")  # no display on a training machine
 import matplotlib.pyplot as plt
 
+matplotlib.rcParams["text.parse_math"] = False  # a class may be called $x_$
+
 # Height of one panel in pixels; small images are enlarged so that labels are legible.
 PANEL_HEIGHT = 480
+PANEL_WIDTH = 860  # at most: two of them and the margins stay below 2000 px
 
 SHOWN_SCORE = 0.5  # predictions below it are not drawn
 
@@ -37,6 +41,8 @@ def draw_predictions(
 ) -> list[Path]:
     """Draw ground truth and predictions side by side, for each image a PNG of its name.
 
+    Images of one name in two folders get two.
+
     ``records`` are the images, as Detectron2's dataset dictionaries, ``mapper`` the recipe's for
     tests, ``dataset_name`` says whose class names are drawn. Returns the files.
     """
@@ -44,15 +50,16 @@ def draw_predictions(
     metadata = MetadataCatalog.get(dataset_name)
     was_training = model.training
     model.eval()
-    files = []
+    files: list[Path] = []
     for record in records:
         image = utils.read_image(record["file_name"], format="RGB")
         with torch.no_grad():
             found = model([mapper(record)])[0]["instances"].to("cpu")
-        look = image, metadata, PANEL_HEIGHT / image.shape[0], ColorMode.SEGMENTATION
+        scale = min(PANEL_HEIGHT / image.shape[0], PANEL_WIDTH / image.shape[1])
+        look = image, metadata, scale, ColorMode.SEGMENTATION
         truth = Visualizer(*look).draw_dataset_dict(record)
         guess = Visualizer(*look).draw_instance_predictions(found[found.scores >= SHOWN_SCORE])
-        files.append(output_dir / f"{Path(record['file_name']).stem}.png")
+        files.append(free_name(output_dir, Path(record["file_name"]), ".png", files))
         _side_by_side([truth.get_image(), guess.get_image()], files[-1])
     model.train(was_training)
     return files

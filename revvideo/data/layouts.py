@@ -158,7 +158,7 @@ def _labels_by_name(names: Sequence[str], found: Collection[str], where: Path) -
         if _order(name) not in known:
             raise UserError(
                 f"class {name!r} in {where} is none of the {len(names)} classes of the model, such "
-                f"as {some_of(near_names(name, names))}: rename it, or take it out"
+                f"as {some_of(near_names(name, names) or names)}: rename it, or take it out"
             )
     return {name: known[_order(name)] for name in found}
 

@@ -134,12 +134,29 @@ def test_what_an_override_sets():
     assert cfg.train.amp == {"enabled": True, "dtype": "float16"}
 
 
-def test_a_config_that_names_what_cannot_be_imported(tmp_path):
-    path = tmp_path / "config.yaml"
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("revdet.TrunkBackbone", "gone.Backbone", "may build"),
+        ("revdet.TrunkBackbone", "revdet.models.Gone", "cannot be imported"),
+        ("revdet.TrunkBackbone", "os.mkdir", "may build"),
+        # By a module that it is allowed to name.
+        ("revdet.TrunkBackbone", "detectron2.data.build.os.mkdir", "cannot be imported|may build"),
+        ("revdet.TrunkBackbone", "detectron2.data.transforms.__dict__", "may build"),
+        ("\ntrain:", "\nzz: !!python/object/apply:os.mkdir [MARK]\ntrain:", "constructor"),
+        ("\ntrain:", "\nzz: ${oc.decode:1}\ntrain:", "no key"),
+        ("\ntrain:", "\nzz: " + "[" * 3000 + "]" * 3000 + "\ntrain:", "cannot be read"),
+    ],
+)
+def test_a_config_of_strangers_executes_nothing(tmp_path, old, new, words):
+    path, mark = tmp_path / "config.yaml", tmp_path / "mark"
     LazyConfig.save(load_config(DEMO), str(path))
-    path.write_text(path.read_text().replace("revdet.TrunkBackbone", "gone.Backbone"))
-    with pytest.raises(UserError, match=r"'gone\.Backbone', which cannot be imported"):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new.replace("MARK", str(mark)), 1))
+    with pytest.raises(UserError, match=words):
         load_config(str(path))
+    assert not mark.exists()
 
 
 TYPED = ["a=b", "/d/[1,2]", "{x}", "${train.seed}", r"\${x}", 'it\'s "two"', "c, d", "", " "]

@@ -178,7 +178,7 @@ def break_everything(own: OwnData) -> dict[str, str]:
 
     annotation = own.of_image(single[2])[0]
     annotation["segmentation"] = [[]]
-    names["empty_mask"] = f"annotation {annotation['id']} of {hollow}"
+    names["no_mask"] = f"annotation {annotation['id']} of {hollow}"
     annotation = own.of_image(single[3])[0]
     annotation["bbox"] = [images[single[3]]["width"] + 5, 10, 30, 20]
     names["box_outside_image"] = f"annotation {annotation['id']} of {outside}"
@@ -251,8 +251,11 @@ def test_an_image_that_stops_decoding_during_training(own, refusal):
     [
         ("categories", None, "no list 'categories'"),
         ("categories", [], "no category"),
-        ("categories", [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}], "'id' of its own"),
-        ("categories", [{"id": "1", "name": "cat"}], "number 'id'"),
+        ("categories", [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}], "one id or one name"),
+        ("categories", [{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}], "one id or one name"),
+        ("categories", [{"id": "one", "name": "cat"}], "number 'id'"),
+        ("categories", [{"id": 1, "name": "\ud800"}], "cannot be printed"),
+        ("annotations", [{"segments_info": []}], "panoptic"),
         ("images", 5, "no list 'images'"),
         ("images", [], "no object to learn"),
         ("annotations", [5], "no list 'annotations'"),
@@ -362,6 +365,14 @@ def compressed(mask: np.ndarray) -> dict[str, Any]:
     [
         ("incomplete_annotation", {"image_id": None}),
         ("incomplete_annotation", {"id": "seven"}),
+        ("incomplete_annotation", {"id": 10**400}),
+        ("", {"id": "9", "image_id": 1.0, "category_id": "2"}),
+        ("", {"id": -3}),
+        ("bad_iscrowd", {"iscrowd": "yes"}),
+        *(("", {"iscrowd": nothing}) for nothing in (None, False, "0", 0.0)),
+        ("relative_box", {"bbox": [0.25, 0.25, 0.5, 0.5]}),
+        ("", {"bbox": ["5", "5", "10", "10"]}),
+        *(("", {"area": area}) for area in (-1, None, float("nan"), 10**400)),
         ("incomplete_annotation", {"category_id": 2.5}),
         ("repeated_annotation", {"id": 1}),
         ("unknown_image", {"image_id": 3}),
@@ -378,19 +389,27 @@ def compressed(mask: np.ndarray) -> dict[str, Any]:
         ("clipped_box", {"bbox": [-4, 5, 10, 10]}),
         ("", {"bbox": [-1, 5, 10, 10]}),
         ("empty_box", {"bbox": [5, 5, 10, 0]}),
-        ("empty_mask", {"segmentation": None}),
-        ("empty_mask", {"segmentation": []}),
-        ("empty_mask", {"segmentation": [[5, 5, 9, 9]]}),
-        ("empty_mask", {"segmentation": [["a"] * 6]}),
-        ("empty_mask", {"segmentation": [[*SQUARE[0][:-1], float("inf")]]}),
-        ("empty_mask", {"segmentation": {"size": [30, 40]}}),
+        *(("no_mask", {"segmentation": nothing}) for nothing in (None, [], [[]], [None], {})),
+        ("bad_polygon", {"segmentation": [[5, 5, 9, 9]]}),
+        ("bad_polygon", {"segmentation": [["a"] * 6]}),
+        ("bad_polygon", {"segmentation": [[*SQUARE[0][:-1], float("inf")]]}),
+        ("bad_polygon", {"segmentation": [[*SQUARE[0][:-1], 1e300]]}),
+        ("polygon_far_outside", {"segmentation": [[0, 0, 1e9, 0, 1e9, 1e9]]}),
+        ("mask_outside_image", {"segmentation": [[50, 5, 60, 5, 60, 9]]}),
+        ("", {"segmentation": SQUARE[0]}),
+        ("bad_rle", {"segmentation": {"size": [30, 40]}}),
+        ("bad_rle", {"segmentation": {"size": [30, 40], "counts": "zzzz\x01"}}),
+        ("bad_rle", {"segmentation": {"size": [30, 40], "counts": "P" * 9 + "0"}}),
+        ("bad_rle", {"segmentation": {"size": [30, 40], "counts": [1300, -110, 10]}}),
+        ("wrong_rle_length", {"segmentation": {"size": [30, 40], "counts": "d0"}}),
+        ("wrong_rle_length", {"segmentation": {**compressed(MASK[:, :30]), "size": [30, 40]}}),
         ("empty_mask", {"segmentation": {"size": [30, 40], "counts": [1200]}}),
-        ("empty_mask", {"segmentation": {"size": [30, 40], "counts": [5, 5]}}),
-        ("empty_mask", {"segmentation": compressed(MASK[:, :30])}),
+        ("wrong_rle_length", {"segmentation": {"size": [30, 40], "counts": [5, 5]}}),
+        ("mask_of_other_size", {"segmentation": compressed(MASK[:, :30])}),
         ("empty_mask", {"segmentation": compressed(0 * MASK)}),
         ("empty_box", {"bbox": [5, 5, 0, 5], "segmentation": [[5.0, 5, 5, 7, 5, 9]]}),
         ("", {"segmentation": compressed(MASK)}),
-        ("", {"segmentation": {"size": [30, 40], "counts": [600, 10, 590]}}),
+        ("", {"segmentation": {"size": [30, 40], "counts": [600.0, 10.0, 590.0]}}),
         ("", {"segmentation": [[1, 2], *SQUARE]}),
         ("", {}),
     ],
@@ -403,7 +422,7 @@ def test_kinds_of_broken_annotations(kind, change):
     assert {name: len(lines) for name, lines in findings.items()} == ({kind: 1} if kind else {})
     assert len(kept) == 1 + (kind not in BROKEN)
     for annotation in kept:
-        assert annotation["iscrowd"] == 0
+        assert annotation["iscrowd"] == 0 and 1 <= annotation["id"] <= 9
         assert change.get("bbox") or annotation["area"] == pytest.approx(100, abs=91)
 
 
@@ -413,13 +432,48 @@ def test_kinds_of_broken_annotations(kind, change):
         ("incomplete_image", {"id": None}),
         ("incomplete_image", {"width": 0}),
         ("incomplete_image", {"file_name": 5}),
-        ("repeated_image", {}),
+        ("incomplete_image", {"id": 10**400}),
+        ("line_image", {"id": 2, "width": 4000}),
+        ("repeated_image", {"id": "1"}),
     ],
 )
 def test_kinds_of_broken_images(kind, change):
     findings: Findings = defaultdict(list)
     assert sound_images([IMAGE, {**copy.deepcopy(IMAGE), **change}], findings) == [IMAGE]
     assert list(findings) == [kind]
+
+
+def test_masks_are_stored_in_one_form():
+    """Compressed or not, a mask comes back as it is, with any number of runs."""
+    generator = np.random.default_rng(0)
+    for density in (0.001, 0.1, 0.5, 0.999):
+        mask = np.asfortranarray(generator.random((30, 40)) < density, np.uint8)
+        packed = compressed(mask)
+        flat = mask.flatten(order="F")
+        edges = np.flatnonzero(np.diff(flat, prepend=0, append=2))
+        runs = np.diff(edges, prepend=0).tolist()
+        for counts in (packed["counts"], runs):
+            given = {**GOOD, "segmentation": {"size": [30, 40], "counts": counts}}
+            content = {"images": [IMAGE], "annotations": [given], "categories": [{"id": 2}]}
+            (kept,) = sound_annotations(content, [IMAGE], defaultdict(list), masks=True)
+            assert kept["segmentation"] == packed and kept["area"] == mask.sum()
+
+
+def test_a_resumed_run_does_not_decode_again(own, monkeypatch, tmp_path):
+    arguments = [*own.arguments(), f"train.output_dir={tmp_path}/run"]
+    decoded = []
+
+    def counting(path: Path, **options: Any) -> Image.Image:
+        decoded.append(path.name)
+        return Image.open(path)
+
+    monkeypatch.setattr("revdet.data.normalise.read_image", counting)
+    normalise(load_config(DEMO, arguments))
+    assert len(decoded) == 16
+    changed = own.images / own.content["images"][3]["file_name"]
+    changed.write_bytes(changed.read_bytes() + b"x")
+    normalise(load_config(DEMO, arguments))
+    assert decoded[16:] == [changed.name]
 
 
 def test_image_files_that_do_not_fit(own, refusal):
