@@ -104,7 +104,7 @@ def _read(path: str) -> DictConfig:
         hint = f"; there are {', '.join(near)}" if near else ""
         raise UserError(f"config {path!r} does not exist{hint}")
     try:
-        cfg = LazyConfig.load(path) if path.endswith(".py") else _read_yaml(path)
+        cfg = LazyConfig.load(path) if path.endswith(".py") else read_yaml(path)
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}".replace("\n", " ")
         raise UserError(f"config {path!r} cannot be read: {reason}") from error
@@ -130,7 +130,7 @@ _Loader.add_constructor(
 )
 
 
-def _read_yaml(path: str) -> DictConfig:
+def read_yaml(path: str) -> DictConfig:
     """The config of a run. Nothing in it is executed: no tag, no resolver as in ``${oc.env:}``."""
     text = Path(path).read_text(encoding="utf-8")
     if resolver := re.search(r"(?<!\\)(?:\\\\)*\$\{[^{}]*:", text):

@@ -49,7 +49,8 @@ def image_suffixes() -> tuple[str, ...]:
     image = import_images("PIL.Image")
     others = {"EPS", "FITS", "HDF5", "MPEG", "WMF", "GRIB", "BUFR", "PDF"}
     formats = image.registered_extensions()
-    return tuple(s for s, kind in formats.items() if kind in image.OPEN and kind not in others)
+    found = {s for s, kind in formats.items() if kind in image.OPEN and kind not in others}
+    return tuple(sorted(found, key=lambda suffix: (suffix not in (".jpg", ".png"), suffix)))
 
 
 def eval_transform(height: int, width: int) -> Any:

@@ -9,9 +9,11 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import DictConfig
 
-from backbones.common.errors import UserError
+from backbones.common.errors import UserError, some_of
+from revdet.config import read_yaml
 from revdet.data.annotations import categories_in, has_masks, read_coco
 from revdet.data.datasets import OWN, dataset_names, register_datasets
+from revdet.data.fields import whole_number
 from revdet.settings import nodes_of, own_keys
 
 
@@ -63,7 +65,49 @@ def fit_recipe(cfg: DictConfig, described: Mapping[str, Mapping[str, Any]]) -> N
         cfg.dataset.categories = next(iter(described.values()))["classes"]
 
 
-def categories_of(cfg: DictConfig) -> list[dict[str, Any]]:
+def classes_of_run(weights: str) -> list[dict[str, Any]]:
+    """Id and name of each class of the run that has saved a checkpoint; empty if it is of none."""
+    try:
+        cfg = read_yaml(str(Path(weights).with_name("config.yaml")))
+        return [dict(category) for category in cfg.dataset.categories]
+    except Exception:  # no file, or none that a run has saved
+        return []
+
+
+def other_classes(theirs: list[dict[str, Any]], known: list[dict[str, Any]]) -> list[str]:
+    """The names of classes that are not among the known ones."""
+    names = {category["name"] for category in known}
+    return [category["name"] for category in theirs if category["name"] not in names]
+
+
+def give_ids_of(known: list[dict[str, Any]], content: dict[str, Any], where: Path) -> None:
+    """Give the classes of an annotation file the ids that a model knows them by, by their names.
+
+    Args:
+        known: id and name of each class of the model.
+        content: of the file, as :func:`revdet.data.annotations.read_coco` returns it; changed.
+        where: the file.
+
+    Raises:
+        UserError: it has classes that the model does not have.
+    """
+    if categories_in(content) == known:
+        return
+    if others := other_classes(content["categories"], known):
+        raise UserError(
+            f"{where} has classes that the run has not learnt ({some_of(others)}): it knows "
+            f"{some_of([category['name'] for category in known])}; name them alike, or train anew"
+        )
+    ids = {category["name"]: category["id"] for category in known}
+    new = {category["id"]: ids[category["name"]] for category in content["categories"]}
+    for annotation in content["annotations"]:
+        number = whole_number(annotation.get("category_id"))
+        if number in new or number in ids.values():
+            annotation["category_id"] = new.get(number)
+    content["categories"] = known
+
+
+def categories_of(cfg: DictConfig, weights: str = "") -> list[dict[str, Any]]:
     """Id and name of each class of a recipe, in the model's order.
 
     They are those that a run has saved in its config, or those of the dataset: its annotation file
@@ -71,6 +115,7 @@ def categories_of(cfg: DictConfig) -> list[dict[str, Any]]:
 
     Args:
         cfg: the recipe. One that is to learn own data is changed as by :func:`fit_recipe`.
+        weights: a checkpoint; if it is of a run, the order is that of the run's classes.
 
     Raises:
         UserError: the classes cannot be found out, or the model has another number of them.
@@ -84,6 +129,13 @@ def categories_of(cfg: DictConfig) -> list[dict[str, Any]]:
     else:
         known = {name: {"classes": _registered_classes(name), "masks": True}}
     fit_recipe(cfg, known)
+    if trained := classes_of_run(weights):
+        if others := other_classes([*cfg.dataset.categories], trained):
+            raise UserError(
+                f"{weights} has not learnt classes of the config ({some_of(others)}): give the "
+                "config.yaml beside it"
+            )
+        cfg.dataset.categories = trained
     return [dict(category) for category in cfg.dataset.categories]
 
 

@@ -31,13 +31,14 @@ from revdet.data.annotations import (
     BROKEN,
     NOTED,
     Findings,
+    categories_in,
     read_coco,
     shown,
     sound_annotations,
     sound_images,
     write_coco,
 )
-from revdet.data.classes import describe_classes, fit_recipe
+from revdet.data.classes import classes_of_run, describe_classes, fit_recipe, give_ids_of
 from revdet.data.datasets import (
     OWN,
     Source,
@@ -65,7 +66,7 @@ _REPLACED |= {"thing_dataset_id_to_contiguous_id"}
 _registered = itertools.count(1)
 
 
-def normalise(cfg: DictConfig, *, evaluation_only: bool = False) -> None:
+def normalise(cfg: DictConfig, *, evaluation_only: bool = False, weights: str = "") -> None:
     """Look through the datasets of a recipe and write them as :func:`use_normalised` takes them.
 
     Prints what they hold, and writes it with all that is found to ``report.json``. What is broken
@@ -75,6 +76,8 @@ def normalise(cfg: DictConfig, *, evaluation_only: bool = False) -> None:
     Args:
         cfg: the recipe.
         evaluation_only: leave the training set alone.
+        weights: the checkpoint that is evaluated, resumed or started from. If it is of a run,
+            its classes keep the ids that they have there, by their names.
 
     Raises:
         UserError: a dataset is not registered, its annotation file is missing or not COCO JSON,
@@ -86,6 +89,9 @@ def normalise(cfg: DictConfig, *, evaluation_only: bool = False) -> None:
     for name, source in sources(cfg, evaluation_only=evaluation_only).items():
         contents[source] = contents.get(source) or _read(name, source)
         names[source].append(name)
+    known = _known_classes(cfg, contents, weights, evaluation_only=evaluation_only)
+    for source, content in contents.items() if known else ():
+        give_ids_of(known, content, source.annotations)
     described = {name: describe_classes(contents[s]) for s in names for name in names[s]}
     earlier = read_report(cfg)
     fit_recipe(cfg, {**_described(cfg, earlier), **described})
@@ -105,9 +111,9 @@ def normalise(cfg: DictConfig, *, evaluation_only: bool = False) -> None:
             if cfg.dataset.skip_broken or not facts["broken"]:
                 write_coco(file_of(cfg, name), cleaned)
     write_json(file_of(cfg, "checked"), checked, indent=None)
-    known = {**earlier, **report}
+    facts = {**earlier, **report}
     write_json(
-        file_of(cfg, "report"), {name: known[name] for name in dataset_names(cfg) if name in known}
+        file_of(cfg, "report"), {name: facts[name] for name in dataset_names(cfg) if name in facts}
     )
     if report:
         logger.info("datasets:\n%s\n%s", dataset_table(report), class_table(classes))
@@ -149,6 +155,25 @@ def _read_checked(cfg: DictConfig) -> Checked:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _known_classes(
+    cfg: DictConfig, contents: dict[Source, dict[str, Any]], weights: str, *, evaluation_only: bool
+) -> list[dict[str, Any]]:
+    """The classes that all datasets must have, in the model's order; empty if any will do."""
+    run = classes_of_run(weights) if weights else []
+    if evaluation_only:
+        return run or [dict(category) for category in cfg.dataset.categories]
+    if not contents:
+        return []
+    theirs = categories_in(next(iter(contents.values())))
+    if (
+        run
+        and weights == cfg.train.init_checkpoint
+        and {c["name"] for c in theirs} != {c["name"] for c in run}
+    ):
+        run = []  # fine-tuned on other classes
+    return run or (theirs if cfg.dataset.train_json else [])
 
 
 def _described(cfg: DictConfig, report: dict[str, Any]) -> dict[str, Any]:

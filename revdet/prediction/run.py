@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> None:
     """
     _check_options(args)
     device = try_device(args.device, f"--device {args.device}", "try --device cpu")
-    what = f"picture that Pillow reads, or video ({' '.join(sorted(VIDEO_SUFFIXES))})"
+    videos_are = " ".join(sorted(VIDEO_SUFFIXES))
+    what = f"picture or video (.jpg, .png and what else Pillow reads; {videos_are})"
     inputs = find_files(
         args.input, lambda path: path.suffix.lower() in SUFFIXES, what, passed_over=args.output
     )
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     if videos:
         import_av()
     cfg = load_config(args.config, args.overrides)
-    predictions = Predictions(args.output, categories_of(cfg))
+    predictions = Predictions(args.output, categories_of(cfg, args.weights))
     detector = Detector(cfg, args.weights, device=str(device), threshold=args.threshold)
 
     began = time.perf_counter()

@@ -44,7 +44,8 @@ def preflight(cfg: DictConfig, args: argparse.Namespace) -> str:
             fetch_weights(args.weights)
         elif train.init_checkpoint and not _last_checkpoint(train.output_dir):
             fetch_weights(train.init_checkpoint)
-        normalise(cfg, evaluation_only=args.eval_only)
+        weights = args.weights if args.eval_only else _last_checkpoint(train.output_dir)
+        normalise(cfg, evaluation_only=args.eval_only, weights=weights or train.init_checkpoint)
     return device
 
 

@@ -22,7 +22,7 @@ from pycocotools import mask as rle
 
 from revdet.config import load_config
 from revdet.data.annotations import BROKEN, Findings, sound_annotations, sound_images
-from revdet.data.classes import class_counts, fit_recipe
+from revdet.data.classes import categories_of, class_counts, fit_recipe
 from revdet.data.datasets import NOT_FACTS, dataset_names, register_datasets
 from revdet.data.normalise import normalise, use_normalised
 from tests.revdet.conftest import DEMO, FEW, error_of, own_files
@@ -159,7 +159,38 @@ def test_categories_of_both_files_must_agree(own, refusal, tmp_path):
     other = tmp_path / "other.json"
     other.write_text(json.dumps(own.content))
     message = refusal(*arguments, f"dataset.val_json={other}")
-    assert f"ids [{own.content['categories'][0]['id']}]" in message
+    assert "other.json has classes that the run has not learnt (lion)" in message
+
+
+def test_classes_keep_their_names_under_other_ids(own, train_net, tmp_path, capsys):
+    """Evaluated, predicted with, resumed: a run's classes are known by their names."""
+    output = tmp_path / "run"
+    assert train_net(output, *own.arguments(), ITERATION, *FEW) == 0
+    config, weights = str(output / "config.yaml"), f"{output}/model_final.pth"
+    first = json.loads((output / "results.json").read_text())
+    saved = json.loads((output / "dataset" / "own_train.json").read_text())
+
+    new = {c["id"]: 90 - c["id"] for c in own.content["categories"]}
+    for category in own.content["categories"]:
+        category["id"] = new[category["id"]]
+    for annotation in own.content["annotations"]:
+        annotation["category_id"] = new[annotation["category_id"]]
+    other = own.arguments()
+    arguments = [*other, "--eval-only", f"train.init_checkpoint={weights}"]
+    assert train_net(tmp_path / "again", *arguments, config=config) == 0
+    again = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert again["bbox"] == first["bbox"]
+    # The recipe in place of the config: the run is known by its checkpoint.
+    normalise(load_config(DEMO, [*other, f"train.output_dir={tmp_path}/c"]), weights=weights)
+    assert json.loads((tmp_path / "c" / "dataset" / "own_train.json").read_text()) == saved
+    ids = [category["id"] for category in categories_of(load_config(DEMO, other), weights)]
+    assert ids == [category["id"] for category in saved["categories"]]
+
+    own.content["categories"][0]["name"] = "lion"
+    own.arguments()
+    capsys.readouterr()
+    assert train_net(tmp_path / "again", *arguments, config=config) == 2
+    assert "classes that the run has not learnt (lion)" in error_of(capsys)
 
 
 # --- broken data -------------------------------------------------------------------------------
