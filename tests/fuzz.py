@@ -1,0 +1,494 @@
+"""Broken input of several kinds, through the project's own functions; from the project's root:
+
+    python -m tests.fuzz images|coco|configs|checkpoints [--count N] [--seed N]
+
+Each case changes a good file at random, the same ones for the same seed, and runs in a forked child
+with a watchdog and a limit on its memory. It may be taken, or refused by an error of the project.
+Each new kind of failure is printed once; exits with 1 after a traceback, a crash, a hang, code that
+the file brought along, or more memory than the limit.
+
+A kind is a class with ``case(random, path) -> function``: it writes a case to ``path`` and returns
+what to do with it, which returns nothing or a refusal. Add it to ``KINDS``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+import logging
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RECIPE = str(ROOT / "configs/detection/demo/mask_rcnn_rev_vit_demo.py")
+SECONDS, MEGABYTES = 30, 900  # of a case; memory above what the process has before
+TINY = [
+    "model.backbone.net.model.embed_dim=24",
+    "model.backbone.net.model.depth=1",
+    "model.backbone.net.model.img_size=64",
+    "model.backbone.square_pad=64",
+    "dataloader.train.num_workers=0",
+    "train.device=cpu",
+    "train.pictures=1",
+]
+OK = ("ok", "refused")
+
+
+def outcome_of(work: Callable[[], Any]) -> tuple[str, str]:
+    """How a case ends in this process; a text that it returns is a refusal."""
+    try:
+        said = work()
+        return ("refused", said) if isinstance(said, str) else ("ok", "")
+    except SystemExit as error:
+        return "refused", f"exit {error.code}"
+    except MemoryError:
+        return "memory", "MemoryError"
+    except BaseException as error:
+        owners = {kind.__module__.split(".")[0] for kind in type(error).__mro__}
+        if owners & {"backbones", "revdet", "revvideo"}:
+            return ("refused" if "\n" not in str(error).strip() else "many lines"), str(error)
+        if isinstance(error, ValueError | OSError) and _by_library(error):
+            return "refused", str(error)
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames if f.filename.startswith(str(ROOT)) and ".venv" not in f.filename]
+        where = f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "?"
+        return "traceback", f"{type(error).__name__} at {where}: {str(error)[:150]}"
+
+
+def _by_library(error: BaseException) -> bool:
+    """Raised by backbones itself, whose public functions refuse with a plain ValueError."""
+    return traceback.extract_tb(error.__traceback__)[-1].filename.startswith(f"{ROOT}/backbones")
+
+
+def in_child(work: Callable[[], Any]) -> tuple[str, str]:
+    """:func:`outcome_of` in a forked child, or what ended that."""
+    read, write = os.pipe()
+    before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    if not (child := os.fork()):
+        os.close(read)
+        os.setpgid(0, 0)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + (6 << 30),) * 2)
+        kind, text = outcome_of(work)
+        os.write(write, json.dumps([kind, text[:2000]]).encode())
+        os._exit(0)
+    os.close(write)
+    while True:
+        done, status, usage = os.wait4(child, os.WNOHANG)
+        if done:
+            break
+        if time.monotonic() - begun > SECONDS:
+            with contextlib.suppress(OSError):
+                os.killpg(child, signal.SIGKILL)
+            os.wait4(child, 0)
+            os.close(read)
+            return "hang", f"not done after {SECONDS} s"
+        time.sleep(0.01)
+    with os.fdopen(read, "rb") as pipe:
+        data = pipe.read()
+    if not data:
+        return "crash", f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "no word"
+    if (more := (usage.ru_maxrss - before) // 1024) > MEGABYTES:
+        return "memory", f"{more} MB more"
+    kind, text = json.loads(data)
+    return kind, text
+
+
+def damaged(raw: bytes, rnd: random.Random) -> bytes:
+    """A file with a part flipped, cut off, zeroed or doubled."""
+    data, length = bytearray(raw), len(raw)
+    match rnd.choice(["flip", "head", "cut", "zero", "twice"]):
+        case "flip" | "head" as where:
+            for _ in range(rnd.choice([1, 10, 100])):
+                data[rnd.randrange(min(length, 200) if where == "head" else length)] ^= (
+                    1 << rnd.randrange(8)
+                )
+        case "cut":
+            del data[rnd.randrange(length) :]
+        case "zero":
+            at, size = rnd.randrange(length), rnd.choice([50, 1000, length // 3])
+            data[at : at + size] = bytes(len(data[at : at + size]))
+        case "twice":
+            at = rnd.randrange(length)
+            data[at:at] = data[at : at + 500]
+    return bytes(data)
+
+
+class Images:
+    """Pictures of many formats, and headers that lie."""
+
+    def __init__(self, folder: Path) -> None:
+        import numpy as np
+        from PIL import Image
+
+        from revdet.config import load_config
+
+        self.mapper = load_config(RECIPE).dataloader.test.mapper
+        noise = np.random.default_rng(0).integers(0, 255, (12, 16, 3), np.uint8)
+        image = Image.fromarray(noise).resize((160, 120))
+        kinds = "PNG RGB,PNG RGBA,PNG P,PNG 1,PNG I;16,JPEG L,JPEG CMYK,JPEG RGB,WEBP RGB,TIFF RGB"
+        self.sources = []
+        for kind, mode in (text.split() for text in f"{kinds},BMP RGB,GIF P,PPM RGB".split(",")):
+            file = io.BytesIO()
+            image.convert("L" if mode == "I;16" else mode).convert(mode).save(file, kind)
+            self.sources.append(file.getvalue())
+
+    def case(self, rnd: random.Random, path: Path) -> Callable[[], Any]:
+        raw = rnd.choice(self.sources)
+        if raw[:4] == b"\x89PNG" and rnd.random() < 0.5:
+            sizes = [(100000, 100000), (2**31 - 1, 1), (13000, 13000), (0, 5), (9400, 9400)]
+            head = raw[12:16] + struct.pack(">II", *rnd.choice(sizes)) + raw[24:29]
+            raw = raw[:12] + head + struct.pack(">I", zlib.crc32(head)) + raw[33:]
+        else:
+            raw = damaged(raw, rnd)
+        path.write_bytes(raw)
+        return lambda: self.read(path)
+
+    def read(self, path: Path) -> Any:
+        from backbones.common.images import ImageFiles, header_size
+        from revdet.prediction.predictor import PictureFiles, Preparation
+
+        header_size(path)
+        ImageFiles([str(path)], 64, 64)[0]
+        return PictureFiles([path], Preparation(self.mapper))[0]
+
+
+BIG: list[Any] = [10**400, -(10**400), 2**63, -(2**63), 2**31, 1e308, 1e-320, -1, 0, 0.5, True]
+BIG += [float("nan"), float("inf")]
+ODD: list[Any] = [None, "", "\0", "../" * 9, "/dev/zero", "\ud800", "é" * 300, "x" * 5000, [], {}]
+ODD += [[[]], [None], {"a": 1}, "1"]
+
+
+class Coco:
+    """Annotation files: read, normalised, trained on for a step an image, and evaluated."""
+
+    def __init__(self, folder: Path) -> None:
+        import numpy as np
+        from PIL import Image
+        from pycocotools import mask
+
+        self.images, images, annotations = folder / "img", [], []
+        self.images.mkdir()
+        drawn = np.zeros((48, 64), np.uint8, order="F")
+        drawn[12:36, 16:48] = 1
+        packed = mask.encode(drawn)["counts"].decode()
+        forms = [
+            [[16, 12, 48, 12, 48, 36, 16, 36]],
+            {"size": [48, 64], "counts": packed},
+            {"size": [48, 64], "counts": [16 * 48 + 12, *[24, 24] * 31, 24, 16 * 48 + 12]},
+        ]
+        for number in (1, 2, 3):
+            pixels = np.random.default_rng(number).integers(0, 255, (48, 64, 3), np.uint8)
+            Image.fromarray(pixels).save(self.images / f"{number}.png")
+            size = {"width": 64, "height": 48}
+            images.append({"id": number, "file_name": f"{number}.png", **size})
+            entry = {"id": number, "image_id": number, "category_id": 1, "iscrowd": 0, "area": 768}
+            box = {"bbox": [16, 12, 32, 24], "segmentation": forms[number - 1]}
+            annotations.append({**entry, **box})
+        categories = [{"id": 1, "name": "box"}]
+        self.base = {"images": images, "annotations": annotations, "categories": categories}
+
+    def case(self, rnd: random.Random, path: Path) -> Callable[[], Any]:
+        tree = copy.deepcopy(self.base)
+        for _ in range(rnd.choice([1, 1, 2, 5])):
+            change(tree, rnd)
+        raw = json.dumps(tree).encode()
+        if rnd.random() < 0.2:
+            deep = rnd.choice([900, 5000])
+            nested = raw[:-1] + b', "deep": ' + b"[" * deep + b"]" * deep + b"}"
+            raw = rnd.choice([nested, b"\xef\xbb\xbf" + raw, damaged(raw, rnd)])
+        path.write_bytes(raw)
+        skip = f"dataset.skip_broken={str(rnd.random() < 0.7).lower()}"
+        return lambda: self.train(path, skip)
+
+    def train(self, path: Path, skip: str) -> None:
+        from detectron2.config import instantiate
+        from detectron2.utils.events import EventStorage
+
+        from revdet.config import load_config
+        from revdet.data.normalise import normalise, use_normalised
+        from revdet.models import build_model
+        from revdet.training.evaluation import evaluate
+        from revdet.training.results import finish
+
+        data = [f"dataset.{split}_json={path}" for split in ("train", "val")]
+        data += [f"dataset.{split}_images={self.images}" for split in ("train", "val")]
+        out = f"train.output_dir={path}.out"
+        cfg = load_config(RECIPE, [*TINY, *data, skip, out])
+        normalise(cfg)
+        use_normalised(cfg)
+        model, loader = build_model(cfg, "cpu"), instantiate(cfg.dataloader.train)
+        mapper = instantiate(cfg.dataloader.train.mapper)
+        with EventStorage():
+            for record in loader.dataset.records:
+                sum(model([mapper(copy.deepcopy(record))]).values()).backward()
+        finish(cfg, model, evaluate(cfg, model.eval()), {}, trained=False)
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of everything in a tree."""
+    if not isinstance(tree, dict | list):
+        return
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+def change(tree: Any, rnd: random.Random) -> None:
+    """Change one thing somewhere in a tree."""
+    if not (paths := [path for path in places(tree) if len(path) < 5 or rnd.random() < 0.2]):
+        return
+    *above, key = rnd.choice(paths)
+    parent = tree
+    for step in above:
+        parent = parent[step]
+    match rnd.choice(["drop", "big", "odd", "twice", "list", "text", "counts"]):
+        case "drop":
+            del parent[key]
+        case "twice" if isinstance(parent, list):
+            parent.insert(key, copy.deepcopy(parent[key]))
+        case "list":
+            parent[key] = [parent[key]]
+        case "text":
+            parent[key] = "7"
+        case "counts":
+            texts = ["o" * 24, "", "PPP" * 50, "~" * 1000, {"a": 1}, [2**32, 5], [10**30], [None]]
+            random_text = "".join(chr(rnd.randint(48, 111)) for _ in range(rnd.randint(1, 40)))
+            counts = rnd.choice([*texts, [1.5], [-5, 10], random_text, random_text])
+            parent[key] = {"size": [48, 64], "counts": counts}
+        case other:
+            parent[key] = copy.deepcopy(rnd.choice(BIG if other == "big" else ODD))
+
+
+VALUES = [
+    "-1",
+    "0",
+    "1e308",
+    "nan",
+    "inf",
+    "''",
+    "null",
+    "[]",
+    "{}",
+    "true",
+    "999999999999999999999",
+    "abc",
+    "[1,2]",
+    "{a:1}",
+    "${train.seed}",
+    "${nope}",
+    "${oc.env:HOME}",
+    "${oc.decode:1}",
+    "1e-30",
+    "0.5",
+    "a,b",
+    "'",
+    '"',
+    "[",
+    "{",
+    "é",
+    "\x00",
+    "/dev/null",
+    "..",
+    "1e400",
+    "==",
+]
+KEYS = [
+    "train.init_checkpoint",
+    "train.max_iter",
+    "train.seed",
+    "train.device",
+    "train.memory",
+    "train.accumulate",
+    "train.memory_budget",
+    "train.stored_blocks",
+    "train.clip_grad_norm",
+    "train.ema_decay",
+    "train.eval_period",
+    "train.amp.dtype",
+    "train.checkpointer.period",
+    "train.output_dir",
+    "optimizer.lr",
+    "dataset.train_json",
+    "optimizer.weight_decay",
+    "model.backbone.net.model.depth",
+    "model.backbone.net.model.name",
+    "train",
+    "..",
+    "x",
+    "dataset.skip_broken",
+    "dataloader.train.total_batch_size",
+    "lr_multiplier.warmup_length",
+    "nope.x",
+]
+
+
+class Configs:
+    """Overrides, and the config.yaml of a run, with code in it at times."""
+
+    def __init__(self, folder: Path) -> None:
+        from detectron2.config import LazyConfig
+
+        from revdet.config import load_config
+
+        self.mark, saved = folder / "executed", folder / "saved.yaml"
+        LazyConfig.save(load_config(RECIPE, TINY), str(saved))
+        self.saved = saved.read_bytes()
+
+    def case(self, rnd: random.Random, path: Path) -> Callable[[], Any]:
+        if rnd.random() < 0.5:
+            given = [f"{rnd.choice(KEYS)}={rnd.choice(VALUES)}" for _ in range(rnd.choice([1, 2]))]
+            return lambda: self.load(RECIPE, [*TINY, *given])
+        path = path.with_suffix(".yaml")
+        lines = self.saved.split(b"\n")
+        at = rnd.randrange(len(lines))
+        evil = f"zz: !!python/object/apply:os.mkdir ['{self.mark}']"
+        target = f"zz: {{_target_: os.mkdir, path: '{self.mark}'}}"
+        more = [evil, target, "zz: " + "[" * 2000, "zz: ${oc.env:HOME}", "train: 5", "- a", "\t"]
+        lines.insert(rnd.choice([at, len(lines)]), rnd.choice(more).encode())
+        path.write_bytes(rnd.choice([b"\n".join(lines), damaged(self.saved, rnd)]))
+        return lambda: self.load(str(path), TINY)
+
+    def load(self, path: str, overrides: list[str]) -> None:
+        from revdet.config import load_config
+
+        load_config(path, overrides)
+
+
+class Evil:
+    """What makes a folder when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+class Checkpoints:
+    """Weights of a trunk: damaged, of other types and shapes, and with code."""
+
+    def __init__(self, folder: Path) -> None:
+        import torch
+
+        import backbones
+
+        self.mark, self.folder = folder / "executed", folder
+        self.make = lambda: backbones.create_model(
+            "rev_vit_tiny", img_size=32, embed_dim=24, depth=1, num_classes=3
+        )
+        torch.save(self.make().state_dict(), folder / "good.pth")
+        backbones.save_weights(self.make(), folder / "good.safetensors")
+
+    def case(self, rnd: random.Random, path: Path) -> Callable[[], Any]:
+        import torch
+
+        suffix = rnd.choice([".pth", ".pth", ".safetensors"])
+        path, source = path.with_suffix(suffix), self.folder / f"good{suffix}"
+        if suffix == ".safetensors" or rnd.random() < 0.3:
+            path.write_bytes(damaged(source.read_bytes(), rnd))
+            return lambda: self.load(path)
+        content = torch.load(source, weights_only=True)
+        key = rnd.choice([*content])
+        evil = Evil(self.mark)
+        changes: list[Any] = [evil, torch.zeros(0), torch.zeros(1).expand(10**6, 10**6), None, "x"]
+        changes += [content[key].to(t) for t in (torch.int32, torch.float64, torch.complex64)]
+        changes += [content[key].float().reshape(1, -1).to_sparse(), content[key] * float("nan")]
+        content[rnd.choice([key, key, "other", 5])] = rnd.choice(changes)
+        torch.save(rnd.choice([content, content, {"model": content}, [], 5, evil, {}]), path)
+        if rnd.random() < 0.1:
+            path.write_bytes(pickle.dumps(evil))
+        return lambda: self.load(path)
+
+    def load(self, path: Path) -> None:
+        import torch
+
+        import backbones
+
+        model = self.make()
+        before = copy.deepcopy(model.state_dict())
+        try:
+            backbones.load_weights(model, path)
+        except Exception:
+            after = model.state_dict()
+            assert all(torch.equal(before[key], after[key]) for key in before), "half loaded"
+            raise
+
+
+KINDS = {"images": Images, "coco": Coco, "configs": Configs, "checkpoints": Checkpoints}
+
+
+def fuzz(name: str, count: int, seed: int) -> dict[str, str]:
+    """Run ``count`` cases of a kind; the failures, the first case of each."""
+    import torch
+    from PIL import Image
+
+    import revdet.config  # noqa: F401  here, so that the children need not import it
+
+    Image.init()
+    torch.set_num_threads(1)
+    failures: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    folder = Path(tempfile.mkdtemp(prefix="fuzz_"))
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.chdir(folder):
+            warnings.simplefilter("ignore")
+            kind: Any = KINDS[name](folder)
+            mark = getattr(kind, "mark", folder / "executed")
+            for number in range(count):
+                work = kind.case(random.Random(f"{seed} {number}"), folder / str(number))
+                outcome, text = in_child(work)
+                if mark.exists():
+                    outcome, text = "code", "what the file brought along was executed"
+                    mark.rmdir()
+                counts[outcome] += 1
+                if outcome not in OK:
+                    failures.setdefault(
+                        f"{outcome} {text.split(': ')[0]}", f"case {number}: {text}"
+                    )
+    finally:
+        logging.disable(logging.NOTSET)
+        shutil.rmtree(folder, ignore_errors=True)
+    figures = ", ".join(f"{outcome} {number}" for outcome, number in sorted(counts.items()))
+    print(f"{name}: {count} cases of seed {seed}: {figures}")
+    return failures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    failures = fuzz(args.kind, args.count, args.seed)
+    for kind, first in failures.items():
+        print(f"{kind}, {first}")
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main())
