@@ -94,14 +94,15 @@ def build_model(cfg: DictConfig, device: str = "cpu") -> nn.Module:
     try:
         model: Any = instantiate(cfg.model)
         policy = settings.memory, settings.stored_blocks, settings.memory_keep
-        backbones.set_memory(model.backbone, *policy)
+        backbones.set_memory(model.backbone, *policy, settings.memory_slices)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"the model cannot be built: {type(error).__name__}: {error}") from error
     trunk, total = (sum(p.numel() for p in m.parameters()) for m in (model.backbone, model))
     logger.info(
         f"model: {total / 1e6:.2f} M parameters, {trunk / 1e6:.2f} M of them in the trunk and "
         f"pyramid; memory policy {settings.memory}, {settings.stored_blocks} blocks stored, "
-        f"{', '.join(settings.memory_keep) or 'nothing'} kept of the others"
+        f"{', '.join(settings.memory_keep) or 'nothing'} kept of the others, in "
+        f"{settings.memory_slices} slices"
     )
     built: nn.Module = model.to(device)
     return built

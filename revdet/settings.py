@@ -53,7 +53,8 @@ class TrainConfig:
         [],
         "layers in a block whose outputs are kept, such as [g.mlp.fc2]; [products]: all products",
     )
-    memory_budget: str = key("", "such as 8GB: chooses all three so that a training step fits")
+    memory_slices: int = key(1, "parts of the batch in which the other blocks run", low=1)
+    memory_budget: str = key("", "such as 8GB: chooses all four so that a training step fits")
     accumulate: int = key(1, "batches per iteration, of which gradients are averaged", low=1)
     reference_batch_size: int = key(
         0, "images of an iteration for which optimizer.lr is; it is scaled to others; 0: no", low=0

@@ -140,11 +140,12 @@ def _check_together(config: Config) -> None:
             f"augment.rand_augment={text}: write it as timm does, such as rand-m7-n4-mstd0.5-inc1"
         )
     train = config.train
-    if train.memory_budget and train.memory_keep:
-        raise UserError(
-            f"train.memory_budget={train.memory_budget} chooses what is kept, and so does "
-            f"train.memory_keep={train.memory_keep}: set one of the two"
-        )
+    for name, free in (("memory_keep", []), ("memory_slices", 1)):
+        if train.memory_budget and getattr(train, name) != free:
+            raise UserError(
+                f"train.memory_budget={train.memory_budget} chooses what is kept, and so does "
+                f"train.{name}={getattr(train, name)}: set one of the two"
+            )
     crop, short_side = config.data.crop_size, config.test.short_side
     if short_side < crop:
         raise UserError(f"test.short_side={short_side}: use at least data.crop_size={crop}")

@@ -44,7 +44,9 @@ def build_model(config: Config, num_classes: int = 0) -> nn.Module:
     policy = cast(backbones.MemoryPolicy, config.train.memory)
     try:
         model = backbones.create_model(settings.name, num_classes=outputs, **arguments)
-        backbones.set_memory(model, policy, config.train.stored_blocks, config.train.memory_keep)
+        train = config.train
+        kept = train.stored_blocks, train.memory_keep, train.memory_slices
+        backbones.set_memory(model, policy, *kept)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         if "takes no argument 'num_frames'" in reason:

@@ -100,7 +100,8 @@ class TrainConfig:
         [],
         "layers in a block whose outputs are kept, such as [g.mlp.fc2]; [products]: all products",
     )
-    memory_budget: str = key("", "'12GB', or 'auto' on a GPU: chooses all three by what fits")
+    memory_slices: int = key(1, "parts of the batch in which the other blocks run", low=1)
+    memory_budget: str = key("", "'12GB', or 'auto' on a GPU: chooses all four by what fits")
     log_every: int = key(20, "steps between two lines of metrics.csv", low=1)
     checkpoint_every: int = key(500, "steps between two checkpoints", low=1)
     val_every: int = key(1, "epochs between two validations (one clip, one crop)", low=1)

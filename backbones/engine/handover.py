@@ -40,6 +40,11 @@ class Handover:
         self._versions = (0, 0)
         self._kept = True
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether the outputs stayed, so that others may see them too."""
+        return self._kept
+
     def offer(self, y1: Tensor, y2: Tensor) -> None:
         """Take the outputs of the block, until they are claimed or settled, which follows soon."""
         self._streams, self._versions = (y1, y2), (y1._version, y2._version)

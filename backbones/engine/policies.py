@@ -26,6 +26,7 @@ from backbones.common.errors import did_you_mean
 from backbones.engine.ambient import only_plain
 from backbones.engine.kept import Kept, linear_layers, weights_of
 from backbones.engine.sameness import different, is_near, sample
+from backbones.engine.slices import cut
 from backbones.engine.state import ModuleState, hooked_everywhere
 
 MemoryPolicy = Literal["store", "checkpoint", "reversible"]
@@ -54,6 +55,8 @@ class Block(nn.Module):
     memory_policy: MemoryPolicy = "store"
     # Linear layers whose outputs are kept between the two runs, by name; None: all products.
     keep: tuple[str, ...] | None = ()
+    # In how many parts of the batch it runs, where it runs twice.
+    slices: int = 1
 
     def __init__(self, f: nn.Module, g: nn.Module, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -86,7 +89,10 @@ class Block(nn.Module):
         if policy == "store" or not torch.is_grad_enabled() or only_plain():
             return piece(*args)
         if policy == "checkpoint":
-            return self._checkpointed(piece, *args)
+            _, slices = cut(self, self.slices, piece, *args)
+            if len(slices) == 1:
+                return self._checkpointed(piece, *args)
+            return _joined([self._checkpointed(piece, *part) for part in slices])
         return piece(*args) if reverse is None else reverse()
 
     def _checkpointed(self, piece: Callable[..., Output], *args: Any) -> Output:
@@ -178,7 +184,15 @@ class Block(nn.Module):
     def extra_repr(self) -> str:
         keep = "products" if self.keep is None else ", ".join(self.keep)
         kept = f", keep={keep!r}" if keep else ""
+        kept += f", slices={self.slices}" if self.slices > 1 else ""
         return f"drop_path={self.drop_path}, memory_policy={self.memory_policy!r}{kept}"
+
+
+def _joined(parts: list[Any]) -> Any:
+    """The outputs of slices as those of the batch."""
+    if isinstance(parts[0], tuple):
+        return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return torch.cat(parts)
 
 
 def _tensors(out: object) -> list[Tensor]:
@@ -200,6 +214,7 @@ def set_memory(
     policy: MemoryPolicy,
     stored_blocks: int = 0,
     keep: Sequence[str] | Literal["products"] = (),
+    slices: int = 1,
 ) -> None:
     """Choose what the blocks inside ``module`` keep for the backward pass.
 
@@ -216,11 +231,17 @@ def set_memory(
             by their names in a block, such as ``("g.mlp.fc2",)``, or patterns (``"g.*"``);
             ``"products"``, alone or in the list, for all matrix products, convolutions and
             attention. The last layer of g saves the most work for its bytes.
+        slices: in how many parts of the batch the other blocks run, forwards and backwards, one
+            after the other; at most a sample each. What is alive while a block runs is then that
+            of a part. Dropout draws other numbers than for the whole batch, forwards and backwards
+            the same. A block in which samples touch each other (batch norm in training) is an
+            error when it runs.
 
     Raises:
         ValueError: unknown policy; no block in ``module``; ``"reversible"`` for a module without
             an invertible block; ``stored_blocks`` outside 0 … number of blocks; a name in ``keep``
-            that fits no linear layer (the message lists the near ones), or compiled blocks.
+            that fits no linear layer (the message lists the near ones), or compiled blocks;
+            ``slices`` below 1.
     """
     if policy not in get_args(MemoryPolicy):
         known = ", ".join(repr(name) for name in get_args(MemoryPolicy))
@@ -235,6 +256,8 @@ def set_memory(
         )
     if not 0 <= stored_blocks <= len(blocks):
         raise ValueError(f"stored_blocks must be 0 … {len(blocks)} for {name}, got {stored_blocks}")
+    if slices < 1:
+        raise ValueError(f"slices must be at least 1, got {slices}")
     if isinstance(keep, str):
         keep = (keep,)
     if keep and any(block.is_compiled for block in blocks):
@@ -247,7 +270,7 @@ def set_memory(
             raise ValueError(f"keep: no block of {name} has a linear layer {pattern!r}{near}")
     first_stored = len(blocks) - stored_blocks
     for index, block in enumerate(blocks):
-        block.keep = kept[index]
+        block.keep, block.slices = kept[index], slices
         if index >= first_stored:
             block.memory_policy = "store"
         elif policy == "reversible" and not block.invertible:

@@ -6,25 +6,26 @@ The coupling is that of RevNet (Gomez et al., 2017) as used by Reversible Vision
     forward   y1 = x1 + f(x2)        inverse   x2 = y2 - g(y1)
               y2 = x2 + g(y1)                  x1 = y1 - f(x2)
 
-From top to bottom: a block, a sequence of blocks, and the autograd node that a reversed block is.
-Each has a node of its own with the block's parameters among its inputs, so that gradients arrive
-block by block, as autograd, hooks and DistributedDataParallel expect them. What other policies do
-is in ``policies.py``; how a branch is run again, with gradients, in ``second_run.py``.
+From top to bottom: a block, and a sequence of blocks. Read next ``reversed_block.py``, the autograd
+node that a reversed block is: each has one of its own with the block's parameters among its inputs,
+so that gradients arrive block by block, as autograd, hooks and DistributedDataParallel expect them.
+What other policies do is in ``policies.py``; how a branch is run again, with gradients, in
+``second_run.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from backbones.engine.ambient import AutocastState, RandomState, only_plain
-from backbones.engine.handover import Chain, Handover, here
+from backbones.engine.ambient import AutocastState, only_plain
+from backbones.engine.handover import Chain, here
 from backbones.engine.policies import Block, MemoryPolicy, add_branch
-from backbones.engine.second_run import Branch, checked
+from backbones.engine.reversed_block import run_reversed
+from backbones.engine.second_run import checked
 
 
 class ReversibleBlock(Block):
@@ -60,7 +61,10 @@ class ReversibleBlock(Block):
             ValueError: a branch returns a tensor of another shape than its input's.
         """
         mask = self.draw_mask(x1)
-        return self.run(self._couple, x1, x2, mask, reverse=lambda: _reversed(self, x1, x2, mask))
+        streams = x1, x2, mask
+        return self.run(
+            self._couple, *streams, reverse=lambda: run_reversed(self, self._couple, *streams)
+        )
 
     def _couple(self, x1: Tensor, x2: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         y1 = add_branch(x1, checked(self.f, self.f(x2), x2), mask)
@@ -154,151 +158,3 @@ def _is_of_the_user(hook: Any) -> bool:
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-@dataclass
-class _FirstRun:
-    """What the first run of a block leaves to its node."""
-
-    f: Branch
-    g: Branch
-    mask: Tensor | None
-    autocast: AutocastState
-    behind: Handover | None
-    ahead: Handover | None
-    streams: list[Tensor]
-    inputs: list[Tensor]
-    dtypes: tuple[torch.dtype, torch.dtype]
-
-
-def _reversed(
-    block: ReversibleBlock, x1: Tensor, x2: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Run a block that keeps nothing."""
-    f, g = Branch(block.f, block.kept_in("f")), Branch(block.g, block.kept_in("g"))
-    if f.state.is_hooked or g.state.is_hooked:
-        block.warn_of_hooks()
-        return block._couple(x1, x2, mask)
-    chain = here.chain
-    behind = None if chain is None else chain.last
-    if behind is not None and not behind.claim(x1, x2):
-        behind = None
-    here.chain = None  # blocks inside of the branches are none of this sequence
-    try:
-        with torch.no_grad():
-            autocast = AutocastState(x1.device)
-            random = RandomState(x1.device)
-            f_x2, random = f.first_run(x2, autocast, random)
-            y1 = add_branch(x1, f_x2, mask)
-            del f_x2
-            g_y1, _ = g.first_run(y1, autocast, random)
-            y2 = add_branch(x2, g_y1, mask)
-            del g_y1
-    finally:
-        here.chain = chain
-    ahead = None if chain is None or chain.ends else Handover()
-    of_f, of_g = f.tensors, g.tensors
-    inputs = [*of_f, *of_g]
-    f.indices, g.indices = range(len(of_f)), range(len(of_f), len(inputs))
-    if len(set(map(id, inputs))) < len(inputs):  # the branches share some
-        inputs = [*{id(tensor): tensor for tensor in inputs}.values()]
-        places = {id(tensor): index for index, tensor in enumerate(inputs)}
-        f.indices, g.indices = ([places[id(t)] for t in tensors] for tensors in (of_f, of_g))
-    dtypes = x1.dtype, x2.dtype
-    first = _FirstRun(f, g, mask, autocast, behind, ahead, [y1, y2], inputs, dtypes)
-    y1, y2 = _ReversedBlock.apply(first, x1, x2, *inputs)
-    if ahead is not None:
-        ahead.offer(y1, y2)
-    if chain is not None:
-        chain.last = ahead
-    return y1, y2
-
-
-class _ReversedBlock(torch.autograd.Function):
-    """The autograd node of one block that keeps nothing, or, at the end of a run, its outputs."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, first: _FirstRun, x1: Tensor, x2: Tensor, *inputs: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        y1, y2 = first.streams
-        first.streams.clear()
-        ctx.first = first
-        ctx.set_materialize_grads(False)
-        # The inputs go through save_for_backward for its check that nobody changed them.
-        kept = [*first.f.kept, *first.g.kept]
-        ctx.counts = len(inputs), len(inputs) + len(first.f.kept), len(inputs) + len(kept)
-        first.f.kept.clear()
-        first.g.kept.clear()
-        ctx.save_for_backward(*inputs, *kept, *(() if first.ahead else (y1, y2)))
-        return y1, y2
-
-    @staticmethod
-    def backward(ctx: Any, dy1: Tensor | None, dy2: Tensor | None) -> tuple[Tensor | None, ...]:
-        # Not once_differentiable, which lets a gradient pass that does not depend on dy1 and dy2.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "gradients of gradients (create_graph=True) do not pass reversed blocks: "
-                "choose the 'store' policy for this model"
-            )
-        first, saved = ctx.first, _unchanged(ctx)
-        of_inputs, of_f, of_g = ctx.counts
-        # Not the saved inputs, which hooks (save_on_cpu) may have replaced by others.
-        inputs, kept_f, kept_g = first.inputs, saved[of_inputs:of_f], saved[of_f:of_g]
-        y1, y2 = saved[of_g:] if first.ahead is None else first.ahead.take()
-        _, x1_needs, x2_needs, *needs = ctx.needs_input_grad
-        mask, autocast = first.mask, first.autocast
-
-        grads: dict[int, Tensor] = {}
-        if dy2 is None:
-            g_y1 = first.g.output(y1, kept_g, autocast)
-        else:
-            leaf, g_y1, wanted = first.g.second_run(y1, kept_g, inputs, needs, autocast)
-            d, grads = first.g.gradients(g_y1, leaf, wanted, dy2, mask)
-            dy1 = _sum(dy1, d)
-            del leaf, d, wanted
-        x2 = _subtract_branch(y2, g_y1.detach(), mask).to(first.dtypes[1])
-        # The names are dropped as soon as they are spent: they are the peak of the backward pass.
-        del g_y1, y2
-
-        rebuild = first.behind is not None and (x1_needs or x2_needs)
-        f_x2 = None
-        if dy1 is not None:
-            leaf, f_x2, wanted = first.f.second_run(x2, kept_f, inputs, needs, autocast)
-            d, f_grads = first.f.gradients(f_x2, leaf, wanted, dy1, mask)
-            dy2 = _sum(dy2, d)
-            for index, grad in f_grads.items():
-                grads[index] = grads[index] + grad if index in grads else grad
-            del leaf, d, wanted
-        elif rebuild:
-            f_x2 = first.f.output(x2, kept_f, autocast)
-        if rebuild and f_x2 is not None:
-            x1 = _subtract_branch(y1, f_x2.detach(), mask).to(first.dtypes[0])
-            first.behind.leave(x1, x2)
-        return (None, dy1, dy2, *(grads.get(index) for index in range(len(inputs))))
-
-
-def _unchanged(ctx: Any) -> tuple[Tensor, ...]:
-    """What a node has saved; an error if somebody has changed it in place."""
-    try:
-        saved: tuple[Tensor, ...] = ctx.saved_tensors
-    except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
-            raise
-        raise RuntimeError(
-            "parameters or outputs of a reversible block were changed in place between the forward "
-            "and the backward pass (modified by an inplace operation), and the block needs them as "
-            f"they were: step the optimizer after backward(), or choose 'store' ({error})"
-        ) from None
-    return saved
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
-
-
-def _subtract_branch(y: Tensor, branch: Tensor, mask: Tensor | None) -> Tensor:
-    """The inverse of :func:`add_branch`."""
-    if mask is None:
-        return y - branch
-    return torch.addcmul(y, branch, mask, value=-1)

@@ -274,6 +274,11 @@ class ModuleState:
                 )
         return not self._before and self.layout.holds()
 
+    def private_copy(self) -> nn.Module:
+        """The module as it is now, with buffers and containers of its own."""
+        owns = self.layout.owns
+        return self.layout.copy({number: _attributes(own) for number, own in enumerate(owns)}, {})
+
     def copy(self, params: Mapping[int, Tensor] | None = None) -> nn.Module:
         """The module as it was, of which only this thread knows; see :meth:`Layout.copy`."""
         return self.layout.copy(self._before, params or {})

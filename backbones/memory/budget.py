@@ -35,6 +35,7 @@ class MemoryPlan:
         policy: the policy of the blocks in front.
         stored_blocks: how many of the last blocks store their activations.
         keep: products of the other blocks whose outputs are kept.
+        slices: in how many parts of the batch they run.
         blocks: how many blocks the model has.
         predicted_bytes: the peak of a training step, parameters and optimizer included.
         budget: what it had to stay within, in bytes.
@@ -53,6 +54,7 @@ class MemoryPlan:
     budget: int
     parts: dict[str, int]
     relative_speed: float
+    slices: int = 1
 
     @property
     def summary(self) -> str:
@@ -60,7 +62,8 @@ class MemoryPlan:
         kept = self.keep if isinstance(self.keep, str) else ", ".join(self.keep)
         keeping = f" keeping {kept}" if kept else ""
         stored = f"the last {self.stored_blocks} of {self.blocks} blocks stored"
-        return f"{self.policy}{keeping}, {stored}"
+        parts = f", in {self.slices} slices of the batch" if self.slices > 1 else ""
+        return f"{self.policy}{keeping}, {stored}{parts}"
 
     def __str__(self) -> str:
         lines = [
@@ -82,7 +85,8 @@ def fit_memory(
 
     The blocks in front are reversed (checkpointed, in a model without reversible blocks) and keep
     what saves most work for its bytes, and as many of the last ones as fit store their activations;
-    of all such mixtures the fastest by operation count is taken. See :func:`backbones.set_memory`.
+    of all such mixtures the fastest by operation count is taken. Where not even the slowest fits,
+    it runs in slices of the batch. See :func:`backbones.set_memory`.
     A training step is forward, backward and AdamW. On a GPU attention is counted as fused. What is
     needed by the loss on the outputs is not counted, and neither is scratch memory that kernels
     allocate inside.
@@ -110,7 +114,7 @@ def fit_memory(
     device = _device_of(model)
     limit = parse_budget(budget, device) if budget != "auto" else _auto_budget(model, device)
     plan = fastest_that_fits(Simulation(model, example_input, device.type, autocast), limit)
-    set_memory(model, plan.policy, plan.stored_blocks, plan.keep)
+    set_memory(model, plan.policy, plan.stored_blocks, plan.keep, plan.slices)
     return plan
 
 
@@ -121,6 +125,7 @@ def predict_memory(
     stored_blocks: int = 0,
     autocast: torch.dtype | None = None,
     keep: Keep = (),
+    slices: int = 1,
 ) -> StepMemory:
     """The memory of a training step under a policy: its peak, and what it holds for backward.
 
@@ -128,7 +133,7 @@ def predict_memory(
     unchanged.
     """
     simulation = Simulation(model, example_input, _device_of(model).type, autocast)
-    return simulation.step(policy, stored_blocks, keep)
+    return simulation.step(policy, stored_blocks, keep, slices)
 
 
 def parse_budget(budget: int | str, device: torch.device | None = None) -> int:
@@ -160,15 +165,13 @@ def fastest_that_fits(simulation: Simulation, budget: int) -> MemoryPlan:
     largest number of stored blocks is found by bisection.
 
     Raises:
-        ValueError: the budget, in bytes, is too small even with nothing kept and no block stored.
+        ValueError: the budget, in bytes, is too small even with nothing kept and no block stored,
+            and sample by sample.
     """
     policy, blocks = simulation.saving_policy, simulation.blocks
     smallest = simulation.step(policy).peak_bytes
     if smallest > budget:
-        raise ValueError(
-            f"a training step does not fit {readable(budget)}: the smallest budget is {smallest} "
-            f"bytes ({readable(smallest)}), with no block stored. Give more, or a smaller batch."
-        )
+        return _in_slices(simulation, budget, smallest)
     fits = blocks
     chosen: tuple[StepMemory, int, Keep] | None = None
     for keep in simulation.keeps:
@@ -189,6 +192,28 @@ def fastest_that_fits(simulation: Simulation, budget: int) -> MemoryPlan:
     step, stored, keep = chosen
     speed = simulation.step("store").operations / step.operations
     return MemoryPlan(policy, stored, keep, blocks, step.peak_bytes, budget, step.peak, speed)
+
+
+def _in_slices(simulation: Simulation, budget: int, smallest: int) -> MemoryPlan:
+    """Nothing kept, in as few slices of the batch as fit."""
+    policy, slices, batch = simulation.saving_policy, 1, simulation.inputs[0].shape[0]
+    while slices < batch:
+        slices = min(2 * slices, batch)
+        try:
+            step = simulation.step(policy, 0, (), slices)
+        except RuntimeError:  # samples of the batch touch each other
+            break
+        if step.peak_bytes <= budget:
+            speed = simulation.step("store").operations / step.operations
+            blocks, size = simulation.blocks, step.peak_bytes
+            return MemoryPlan(policy, 0, (), blocks, size, budget, step.peak, speed, slices)
+        if step.peak_bytes >= smallest:  # what is run is not the peak
+            break
+        smallest = step.peak_bytes
+    raise ValueError(
+        f"a training step does not fit {readable(budget)}: the smallest budget is {smallest} "
+        f"bytes ({readable(smallest)}), with no block stored. Give more, or a smaller batch."
+    )
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -134,7 +134,7 @@ class Simulation:
         self.saving_policy: MemoryPolicy = "reversible" if invertible else "checkpoint"
         set_memory(self.model, self.saving_policy)  # says what is wrong, if there are no blocks
         self._forward_parts = ["stem", *dict.fromkeys(self._stage_of.values()), "head"]
-        self._known: dict[tuple[MemoryPolicy, int, Keep], StepMemory] = {}
+        self._known: dict[tuple[MemoryPolicy, int, Keep, int], StepMemory] = {}
         self._trained = [param for param in self.model.parameters() if param.requires_grad]
         # The multi-tensor kernels, which AdamW takes on a GPU, need another copy of the parameters.
         self.optimizer = torch.optim.AdamW(self._trained, foreach=not self._on_cpu)
@@ -191,13 +191,15 @@ class Simulation:
         order = sorted(layers, key=lambda name: -layers[name])
         return [*(tuple(order[:count]) for count in range(len(order) + 1)), "products"]
 
-    def step(self, policy: MemoryPolicy, stored_blocks: int = 0, keep: Keep = ()) -> StepMemory:
+    def step(
+        self, policy: MemoryPolicy, stored_blocks: int = 0, keep: Keep = (), slices: int = 1
+    ) -> StepMemory:
         """One training step under a policy; see :func:`backbones.set_memory`."""
-        if stored_blocks == self.blocks:
-            policy, stored_blocks, keep = "store", 0, ()
-        key = policy, stored_blocks, keep
+        if stored_blocks == self.blocks or policy == "store":
+            policy, stored_blocks, keep, slices = "store", 0, (), 1
+        key = policy, stored_blocks, keep, slices
         if key not in self._known:
-            set_memory(self.model, policy, stored_blocks, keep)
+            set_memory(self.model, policy, stored_blocks, keep, slices)
             self._known[key] = self._step()
         return self._known[key]
 

@@ -28,7 +28,7 @@ logger = logging.getLogger("revdet")
 def apply_memory_budget(
     cfg: DictConfig, model: Any, records: Iterable[Any], amp_dtype: torch.dtype | None
 ) -> None:
-    """Choose ``train.memory``, ``stored_blocks`` and ``memory_keep`` so that training fits.
+    """Choose ``train.memory``, ``stored_blocks``, ``memory_keep`` and ``memory_slices``.
 
     Writes them into the recipe, and gives its detector the policy. ``records`` are the training
     images, as Detectron2's dataset dictionaries.
@@ -40,10 +40,10 @@ def apply_memory_budget(
     if comm.is_main_process():
         plan = _plan(cfg, model, records, amp_dtype)
         kept = [plan.keep] if isinstance(plan.keep, str) else [*plan.keep]
-        chosen = plan.policy, plan.stored_blocks, kept
+        chosen = plan.policy, plan.stored_blocks, kept, plan.slices
     # Every process by the same plan, even where "auto" finds different GPUs.
     chosen = comm.all_gather(chosen)[0]
-    settings.memory, settings.stored_blocks, settings.memory_keep = chosen
+    settings.memory, settings.stored_blocks, settings.memory_keep, settings.memory_slices = chosen
     backbones.set_memory(model.backbone, *chosen)
 
 

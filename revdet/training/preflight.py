@@ -58,8 +58,8 @@ def log_to(output_dir: str, rank: int) -> None:
 
 
 def _check_budget(train: DictConfig) -> None:
-    for name in ("stored_blocks", "memory_keep"):
-        if train.memory_budget and train[name]:
+    for name, free in (("stored_blocks", 0), ("memory_keep", []), ("memory_slices", 1)):
+        if train.memory_budget and train[name] != free:
             raise UserError(
                 f"train.memory_budget={train.memory_budget} chooses what is kept, and so does "
                 f"train.{name}={train[name]}: set one of the two"

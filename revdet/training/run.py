@@ -140,6 +140,7 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
         "memory": settings.memory,
         "stored_blocks": settings.stored_blocks,
         "memory_keep": list(settings.memory_keep),
+        "memory_slices": settings.memory_slices,
         "best": evaluations.best,
     }
     if next(model.parameters()).is_cuda:

@@ -45,7 +45,8 @@ class VideoModule(pl.LightningModule):
         accuracy: of the last validation or test.
         predictions: the scores behind it.
         problems: the reason for each file that turned out to be unreadable, on this process.
-        memory, stored_blocks, memory_keep: the policy, also where a budget has chosen it.
+        memory, stored_blocks, memory_keep, memory_slices: the policy, also where a budget has
+            chosen it.
     """
 
     backbone: nn.Module
@@ -59,6 +60,7 @@ class VideoModule(pl.LightningModule):
         self.memory: str = config.train.memory
         self.stored_blocks = config.train.stored_blocks
         self.memory_keep = config.train.memory_keep
+        self.memory_slices = config.train.memory_slices
         self._step_loss = torch.zeros(())  # the sum over the parts of a step so far
 
     @property
@@ -104,6 +106,7 @@ class VideoModule(pl.LightningModule):
             raise UserError(f"train.memory_budget={budget}: {error}") from error
         self.memory, self.stored_blocks = plan.policy, plan.stored_blocks
         self.memory_keep = [plan.keep] if isinstance(plan.keep, str) else [*plan.keep]
+        self.memory_slices = plan.slices
         logger.info("%s", plan)
 
     def _note(self, problems: list[tuple[str, str]]) -> None:

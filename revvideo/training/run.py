@@ -153,6 +153,7 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
         "memory": module.memory,
         "stored_blocks": module.stored_blocks,
         "memory_keep": module.memory_keep,
+        "memory_slices": module.memory_slices,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() or None,
         "left_out": _left_out(data, module),
     }

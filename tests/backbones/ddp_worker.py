@@ -16,11 +16,14 @@ from tests.backbones.helpers import DIM, make_sequence
 
 WORLD = 2
 MICRO_BATCHES = 2
-POLICIES: list[tuple[MemoryPolicy, int]] = [
-    ("store", 0),
-    ("checkpoint", 0),
-    ("reversible", 0),
-    ("reversible", 2),
+# The policy, stored blocks, what is kept, slices.
+POLICIES: list[tuple[MemoryPolicy, int, tuple[str, ...], int]] = [
+    ("store", 0, (), 1),
+    ("checkpoint", 0, (), 1),
+    ("checkpoint", 0, ("g.*",), 2),
+    ("reversible", 0, (), 1),
+    ("reversible", 2, ("g.*",), 1),
+    ("reversible", 1, ("products",), 2),
 ]
 MODES: dict[str, dict[str, object]] = {
     "default": {},
@@ -79,16 +82,16 @@ def run(rank: int, folder: str) -> None:
     )
     results = {}
     for mode, arguments in MODES.items():
-        for policy, k in POLICIES:
+        for policy in POLICIES:
             net = Net(mode)
-            set_memory(net, policy, k)
+            set_memory(net, *policy)
             ddp = DistributedDataParallel(net, **arguments)
             for index, micro_batch in enumerate(batch()):
                 accumulate = "no_sync" in mode and index == 0
                 with ddp.no_sync() if accumulate else nullcontext():
                     loss_of(ddp(micro_batch[rank])).backward()
                 if not accumulate:
-                    results[mode, policy, k, index] = grads_of(net)
+                    results[mode, policy, index] = grads_of(net)
                     net.zero_grad(set_to_none="gradient_as_bucket_view" not in mode)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

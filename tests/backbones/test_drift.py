@@ -197,7 +197,7 @@ def test_command(precision: str, tmp_path: Path, capsys: Capture) -> None:
     weights = str(tmp_path / "other_head.pth")
     assert main(["drift", *given.split(), precision, "--weights", weights]) == 0
     out, err = capsys.readouterr()
-    assert "left out head.weight: 5 classes, the model has 1000" in err
+    assert "left out head.weight, head.bias: 5 classes, the model has 1000" in err
     assert out.split()[0] == precision and out.count("\n") == 3 + 3
 
 

@@ -44,6 +44,7 @@ def test_a_run_leaves_results_pictures_and_a_checkpoint_that_evaluates_the_same(
     monkeypatch.setattr("revdet.training.results.draw_curves", draw_curves)
     output = tmp_path / "run"
     arguments = ["train.max_iter=2", "train.pictures=2", "train.memory_keep=[g.mlp.fc2,*.qkv]"]
+    arguments += ["train.memory_slices=2"]
     assert train_net(output, *arguments, *FEW) == 0
     results = json.loads((output / "results.json").read_text())
     for task in ("bbox", "segm"):
@@ -52,6 +53,7 @@ def test_a_run_leaves_results_pictures_and_a_checkpoint_that_evaluates_the_same(
     assert results["bbox"]["AP"] > 0
     assert results["run"]["memory"] == "reversible"
     assert results["run"]["memory_keep"] == ["g.mlp.fc2", "*.qkv"]
+    assert results["run"]["memory_slices"] == 2
     assert len(list((output / "pictures").glob("*.png"))) == 2
     for name in ("curves.png", "config.yaml", "environment.txt", "log.txt", "model_final.pth"):
         assert (output / name).stat().st_size > 0

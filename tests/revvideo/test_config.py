@@ -69,12 +69,17 @@ def test_a_text_is_taken_and_saved_as_it_was_typed(text, tmp_path):
         ("train.lr=1", "optim.lr"),  # in another section
         ("trian.seed=1", "train.seed"),
         ("optm.batchsize=3", "optim.batch_size"),
-        ("nonsense=1", "train"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(override, near):
     message = refused(override)
     assert override.partition("=")[0] in message and near in message.partition("did you mean")[2]
+
+
+def test_a_key_like_no_other_gets_no_guess():
+    message = refused("nonsense=1")
+    assert "'nonsense'" in message and "--help lists the keys" in message
+    assert "did you mean" not in message
 
 
 @pytest.mark.parametrize(

@@ -69,10 +69,11 @@ def test_a_run_leaves_its_results_and_tests_the_same_again(videos, tmp_path, cap
     [
         (RANDOM, "train.memory=store", 1e-4),
         (RANDOM, "train.memory_keep=[g.mlp.fc2,f.*]", 1e-4),
+        (RANDOM, "train.memory_slices=2", 1e-4),
         ([], "optim.accumulate=4", 1e-3),
         ([], "train.precision=bf16-mixed", 0.05),
     ],
-    ids=["policy", "keep", "parts", "half precision"],
+    ids=["policy", "keep", "slices", "parts", "half precision"],
 )
 def test_what_saves_memory_does_not_change_the_losses(run, tmp_path, more, change, tolerance):
     more = [*more, "optim.clip_grad_norm=0.1", "optim.max_steps=5"]
@@ -225,7 +226,7 @@ def test_fine_tuning_starts_from_a_run_and_other_classes_get_a_new_head(run, tmp
     more = [f"model.weights={last}", "optim.layer_decay=0.7", "optim.epochs=1"]
     assert run(tmp_path / "second", *more, root=other) == 0
     log = capfd.readouterr().err
-    assert "left out head.weight: 3 classes, the model has 4" in log
+    assert "left out head.weight, head.bias: 3 classes, the model has 4" in log
     assert results(tmp_path / "second")["test"]["of"] == 3
     # A run whose config names weights is tested with its own.
     assert run(tmp_path / "second", "--eval-only", root=other) == 0

@@ -1,0 +1,179 @@
+"""Blocks that run in parts of the batch: the same gradients, and the working set of one part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from backbones import MemoryPolicy, ReversibleBlock, ReversibleSequence, create_model, set_memory
+from backbones.memory.budget import fit_memory, predict_memory
+from tests.backbones.helpers import (
+    DIM,
+    assert_grads_near,
+    assert_same_step,
+    make_sequence,
+    make_streams,
+    train_step,
+)
+from tests.backbones.test_model_policies import CASES, grads_of, make
+
+savers = pytest.mark.parametrize("policy", ("checkpoint", "reversible"))
+
+
+@savers
+@pytest.mark.parametrize("keep", ((), ("g.mlp.fc2",), "products"), ids=str)
+@pytest.mark.parametrize("depth, slices", ((1, 2), (4, 2), (3, 99)))
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_gradients(
+    policy: MemoryPolicy, keep: Any, depth: int, slices: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    """With drop path, whose mask is that of the batch; in the first, observed step and the next."""
+    sequence = make_sequence(depth, drop_path=0.3, dtype=dtype)
+    stored = train_step(sequence)
+    for stored_blocks in {0, depth // 2}:
+        set_memory(sequence, policy, stored_blocks, keep, slices)
+        for _ in range(2):
+            assert_same_step(train_step(sequence, policy=None), stored, tolerance)
+
+
+def in_slices(sequence: ReversibleSequence, sizes: list[int]) -> Callable[..., tuple[Tensor, ...]]:
+    """Plain autograd on the same slices."""
+
+    def run(*streams: Tensor) -> tuple[Tensor, ...]:
+        for block in sequence.blocks:
+            mask = block.draw_mask(streams[0])
+            assert mask is not None
+            parts = zip(*(x.split(sizes) for x in (*streams, mask)), strict=True)
+            streams = tuple(map(torch.cat, zip(*(block._couple(*p) for p in parts), strict=True)))
+        return streams
+
+    return run
+
+
+class InSlices(nn.Module):
+    def __init__(self, sequence: ReversibleSequence, sizes: list[int]) -> None:
+        super().__init__()
+        self.blocks = sequence.blocks
+        self.run = in_slices(sequence, sizes)
+
+    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, ...]:
+        return self.run(x1, x2)
+
+
+@savers
+@pytest.mark.parametrize("autocast", (False, True))
+def test_dropout_draws_once_for_both_runs(policy: MemoryPolicy, autocast: bool) -> None:
+    dtype = torch.float32 if autocast else torch.float64
+    sequence = make_sequence(3, dropout=0.4, drop_path=0.2, dtype=dtype)
+    generator = torch.Generator().manual_seed(2)
+    streams = torch.randn(2, 5, 7, DIM, generator=generator, dtype=torch.float64).to(dtype)
+    inputs = (streams[0].requires_grad_(), streams[1].detach().requires_grad_())
+    inputs = (inputs[0].detach().requires_grad_(), inputs[1])
+    reference = InSlices(sequence, [3, 2])
+    expected = train_step(reference, policy=None, inputs=inputs, autocast=autocast)
+    set_memory(sequence, policy, keep=("g.mlp.fc1",), slices=2)
+    for _ in range(2):
+        step = train_step(sequence, policy=None, inputs=inputs, autocast=autocast)
+        assert_same_step(step, expected, 5e-3 if autocast else 1e-9)
+
+
+@pytest.mark.parametrize("reversible", (True, False))
+@pytest.mark.parametrize("case", ("windows, padded", "mvit", "mvit, odd grids", "clips"))
+def test_models(case: str, reversible: bool) -> None:
+    """Transitions too; without dropout, which draws other numbers."""
+    off = dict.fromkeys(("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate"), 0.0)
+    model, inputs = make(case, reversible, **off)
+    inputs = inputs.repeat(-(-5 // len(inputs)), *[1] * (inputs.ndim - 1))[:5]
+    set_memory(model, "store")
+    expected = grads_of(model, inputs, maps=True)
+    set_memory(model, "reversible" if reversible else "checkpoint", 1, slices=2)
+    for _ in range(2):
+        assert_grads_near(grads_of(model, inputs, maps=True), expected, 1e-9)
+    assert CASES[case]
+
+
+class Mean(nn.Module):
+    """Uses the mean over the batch, behind a weight that is zero at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight * x.mean(dim=0, keepdim=True)
+
+
+class Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.flatten(0, 1)).view_as(x)
+
+
+@savers
+@pytest.mark.parametrize("branch, name", ((Mean, ""), (Norm, "BatchNorm1d")))
+def test_samples_that_touch_each_other(
+    policy: MemoryPolicy, branch: type[nn.Module], name: str
+) -> None:
+    torch.manual_seed(0)
+    sequence = ReversibleSequence([ReversibleBlock(nn.Linear(DIM, DIM), branch())]).double()
+    set_memory(sequence, policy, slices=2)
+    state = {key: value.clone() for key, value in sequence.state_dict().items()}
+    message = rf"touch each other in ReversibleBlock.*{name}.*choose set_memory without slices"
+    with pytest.raises(RuntimeError, match=message):
+        train_step(sequence, policy=None)
+    assert all(torch.equal(state[key], value) for key, value in sequence.state_dict().items())
+    if branch is Norm:  # whose statistics are fixed now
+        sequence.eval()
+        stored = train_step(sequence)
+        set_memory(sequence, policy, slices=2)
+        assert_same_step(train_step(sequence, policy=None), stored, 1e-9)
+
+
+def test_the_trial_leaves_no_trace() -> None:
+    """Neither random numbers nor counters move more than under another policy."""
+    sequence = make_sequence(2, drop_path=0.3)
+    stored = train_step(sequence)
+    set_memory(sequence, "reversible", slices=2)
+    assert torch.equal(train_step(sequence, policy=None).random_state, stored.random_state)
+    x1, x2 = make_streams()
+    set_memory(sequence, "reversible", slices=7)
+    one = sequence(x1[:1], x2[:1])  # no more parts than samples
+    assert one[0].shape[0] == 1
+    with pytest.raises(ValueError, match="slices must be at least 1, got 0"):
+        set_memory(sequence, "reversible", slices=0)
+    assert "slices=7" in repr(sequence)
+
+
+SMALL = {"img_size": 32, "embed_dim": 16, "num_heads": 2, "depth": 4, "transitions": (1, 2)}
+
+
+@pytest.mark.parametrize("name", ("rev_mvit_base", "mvit_base"))
+def test_the_working_set_is_that_of_a_slice(name: str) -> None:
+    model = create_model(name, **SMALL, num_classes=0)
+    policy: MemoryPolicy = "reversible" if name.startswith("rev") else "checkpoint"
+
+    def per_image(slices: Callable[[int], int]) -> float:
+        inputs = [torch.zeros(batch, 3, 64, 64) for batch in (8, 16)]
+        peaks = [predict_memory(model, x, policy, slices=slices(len(x))).peak_bytes for x in inputs]
+        return (peaks[1] - peaks[0]) / 8
+
+    assert per_image(lambda batch: batch) < 0.6 * per_image(lambda batch: 1)
+
+
+def test_a_budget_that_only_slices_fit() -> None:
+    model = create_model("rev_mvit_base", **SMALL, num_classes=0)
+    inputs = torch.zeros(16, 3, 64, 64)
+    smallest = predict_memory(model, inputs, "reversible").peak_bytes
+    assert fit_memory(model, inputs, smallest).slices == 1
+    plan = fit_memory(model, inputs, smallest - 1)
+    assert plan.slices == 2 and "in 2 slices of the batch" in plan.summary
+    assert plan.predicted_bytes < smallest and "slices=2" in repr(model)
+    with pytest.raises(ValueError, match="the smallest budget is"):
+        fit_memory(model, inputs, 1000)
