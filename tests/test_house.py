@@ -27,9 +27,10 @@ BELOW = {
     "weights": {"common", "engine", "models", "registry"},
     "factory": {"common", "engine", "models", "registry", "weights"},
 }
-BELOW["commands"] = set(BELOW) | {"memory"}
+BELOW["timm"] = {"common", "registry", "weights"}
+BELOW["commands"] = set(BELOW) - {"timm"} | {"memory"}
 BELOW["__main__"] = {"common", "commands"}
-BELOW["__init__"] = set(BELOW) - {"commands", "__main__"}
+BELOW["__init__"] = set(BELOW) - {"commands", "__main__", "timm"}
 
 
 def name_of(path: Path) -> str:

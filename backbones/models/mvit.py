@@ -172,7 +172,7 @@ class MViT(Trunk):
             raise ValueError(f"MViT has one stream and nothing to fuse, got fusion {fusion!r}")
         return None
 
-    def _forward_grids(self, x: Tensor, every_stage: bool) -> list[Tensor]:
+    def _forward_grids(self, x: Tensor, every_stage: bool) -> tuple[list[Tensor], Tensor]:
         streams: tuple[Tensor, ...] = (self.pos_drop(self.pos_embed(self.patch_embed(x))),)
         grids: list[Tensor] = []
         for index, stage in enumerate(self.stages):
@@ -181,7 +181,7 @@ class MViT(Trunk):
             if last or every_stage:
                 grid = self.join(streams)
                 grids.append(self.norm(grid) if last else grid)
-        return grids
+        return grids, grids[-1].flatten(1, 3)
 
 
 class RevMViT(MViT):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from backbones.engine.policies import blocks_of
+from backbones.engine.policies import blocks_of, set_memory
 from backbones.engine.reversible import ReversibleBlock, ReversibleSequence
 from backbones.models.layers import NORM_EPS, ResidualBlock, init_weights
 
@@ -110,10 +110,11 @@ class Trunk(nn.Module):
         return cast(Trunk, super()._apply(of_any_rank, recurse))
 
     @abstractmethod
-    def _forward_grids(self, x: Tensor, every_stage: bool) -> list[Tensor]:
+    def _forward_grids(self, x: Tensor, every_stage: bool) -> tuple[list[Tensor], Tensor]:
         """Images or clips -> grids (B, T, H, W, C), those of two streams side by side.
 
-        Of every stage, or of the last only, which goes through the final norm.
+        Of every stage, or of the last only, which goes through the final norm; and all tokens of
+        the last one, (B, N, C), with those that are in no grid.
         """
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ class Trunk(nn.Module):
         The tokens of the last stage after the final norm, row-major in time, height and width,
         behind those that precede them (``num_prefix_tokens``).
         """
-        return self._forward_grids(x, every_stage=False)[0].flatten(1, 3)
+        return self._forward_grids(x, every_stage=False)[1]
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
         """One map for each stage, finest first; the last one alone goes through the final norm.
@@ -132,8 +133,12 @@ class Trunk(nn.Module):
         (B, C_i, T', H_i, W_i) with T' half of T, rounded up. Of a reversible model a map is its
         two streams, one behind the other.
         """
-        maps = [grid.permute(0, 4, 1, 2, 3) for grid in self._forward_grids(x, every_stage=True)]
-        return maps if self.clips else [stage_map.squeeze(2) for stage_map in maps]
+        return [*map(self._as_map, self._forward_grids(x, every_stage=True)[0])]
+
+    def _as_map(self, grid: Tensor) -> Tensor:
+        """(B, T, H, W, C) -> (B, C, T, H, W), of images (B, C, H, W)."""
+        channels_first = grid.permute(0, 4, 1, 2, 3)
+        return channels_first if self.clips else channels_first.squeeze(2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W), or clips (B, in_chans, T, H, W) -> logits (B, num_classes).
@@ -143,12 +148,96 @@ class Trunk(nn.Module):
         Raises:
             ValueError: ``x`` has another number of axes or of channels.
         """
-        tokens = self.forward_features(x)
+        return self.forward_head(self.forward_features(x))
+
+    # What timm asks its models for, by its names; ``backbones.timm`` registers them there.
+
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """Of :meth:`forward_features`, (B, N, num_features) -> logits, or what the head reads."""
         if self.global_pool == "token":
             pooled = tokens[:, 0]
         else:
             pooled = tokens[:, self.num_prefix_tokens :].mean(dim=1)
-        return cast(Tensor, self.head(self.head_drop(self.fc_norm(pooled))))
+        pooled = self.head_drop(self.fc_norm(pooled))
+        return pooled if pre_logits else cast(Tensor, self.head(pooled))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Iterable[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps of :meth:`feature_maps`, and before them the tokens of :meth:`forward_features`.
+
+        Args:
+            x: as for :meth:`forward`.
+            indices: which maps; their number, counted from the last; None for all.
+            norm, stop_early: taken for timm's sake: the last map always goes through the final
+                norm, and the others never do.
+            output_fmt: ``"NCHW"``, or ``"NLC"`` for tokens (B, N, C).
+            intermediates_only: return the maps alone.
+
+        Raises:
+            ValueError: another ``output_fmt``.
+            IndexError: there is no such map.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt {output_fmt!r}: choose 'NCHW' or 'NLC'")
+        grids, tokens = self._forward_grids(x, every_stage=True)
+        wanted = range(-indices, 0) if isinstance(indices, int) else indices
+        chosen = grids if wanted is None else [grids[index] for index in wanted]
+        flat = output_fmt == "NLC"
+        maps = [grid.flatten(1, 3) if flat else self._as_map(grid) for grid in chosen]
+        return maps if intermediates_only else (tokens, maps)
+
+    @property
+    def head_hidden_size(self) -> int:
+        """What the head reads: ``num_features``."""
+        return self.num_features
+
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new head for ``num_classes`` on, none for 0.
+
+        Raises:
+            ValueError: another ``global_pool`` than the model has, which its norms depend on.
+        """
+        if global_pool not in (None, self.global_pool):
+            raise ValueError(
+                f"this model's global_pool is {self.global_pool!r}, not {global_pool!r}: give it "
+                "to create_model"
+            )
+        self.num_classes = num_classes
+        like = next(self.parameters())
+        head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        head.apply(init_weights)
+        self.head = head.to(like.device, like.dtype).train(self.training)
+        if config := vars(self).get("config"):
+            config["arguments"]["num_classes"] = num_classes
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """The policy that keeps least, ``"reversible"`` or ``"checkpoint"``; else ``"store"``."""
+        least: Literal["reversible", "checkpoint"]
+        least = "reversible" if self.streams == 2 else "checkpoint"
+        set_memory(self, least if enable else "store")
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """The layer of a parameter, by its name: 0 for the stem, then the blocks, then the rest."""
+        starts = _layer_starts(self)
+        last = max(starts.values())
+        return lambda name: last - _depth_of(f"{name}.", starts)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters without weight decay: positions, and tokens before the grid."""
+        parts = ("pos_embed.", "prefix.", ".rel_pos_")
+        names = (name for name, _ in self.named_parameters())
+        return {name for name in names if any(part in name for part in parts)}
 
 
 def run_blocks(blocks: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
@@ -165,11 +254,19 @@ def layer_depths(trunk: nn.Module) -> dict[str, int]:
     block ``i`` from 1 on, ``n + 1`` for the patch and position embeddings, 0 for what follows the
     blocks.
     """
+    starts = _layer_starts(trunk)
+    return {name: _depth_of(name, starts) for name, _ in trunk.named_parameters()}
+
+
+def _layer_starts(trunk: nn.Module) -> dict[str, int]:
+    """What the names of a layer's parameters start with, and the layer's depth."""
     blocks = [f"{name}." for name in blocks_of(trunk)]
-    depths = {start: len(blocks) - index for index, start in enumerate(blocks)}
-    depths |= dict.fromkeys(("patch_embed.", "pos_embed.", "prefix."), len(blocks) + 1)
-    names = (name for name, _ in trunk.named_parameters())
-    return {name: next((depths[s] for s in depths if name.startswith(s)), 0) for name in names}
+    starts = {start: len(blocks) - index for index, start in enumerate(blocks)}
+    return starts | dict.fromkeys(("patch_embed.", "pos_embed.", "prefix."), len(blocks) + 1)
+
+
+def _depth_of(name: str, starts: dict[str, int]) -> int:
+    return next((depth for start, depth in starts.items() if name.startswith(start)), 0)
 
 
 def layer_decay_factors(trunk: nn.Module, decay: float) -> dict[str, float]:

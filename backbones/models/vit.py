@@ -145,20 +145,13 @@ class ViT(Trunk):
             if isinstance(module, nn.LayerNorm):
                 module.eps = norm_eps
 
-    def _forward_tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """The tokens in a grid, or behind others in a row, and (H, W) of the grid."""
+    def _forward_grids(self, x: Tensor, every_stage: bool) -> tuple[list[Tensor], Tensor]:
         x = self.pos_embed(self.patch_embed(x))
-        grid = (x.shape[2], x.shape[3])
+        grid = x.shape[1:4]
+        # Tokens in front of the grid's make a row of it all.
         x = self.pos_drop(x if self.prefix is None else self.prefix(x))
-        return self.norm(self.join(run_blocks(self.blocks, x))), grid
-
-    def _forward_grids(self, x: Tensor, every_stage: bool) -> list[Tensor]:
-        tokens, grid = self._forward_tokens(x)
-        return [tokens.flatten(1, 3)[:, self.num_prefix_tokens :].unflatten(1, (1, *grid))]
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> (B, N, num_features); see :class:`Trunk`."""
-        return self._forward_tokens(x)[0].flatten(1, 3)
+        tokens = self.norm(self.join(run_blocks(self.blocks, x))).flatten(1, 3)
+        return [tokens[:, self.num_prefix_tokens :].unflatten(1, grid)], tokens
 
 
 class RevViT(ViT):
