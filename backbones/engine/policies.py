@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -27,11 +27,12 @@ from backbones.engine.ambient import only_plain
 from backbones.engine.kept import Kept, linear_layers, weights_of
 from backbones.engine.sameness import different, is_near, sample
 from backbones.engine.slices import cut
-from backbones.engine.state import ModuleState, hooked_everywhere
+from backbones.engine.state import ModuleState, hooked_everywhere, known_as_before
 
 MemoryPolicy = Literal["store", "checkpoint", "reversible"]
 
-# Names of linear layers inside a block, or patterns of such; or all products.
+# Names of linear layers inside a block, of all blocks or of named ones, or patterns of such; or all
+# products.
 Keep = tuple[str, ...] | Literal["products"]
 
 Output = TypeVar("Output")
@@ -230,7 +231,9 @@ def set_memory(
         keep: linear layers inside the other blocks whose outputs are kept and not computed again,
             by their names in a block, such as ``("g.mlp.fc2",)``, or patterns (``"g.*"``);
             ``"products"``, alone or in the list, for all matrix products, convolutions and
-            attention. The last layer of g saves the most work for its bytes.
+            attention. In front of either may stand the name of a block, as ``named_modules`` has
+            it or its end, for this block alone: ``("blocks.3.products", "blocks.4.g.mlp.fc2")``.
+            The last layer of g saves the most work for its bytes.
         slices: in how many parts of the batch the other blocks run, forwards and backwards, one
             after the other; at most a sample each. What is alive while a block runs is then that
             of a part. Dropout draws other numbers than for the whole batch, forwards and backwards
@@ -244,45 +247,66 @@ def set_memory(
             ``slices`` below 1.
     """
     if policy not in get_args(MemoryPolicy):
-        known = ", ".join(repr(name) for name in get_args(MemoryPolicy))
-        raise ValueError(f"memory policy {policy!r} does not exist; choose one of {known}")
-    blocks = [*blocks_of(module).values()]
-    name = type(module).__name__
+        policies = ", ".join(repr(name) for name in get_args(MemoryPolicy))
+        raise ValueError(f"memory policy {policy!r} does not exist; choose one of {policies}")
+    named = blocks_of(module)
+    blocks = [*named.values()]
+    kind = type(module).__name__
     if not blocks:
-        raise ValueError(f"{name} holds no block whose memory can be managed")
+        raise ValueError(f"{kind} holds no block whose memory can be managed")
     if policy == "reversible" and not any(block.invertible for block in blocks):
         raise ValueError(
-            f"{name} has no reversible blocks; use 'checkpoint', or its reversible twin (rev_…)"
+            f"{kind} has no reversible blocks; use 'checkpoint', or its reversible twin (rev_…)"
         )
     if not 0 <= stored_blocks <= len(blocks):
-        raise ValueError(f"stored_blocks must be 0 … {len(blocks)} for {name}, got {stored_blocks}")
+        raise ValueError(f"stored_blocks must be 0 … {len(blocks)} for {kind}, got {stored_blocks}")
     if slices < 1:
         raise ValueError(f"slices must be at least 1, got {slices}")
     if isinstance(keep, str):
         keep = (keep,)
     if keep and any(block.is_compiled for block in blocks):
-        raise ValueError(f"the blocks of {name} are compiled as a whole: keep goes without compile")
-    kept = [_kept(block, keep) for block in blocks]
-    for pattern in () if "products" in keep else keep:
-        layers = {layer for block in blocks for layer in linear_layers(block)}
-        if not fnmatch.filter(layers, pattern):
-            near = did_you_mean(pattern, sorted(layers)) or f": {', '.join(sorted(layers)[:12])} …"
-            raise ValueError(f"keep: no block of {name} has a linear layer {pattern!r}{near}")
+        raise ValueError(f"the blocks of {kind} are compiled as a whole: keep goes without compile")
+    names = [_names(name, block) for name, block in named.items()]
+    known = {name for of_block in names for name in of_block}
+    for pattern in keep:
+        if not _matching(pattern, known):
+            layers = sorted({layer for block in blocks for layer in linear_layers(block)})
+            near = did_you_mean(pattern, layers) or f": {', '.join(layers[:12])} …"
+            raise ValueError(f"keep: no block of {kind} has a linear layer {pattern!r}{near}")
+    kept = [_kept(of_block, keep) for of_block in names]
     first_stored = len(blocks) - stored_blocks
     for index, block in enumerate(blocks):
-        block.keep, block.slices = kept[index], slices
-        if index >= first_stored:
-            block.memory_policy = "store"
-        elif policy == "reversible" and not block.invertible:
-            block.memory_policy = "checkpoint"
-        else:
-            block.memory_policy = policy
+        with known_as_before(block):
+            block.keep, block.slices = kept[index], slices
+            if index >= first_stored:
+                block.memory_policy = "store"
+            elif policy == "reversible" and not block.invertible:
+                block.memory_policy = "checkpoint"
+            else:
+                block.memory_policy = policy
 
 
-def _kept(block: Block, keep: Sequence[str]) -> tuple[str, ...] | None:
+def _names(block_name: str, block: Block) -> dict[str, str]:
+    """What the layers of a block may be called, and ``"products"``: the layer behind each name.
+
+    By its name in the block, and by that behind any end of the block's own name.
+    """
+    parts = block_name.split(".") if block_name else []
+    starts = ["", *(".".join(parts[place:]) + "." for place in range(len(parts)))]
+    layers = [*linear_layers(block), "products"]
+    return {f"{start}{layer}": layer for start in starts for layer in layers}
+
+
+def _matching(pattern: str, names: Collection[str]) -> list[str]:
+    if not any(sign in pattern for sign in "*?["):
+        return [pattern] if pattern in names else []
+    # All products only where they are asked for by name.
+    products = pattern.endswith("products")
+    found = fnmatch.filter(names, pattern)
+    return [name for name in found if products or not name.endswith("products")]
+
+
+def _kept(names: dict[str, str], keep: Sequence[str]) -> tuple[str, ...] | None:
     """The layers of a block that are meant; None for all products."""
-    if "products" in keep:
-        return None
-    layers = linear_layers(block)
-    found = dict.fromkeys(name for pattern in keep for name in fnmatch.filter(layers, pattern))
-    return tuple(found)
+    found = dict.fromkeys(names[name] for pattern in keep for name in _matching(pattern, names))
+    return None if "products" in found else tuple(found)

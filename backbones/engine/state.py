@@ -1,9 +1,9 @@
 """What a module is when it runs, so that a second run can see the same.
 
-Between the two runs of a block anything may happen to its modules: ``model.eval()``, weights put
-back by ``torch.func.functional_call``, a counter that counts. A :class:`ModuleState` notes what the
-first run sees. The second run gets the module itself if it still is as it was, and else a copy of
-the module's objects that is. The module is never changed, so other threads may use it meanwhile.
+Between the two runs of a block anything may happen to its modules: ``model.eval()``, other weights
+in functional calls, a counter that counts. A :class:`ModuleState` notes what the first run sees.
+The second gets the module itself if it still is as it was, and else a copy of its objects that is.
+The module is never changed, so other threads may use it meanwhile.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from backbones.engine.ambient import Observer, OtherRandom
 class Layout:
     """What a module is made of: compared before each run, which has to be quick.
 
-    It knows of every part, the module itself first, its type and its ``__dict__``, but not the
-    module: nothing here may keep it alive.
+    It knows of every part, the module first, its type and ``__dict__``, and keeps none alive.
 
     Attributes:
         types, owns: of each part.
@@ -153,6 +152,18 @@ class Facts:
 # By module. Not an attribute of it, which would be copied and pickled along.
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[Layout, Facts]] = WeakKeyDictionary()
 
+_APART = ("_parameters", "_modules")
+
+
+@contextmanager
+def known_as_before(module: nn.Module) -> Iterator[None]:
+    """A context in which attributes change that mean nothing to what the module computes."""
+    known = _KNOWN.get(module)
+    holds = known is not None and known[0].holds()
+    yield
+    if known is not None and holds:
+        _KNOWN[module] = Layout(module), known[1]
+
 
 class ModuleState:
     """A module as it is now.
@@ -263,9 +274,8 @@ class ModuleState:
                 "global forward hooks were registered between the forward and the backward pass: a "
                 "reversed or checkpointed block would call them when it runs again"
             )
-        for (number, name, buffer), version in zip(
-            self.layout.buffers, self._versions, strict=True
-        ):
+        buffers = zip(self.layout.buffers, self._versions, strict=True)
+        for (number, name, buffer), version in buffers:
             if buffer._version != version and number not in self._before:
                 raise RuntimeError(
                     f"the buffer {self.layout.types[number].__name__}.{name} was changed between "
@@ -287,16 +297,14 @@ class ModuleState:
 def hooked_everywhere() -> bool:
     """Whether forward hooks on all modules are in force, other than those of tools."""
     after, before = _every._global_forward_hooks, _every._global_forward_pre_hooks
-    if not after and not before:
-        return False
-    hooks = (*after.values(), *before.values())
     tools = ("torch.", "backbones.")
+    hooks = (*after.values(), *before.values())
     return any(not getattr(hook, "__module__", "").startswith(tools) for hook in hooks)
 
 
 def _attributes(own: dict[str, Any]) -> dict[str, Any]:
     """What a run may change of a module's attributes; containers and buffers copied."""
-    kept = {key: _copied(own[key]) for key in own if key not in ("_parameters", "_modules")}
+    kept = {key: _copied(own[key]) for key in own if key not in _APART}
     kept["_buffers"] = {
         key: None if buffer is None else buffer.detach().clone()
         for key, buffer in own["_buffers"].items()
@@ -328,14 +336,12 @@ def _differs(now: Any, was: Any) -> bool:
 
 
 def _has_changed(own: dict[str, Any], before: dict[str, Any]) -> bool:
-    now = {key: value for key, value in own.items() if key not in ("_parameters", "_modules")}
+    now = {key: value for key, value in own.items() if key not in _APART}
     # The values of buffers show in their versions.
     if now.keys() != before.keys() or now.pop("_buffers").keys() != before["_buffers"].keys():
         return True
-    return any(
-        type(value) is not type(before[key]) or _differs(value, before[key])
-        for key, value in now.items()
-    )
+    pairs = ((value, before[key]) for key, value in now.items())
+    return any(type(value) is not type(was) or _differs(value, was) for value, was in pairs)
 
 
 def _is_closed(kind: type, own: dict[str, Any]) -> bool:

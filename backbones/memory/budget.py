@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -20,11 +21,15 @@ from torch import Tensor, nn
 
 from backbones.engine.policies import Keep, MemoryPolicy, set_memory
 from backbones.memory.counting import nbytes
+from backbones.memory.frontier import keeps_by_worth
 from backbones.memory.simulation import Simulation, StepMemory
 
 # Of the memory that is free, what "auto" plans with: the allocator fragments, and kernels take
 # scratch memory of their own, neither of which can be counted beforehand.
 _AUTO_SHARE = 0.9
+
+# The name of a block in front of a layer's.
+_BLOCK = re.compile(r"^.+?\.(?=[fg]\.|products$)")
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class MemoryPlan:
     Attributes:
         policy: the policy of the blocks in front.
         stored_blocks: how many of the last blocks store their activations.
-        keep: products of the other blocks whose outputs are kept.
+        keep: products of the other blocks whose outputs are kept, as ``set_memory`` takes them.
         slices: in how many parts of the batch they run.
         blocks: how many blocks the model has.
         predicted_bytes: the peak of a training step, parameters and optimizer included.
@@ -59,8 +64,10 @@ class MemoryPlan:
     @property
     def summary(self) -> str:
         """The choice in words."""
-        kept = self.keep if isinstance(self.keep, str) else ", ".join(self.keep)
-        keeping = f" keeping {kept}" if kept else ""
+        names = (self.keep,) if isinstance(self.keep, str) else self.keep
+        counts = Counter(_BLOCK.sub("", name) for name in names)
+        kept = [name if name in names else f"{name} of {n} blocks" for name, n in counts.items()]
+        keeping = f" keeping {', '.join(kept)}" if kept else ""
         stored = f"the last {self.stored_blocks} of {self.blocks} blocks stored"
         parts = f", in {self.slices} slices of the batch" if self.slices > 1 else ""
         return f"{self.policy}{keeping}, {stored}{parts}"
@@ -83,10 +90,10 @@ def fit_memory(
 ) -> MemoryPlan:
     """Give ``model`` the fastest memory policy whose training step fits ``budget``, and report it.
 
-    The blocks in front are reversed (checkpointed, in a model without reversible blocks) and keep
-    what saves most work for its bytes, and as many of the last ones as fit store their activations;
-    of all such mixtures the fastest by operation count is taken. Where not even the slowest fits,
-    it runs in slices of the batch. See :func:`backbones.set_memory`.
+    Blocks are reversed (checkpointed, in a model without reversible blocks), and of all products
+    of all of them those are kept that save most work for their bytes; or as many of the last blocks
+    as fit store their activations, whichever is faster by operation count. Where nothing can be
+    kept and it does not fit, blocks run in slices of the batch. See :func:`backbones.set_memory`.
     A training step is forward, backward and AdamW. On a GPU attention is counted as fused. What is
     needed by the loss on the outputs is not counted, and neither is scratch memory that kernels
     allocate inside.
@@ -159,10 +166,11 @@ def parse_budget(budget: int | str, device: torch.device | None = None) -> int:
 
 
 def fastest_that_fits(simulation: Simulation, budget: int) -> MemoryPlan:
-    """The mixture of kept products and stored blocks with the fewest operations that fits.
+    """The kept products or stored blocks with the fewest operations that fit.
 
-    The peak grows with either: what is kept is tried from nothing to everything, and to each the
-    largest number of stored blocks is found by bisection.
+    Tried are the best sets of products of all blocks, whole blocks, and where all products fit,
+    whole blocks beside them. Each is larger than the one before, so that the last that fits is
+    found by bisection.
 
     Raises:
         ValueError: the budget, in bytes, is too small even with nothing kept and no block stored,
@@ -172,24 +180,24 @@ def fastest_that_fits(simulation: Simulation, budget: int) -> MemoryPlan:
     smallest = simulation.step(policy).peak_bytes
     if smallest > budget:
         return _in_slices(simulation, budget, smallest)
-    fits = blocks
-    chosen: tuple[StepMemory, int, Keep] | None = None
-    for keep in simulation.keeps:
 
-        def peak(stored: int, keep: Keep = keep) -> int:
-            return simulation.step(policy, stored, keep).peak_bytes
+    def peak_of(choice: tuple[int, Keep]) -> int:
+        return simulation.step(policy, *choice).peak_bytes
 
-        if peak(0) > budget:
-            break
-        if peak(fits) > budget:
-            fits = bisect_right(range(fits), budget, key=peak) - 1
-        step = simulation.step(policy, fits, keep)
-        if chosen is None or step.operations < chosen[0].operations:
-            chosen = step, fits, keep
-        if fits == blocks:
-            break
-    assert chosen is not None
-    step, stored, keep = chosen
+    def last_of(choices: list[tuple[int, Keep]]) -> tuple[int, Keep]:
+        if peak_of(choices[-1]) <= budget:
+            return choices[-1]
+        return choices[max(bisect_right(choices[:-1], budget, key=peak_of) - 1, 0)]
+
+    counts = range(blocks + 1)
+    chosen = [last_of([(stored, ()) for stored in counts])]
+    if chosen[0][0] < blocks:
+        keeps = keeps_by_worth(simulation)
+        chosen.append(last_of([(0, keep) for keep in keeps]))
+        if chosen[1][1] == keeps[-1]:
+            chosen.append(last_of([(stored, keeps[-1]) for stored in counts]))
+    stored, keep = min(chosen, key=lambda c: (simulation.step(policy, *c).operations, -c[0]))
+    step = simulation.step(policy, stored, keep)
     speed = simulation.step("store").operations / step.operations
     return MemoryPlan(policy, stored, keep, blocks, step.peak_bytes, budget, step.peak, speed)
 
@@ -207,9 +215,10 @@ def _in_slices(simulation: Simulation, budget: int, smallest: int) -> MemoryPlan
             speed = simulation.step("store").operations / step.operations
             blocks, size = simulation.blocks, step.peak_bytes
             return MemoryPlan(policy, 0, (), blocks, size, budget, step.peak, speed, slices)
-        if step.peak_bytes >= smallest:  # what is run is not the peak
+        useless = step.peak_bytes > 0.99 * smallest  # what is run is not the peak
+        smallest = min(smallest, step.peak_bytes)
+        if useless:
             break
-        smallest = step.peak_bytes
     raise ValueError(
         f"a training step does not fit {readable(budget)}: the smallest budget is {smallest} "
         f"bytes ({readable(smallest)}), with no block stored. Give more, or a smaller batch."

@@ -28,6 +28,8 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore
         part: what storages that are made now belong to.
         live: bytes of each part now.
         peak: bytes of each part at the moment when their sum was highest.
+        source: what runs now, or None: what it makes of products goes into ``products``.
+        products: the bytes of the outputs of products, and their operations, by source.
     """
 
     def __init__(self, parts: Sequence[str], fake: FakeTensorMode) -> None:
@@ -38,6 +40,8 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore
         self.live = dict.fromkeys(parts, 0)
         self.peak = dict(self.live)
         self.operations = 0
+        self.source: Any = None
+        self.products: dict[Any, tuple[int, int]] = {}
         self.timeline: list[tuple[int, int]] = []
         self._fake = fake
         self._count_of = flop_registry
@@ -58,7 +62,12 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore
             if isinstance(tensor, Tensor):
                 self.add(tensor)
         if count := self._count_of.get(getattr(func, "_overloadpacket", None)):
-            self.operations += count(*args, **kwargs, out_val=out)
+            operations = count(*args, **kwargs, out_val=out)
+            self.operations += operations
+            if self.source is not None:
+                size = sum(nbytes(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+                before = self.products.get(self.source, (0, 0))
+                self.products[self.source] = before[0] + size, before[1] + operations
         self.timeline.append((self.operations, self._total))
         return out
 

@@ -37,12 +37,14 @@ class StepMemory:
         held: of the parts of the forward pass, the bytes that wait for the backward pass.
         operations: of matrix products, convolutions and attention, forward and backward.
         timeline: after each operator, the operations so far and the bytes that are alive.
+        spans: of each block, the places in the timeline between which it holds something.
     """
 
     peak: dict[str, int]
     held: dict[str, int]
     operations: int
     timeline: list[tuple[int, int]]
+    spans: list[tuple[int, int]]
 
     @property
     def peak_bytes(self) -> int:
@@ -63,14 +65,26 @@ def _stages(model: nn.Module) -> dict[Block, str]:
     """
     blocks = blocks_of(model)
     paths = [name.split(".") for name in blocks]
-    levels = zip(*paths, strict=False)
-    depth = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+    depth = _common(paths)
     holders = [tuple(path[depth : depth + 1]) if path[depth + 1 :] else () for path in paths]
     numbers = {holder: index for index, holder in enumerate(dict.fromkeys(holders), start=1)}
     return {
         block: f"stage {numbers[holder]}"
         for block, holder in zip(blocks.values(), holders, strict=True)
     }
+
+
+def _short_names(names: list[str]) -> list[str]:
+    """Without what all have in common in front, but for its last part, as wrappers add some."""
+    paths = [name.split(".") for name in names]
+    common = _common(paths)
+    return [".".join(path[max(min(common, len(path) - 1) - 1, 0) :]) for path in paths]
+
+
+def _common(paths: list[list[str]]) -> int:
+    """How many parts all have in common in front."""
+    levels = zip(*paths, strict=False)
+    return sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
 
 
 class Simulation:
@@ -85,6 +99,9 @@ class Simulation:
 
     Attributes:
         blocks: how many blocks have a memory policy.
+        block_names: theirs, behind what all have in common but its last part.
+        invertible: whether each can be reversed.
+        is_compiled: whether :func:`backbones.compile_blocks` has been there.
         saving_policy: ``"reversible"`` where the model has reversible blocks.
         autocast: the dtype of autocast in the forward pass, or None.
     """
@@ -117,7 +134,7 @@ class Simulation:
             twins[id(param)] = nn.Parameter(shape_of(param), requires_grad=param.requires_grad)
         for buffer in model.buffers():
             twins[id(buffer)] = shape_of(buffer)
-        self._compiled = any(block.is_compiled for block in blocks_of(model).values())
+        self.is_compiled = any(block.is_compiled for block in blocks_of(model).values())
         try:
             self.model = copy.deepcopy(model, twins).train()
         except Exception as error:  # of any kind, by what the model holds
@@ -130,11 +147,23 @@ class Simulation:
         self.autocast = autocast
         self._stage_of = _stages(self.model)
         self.blocks = len(self._stage_of)
-        invertible = any(block.invertible for block in self._stage_of)
-        self.saving_policy: MemoryPolicy = "reversible" if invertible else "checkpoint"
+        self.block_names = _short_names([*blocks_of(self.model)])
+        self.invertible = [block.invertible for block in self._stage_of]
+        self.saving_policy: MemoryPolicy = "reversible" if any(self.invertible) else "checkpoint"
         set_memory(self.model, self.saving_policy)  # says what is wrong, if there are no blocks
         self._forward_parts = ["stem", *dict.fromkeys(self._stage_of.values()), "head"]
         self._known: dict[tuple[MemoryPolicy, int, Keep, int], StepMemory] = {}
+        self._observed: set[MemoryPolicy] = {"store"}  # blocks look at themselves in a first step
+        self._starts: dict[int, int] = {}
+        self._ends: dict[int, int] = {}
+        self._blocks_of: dict[int, list[int]] = {}
+        self._source_of: dict[int, tuple[int, str]] = {}
+        for index, block in enumerate(self._stage_of):
+            self._source_of[id(block)] = index, ""
+            for name, layer in linear_layers(block).items():
+                self._source_of[id(layer)] = index, name
+            for param in block.parameters():
+                self._blocks_of.setdefault(id(param), []).append(index)
         self._trained = [param for param in self.model.parameters() if param.requires_grad]
         # The multi-tensor kernels, which AdamW takes on a GPU, need another copy of the parameters.
         self.optimizer = torch.optim.AdamW(self._trained, foreach=not self._on_cpu)
@@ -174,22 +203,17 @@ class Simulation:
     def _count_gradient(self, param: Tensor) -> None:
         if param.grad is not None:
             self._counter.move(param.grad, "gradients")
+        for block in self._blocks_of.get(id(param), ()):
+            self._ends.setdefault(block, len(self._counter.timeline))
 
-    @property
-    def keeps(self) -> list[Keep]:
-        """What blocks may keep, from nothing to all products, by the work that it saves per byte.
+    @cached_property
+    def products(self) -> dict[tuple[int, str], tuple[int, int]]:
+        """The products of the blocks' forward pass: bytes of their outputs, and operations.
 
-        That of a linear layer grows with its inputs: each output takes as many multiplications.
-        Compiled blocks keep nothing.
+        By the index of the block and the name of the linear layer in it, ``""`` for others.
         """
-        if self._compiled:
-            return [()]
-        layers: dict[str, int] = {}
-        for block in self._stage_of:
-            for name, layer in linear_layers(block).items():
-                layers[name] = max(layers.get(name, 0), layer.in_features)
-        order = sorted(layers, key=lambda name: -layers[name])
-        return [*(tuple(order[:count]) for count in range(len(order) + 1)), "products"]
+        set_memory(self.model, "store")
+        return self._passes(backward=False)[0].products
 
     def step(
         self, policy: MemoryPolicy, stored_blocks: int = 0, keep: Keep = (), slices: int = 1
@@ -199,6 +223,9 @@ class Simulation:
             policy, stored_blocks, keep, slices = "store", 0, (), 1
         key = policy, stored_blocks, keep, slices
         if key not in self._known:
+            if policy not in self._observed:  # of later steps, which training mostly consists of
+                self._observed.add(policy)
+                self.held_bytes(policy)
             set_memory(self.model, policy, stored_blocks, keep, slices)
             self._known[key] = self._step()
         return self._known[key]
@@ -214,11 +241,17 @@ class Simulation:
         self.optimizer.zero_grad()
         timeline = [(counter.operations, size) for _, size in update.timeline]
         peak = max(counter.peak, update.peak, key=lambda parts: sum(parts.values()))
-        return StepMemory(peak, held, counter.operations, counter.timeline + timeline)
+        spans, end = [], len(counter.timeline)
+        for block in range(self.blocks):  # one in which nothing is trained ends with the one before
+            end = self._ends.get(block, end)
+            spans.append((self._starts.get(block, 0), end))
+        return StepMemory(peak, held, counter.operations, counter.timeline + timeline, spans)
 
     def _passes(self, backward: bool) -> tuple[Counter, dict[str, int]]:
         """Forward, and backward if wanted: what was counted, and what was held between them."""
         counter = self._counter = self._new_counter()
+        self._starts.clear()
+        self._ends.clear()
         kernels = nullcontext() if self._on_cpu else as_on_a_gpu()
         with kernels, counter, torch.enable_grad():
             try:
@@ -241,10 +274,14 @@ class Simulation:
         *_, last = self._stage_of
 
         def enter(module: nn.Module, _args: Any) -> None:
-            if isinstance(module, Block):
-                counter.part = self._stage_of.get(module, counter.part)
+            counter.source = source = self._source_of.get(id(module), counter.source)
+            if isinstance(module, Block) and module in self._stage_of:
+                counter.part = self._stage_of[module]
+                self._starts[source[0]] = len(counter.timeline)
 
         def leave(module: nn.Module, _args: Any, _output: Any) -> None:
+            if id(module) in self._source_of:  # a layer's block goes on
+                counter.source = None if isinstance(module, Block) else (counter.source[0], "")
             if module is last:
                 counter.part = "head"
 

@@ -155,6 +155,16 @@ def test_patterns() -> None:
     assert blocks_of(sequence)["blocks.0"].keep is None
     set_memory(sequence, "reversible")
     assert blocks_of(sequence)["blocks.0"].keep == ()
+    # Behind the name of a block, or its end, of this block alone; * reaches all linear layers.
+    wrapped = nn.Sequential(sequence)
+    for start in ("0.blocks.1", "blocks.1", "1"):
+        set_memory(wrapped, "reversible", keep=(f"{start}.products", "blocks.0.g.*"))
+        kept = [block.keep for block in blocks_of(wrapped).values()]
+        assert kept == [("g.mlp.fc1", "g.mlp.fc2"), None]
+    set_memory(wrapped, "reversible", keep=("*",))
+    assert None not in [block.keep for block in blocks_of(wrapped).values()]
+    with pytest.raises(ValueError, match=r"linear layer 'blocks\.2\.g\.mlp\.fc2'"):
+        set_memory(sequence, "reversible", keep=("blocks.2.g.mlp.fc2",))
     with pytest.raises(ValueError, match=r"linear layer 'g\.mlp\.fc3'; did you mean g\.mlp\.fc"):
         set_memory(sequence, "reversible", keep=("g.mlp.fc3",))
     set_memory(sequence, "reversible", keep="g.mlp.fc2")

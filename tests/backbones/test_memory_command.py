@@ -102,7 +102,7 @@ def test_the_speed_where_store_has_room(capsys: Capture, monkeypatch: pytest.Mon
         ("rev_vit_tiny --input 8x3x0x224", "give BxCxHxW"),
         ("rev_vit_tinny --input 8x3x224x224", "did you mean"),
         ("rev_vit_tiny --input 8x4x224x224", "expected images"),
-        ("small --input 16x3x64x64 --budget 1MB", "smallest"),
+        ("small --input 2x3x64x64 --budget 1MB", "smallest"),
         ("small --input 1x3x32x32 --measure", "--device cpu"),
         ("small --input 1x3x32x32 --plot no/m.png", "no such folder"),
         ("small --input 1x3x32x32 --plot memory", "should end in .png"),

@@ -151,29 +151,27 @@ def test_the_trial_leaves_no_trace() -> None:
     assert "slices=7" in repr(sequence)
 
 
-SMALL = {"img_size": 32, "embed_dim": 16, "num_heads": 2, "depth": 4, "transitions": (1, 2)}
+SMALL = {"img_size": 32, "embed_dim": 16, "num_heads": 2, "depth": 2, "transitions": (1,)}
 
 
-@pytest.mark.parametrize("name", ("rev_mvit_base", "mvit_base"))
-def test_the_working_set_is_that_of_a_slice(name: str) -> None:
-    model = create_model(name, **SMALL, num_classes=0)
-    policy: MemoryPolicy = "reversible" if name.startswith("rev") else "checkpoint"
+def test_the_working_set_is_that_of_a_slice() -> None:
+    model = create_model("rev_mvit_base", **SMALL, num_classes=0)
 
     def per_image(slices: Callable[[int], int]) -> float:
-        inputs = [torch.zeros(batch, 3, 64, 64) for batch in (8, 16)]
-        peaks = [predict_memory(model, x, policy, slices=slices(len(x))).peak_bytes for x in inputs]
-        return (peaks[1] - peaks[0]) / 8
+        peaks = []
+        for batch in (2, 4):
+            x, parts = torch.zeros(batch, 3, 64, 64), slices(batch)
+            peaks.append(predict_memory(model, x, "reversible", slices=parts).peak_bytes)
+        return (peaks[1] - peaks[0]) / 2
 
     assert per_image(lambda batch: batch) < 0.6 * per_image(lambda batch: 1)
 
 
 def test_a_budget_that_only_slices_fit() -> None:
-    model = create_model("rev_mvit_base", **SMALL, num_classes=0)
-    inputs = torch.zeros(16, 3, 64, 64)
+    model = create_model("rev_vit_tiny", img_size=64, embed_dim=48, depth=2, patch_size=4)
+    inputs = torch.zeros(2, 3, 64, 64)
     smallest = predict_memory(model, inputs, "reversible").peak_bytes
     assert fit_memory(model, inputs, smallest).slices == 1
     plan = fit_memory(model, inputs, smallest - 1)
     assert plan.slices == 2 and "in 2 slices of the batch" in plan.summary
     assert plan.predicted_bytes < smallest and "slices=2" in repr(model)
-    with pytest.raises(ValueError, match="the smallest budget is"):
-        fit_memory(model, inputs, 1000)

@@ -68,12 +68,13 @@ def test_the_policy_reaches_every_block(caplog):
 
 
 def test_the_plan_is_in_force(monkeypatch):
-    plan = SimpleNamespace(policy="reversible", stored_blocks=1, keep="products")
+    plan = SimpleNamespace(policy="reversible", stored_blocks=1, keep="products", slices=2)
     monkeypatch.setattr("revdet.training.budget._plan", lambda *_: plan)
     cfg = load_config(DEMO, ["model.backbone.net.model.depth=2"])
     model = build_model(cfg)
     apply_memory_budget(cfg, model, [], None)
     assert (cfg.train.stored_blocks, cfg.train.memory_keep) == (1, ["products"])
+    assert cfg.train.memory_slices == 2
     blocks = blocks_of(model).values()
     assert [(b.memory_policy, b.keep) for b in blocks] == [("reversible", None), ("store", None)]
 

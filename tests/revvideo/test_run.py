@@ -91,7 +91,7 @@ def test_a_budget_chooses_the_memory_policy(run, tmp_path, monkeypatch):
     def fit(model: torch.nn.Module, example: torch.Tensor, *rest: object) -> SimpleNamespace:
         """In the place of the real one, which takes seconds and has tests of its own."""
         asked.append((tuple(example.shape), *rest))
-        return SimpleNamespace(policy="reversible", stored_blocks=3, keep="products")
+        return SimpleNamespace(policy="reversible", stored_blocks=3, keep="products", slices=2)
 
     monkeypatch.setattr(backbones, "fit_memory", fit)
     more = ["train.memory_budget=1GB", "train.precision=bf16-mixed", "augment.repeats=2"]
@@ -100,6 +100,7 @@ def test_a_budget_chooses_the_memory_policy(run, tmp_path, monkeypatch):
     assert asked == [((4, 3, 4, 32, 32), "1GB", torch.bfloat16)]
     found = results(tmp_path)["run"]
     assert (found["stored_blocks"], found["memory_keep"]) == (3, ["products"])
+    assert found["memory_slices"] == 2
     assert "stored_blocks=3" in (tmp_path / "log.txt").read_text()
 
 
