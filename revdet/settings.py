@@ -43,7 +43,7 @@ class TrainConfig:
     """Settings of the run."""
 
     output_dir: str = key("output/run", "where the results of the run go")
-    init_checkpoint: str = key("", "weights to start from: a file or an address")
+    init_checkpoint: str = key("", "weights to start from: a file, an address or vitdet_base, …")
     max_iter: int = key(90000, "iterations to train", low=1)
     seed: int = key(0, "of weights, order, augmentation and dropout", low=0)
     device: str = key("auto", "such as cpu or cuda; auto: cuda where there is one")

@@ -23,7 +23,14 @@ from backbones.weights.checkpoint import (
 )
 from backbones.weights.download import local_file
 from backbones.weights.formats import Layout, describe, recognise, translate
-from backbones.weights.resizing import Grid, grids_of, is_table, resize_positions, resize_tables
+from backbones.weights.resizing import (
+    Grid,
+    grids_of,
+    is_table,
+    resize_patches,
+    resize_positions,
+    resize_tables,
+)
 
 # Entries of a safetensors file's metadata, both JSON: the model's name and arguments, and the
 # grids of its position embeddings, which the number of their rows does not tell.
@@ -131,6 +138,22 @@ def load_checkpoint(
     Raises:
         WeightsError: it does not fit the model.
     """
+    report, ready = fit_checkpoint(model, checkpoint, source, ema)
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, value in ready.items():
+            own[name].copy_(value)
+    return report
+
+
+def fit_checkpoint(
+    model: nn.Module, checkpoint: Checkpoint, source: str, ema: bool = False
+) -> tuple[LoadReport, dict[str, Tensor]]:
+    """What :func:`load_checkpoint` would do, and with which tensors; the model stays as it is.
+
+    Raises:
+        WeightsError: it does not fit the model.
+    """
     own: dict[str, Tensor] = model.state_dict()
     report = LoadReport(source, recognise(checkpoint.tensors), averaged=checkpoint.averaged)
     try:
@@ -142,6 +165,8 @@ def load_checkpoint(
         grids = _recorded_grids(checkpoint.metadata)
         report.resized = resize_positions(tensors, model, grids, foreign=report.format != "own")
         report.resized |= resize_tables(tensors, own)
+        if report.format not in ("own", "PySlowFast", "mmpretrain"):
+            report.resized |= resize_patches(tensors, own)
         _drop_head(tensors, own, report)
         absent = [name for name in own if name not in tensors]
         has_tables = any(map(is_table, tensors))
@@ -154,13 +179,10 @@ def load_checkpoint(
         raise WeightsError(
             f"{source}, taken for {report.format}'s layout, does not fit this {kind}: {error}"
         ) from error
-    # To dtype and device first, since that may still fail; the copies below cannot.
+    # To dtype and device first, since that may still fail; copying cannot.
     ready = {name: tensors[name].to(own[name]) for name in own if name in tensors}
-    with torch.no_grad():
-        for name, value in ready.items():
-            own[name].copy_(value)
     report.loaded = list(ready)
-    return report
+    return report, ready
 
 
 def _check_numbers(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:

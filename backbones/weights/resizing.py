@@ -1,6 +1,6 @@
 """Positions made for another grid than the model's: embeddings, and tables of relative ones.
 
-They are resized as the models do at run time.
+They are resized as the models do at run time. Patch embeddings too, to patches of another size.
 """
 
 from __future__ import annotations
@@ -92,3 +92,23 @@ def resize_tables(tensors: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict
             tensors[name] = resize_table(_at_least_float32(value), rows)
             resized[name] = f"from {value.shape[0]} to {rows} distances"
     return resized
+
+
+def resize_patches(tensors: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, str]:
+    """As :func:`resize_tables`, for the patch embedding of a ViT made for patches of another size.
+
+    A patch that was enlarged bicubically gives the same token as it gave before (FlexiViT, arXiv
+    2212.08013, section 3.4); of one that was reduced, the nearest that there is.
+    """
+    name = "patch_embed.proj.weight"
+    value, mine = tensors.get(name), own.get(name)
+    if value is None or mine is None or not value.ndim == mine.ndim == 4 or 0 in value.shape:
+        return {}
+    side, wanted = value.shape[3], mine.shape[3]
+    if value.shape != (*mine.shape[:2], side, side) or side == wanted:
+        return {}
+    basis = torch.eye(side**2, dtype=torch.float64).unsqueeze(0)
+    enlarge = resize_plane(basis, (side, side), (wanted, wanted))[0]  # pixels of a patch, in rows
+    resized = value.flatten(2).double() @ torch.linalg.pinv(enlarge)
+    tensors[name] = resized.unflatten(2, (wanted, wanted))
+    return {name: f"from patches of {side}×{side} to {wanted}×{wanted}"}

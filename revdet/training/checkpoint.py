@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from backbones.common.errors import UserError
 from backbones.common.files import replacing
 from backbones.weights.checkpoint import Checkpoint, read_checkpoint
-from backbones.weights.download import local_file
 from backbones.weights.loading import load_checkpoint
 from revdet.models import find_trunk
+from revdet.training.weights import fetch_weights, for_detector
 
 logger = logging.getLogger("revdet")
 
@@ -71,7 +71,8 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         checkpoint = read_checkpoint(filename)
-        return {**checkpoint.content, "model": checkpoint.tensors}
+        tensors = for_detector(self.model, checkpoint, exact=True)
+        return {**checkpoint.content, "model": tensors}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
         averaged = "training_model" in checkpoint
@@ -88,7 +89,8 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             UserError: the checkpoint does not fit the model, which is then untouched.
         """
-        missing = self._copy(checkpoint.tensors, str(checkpoint.path), strict=False)
+        tensors = for_detector(self.model, checkpoint, exact=False)
+        missing = self._copy(tensors, str(checkpoint.path), strict=False)
         self._log_incompatible_keys(missing)
 
     def _copy(self, tensors: dict[str, Tensor], path: str, *, strict: bool) -> _IncompatibleKeys:
@@ -136,15 +138,3 @@ def load_initial_weights(model: nn.Module, source: str) -> None:
             Checkpointer(model).start_from(checkpoint)
     except (ImportError, ValueError) as error:
         raise UserError(f"train.init_checkpoint: {error}") from error
-
-
-def fetch_weights(source: str) -> Path:
-    """The file that ``source`` names; an address is downloaded once.
-
-    Raises:
-        UserError: there is no such file, or it cannot be had.
-    """
-    path = local_file(source)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist: check the path")
-    return path

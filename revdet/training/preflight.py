@@ -15,7 +15,7 @@ from backbones.common.files import make_folder
 from backbones.memory.budget import parse_budget
 from revdet.data.normalise import normalise
 from revdet.training import hardware
-from revdet.training.checkpoint import fetch_weights
+from revdet.training.weights import fetch_weights
 
 
 def preflight(cfg: DictConfig, args: argparse.Namespace) -> str:

@@ -352,3 +352,15 @@ def test_our_twins_go_into_reversible_ones_and_not_back(tmp_path: Path) -> None:
         refuse(plain, file, "it is of a reversible net.*take its reversible twin")
     torch.save(plain.state_dict(), file)
     refuse(create_model("rev_mvit_base", **options), file, "create the model with fusion='avg'")
+
+
+def test_patches_of_another_size_give_the_same_tokens(tmp_path: Path) -> None:
+    theirs = timm_vit(**AVG, fc_norm=False)
+    mine = ours(patch_size=12, img_size=48)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    report = load_weights(mine, tmp_path / "weights.pth")
+    assert report.resized == {"patch_embed.proj.weight": "from patches of 8×8 to 12×12"}
+    patch = torch.randn(2, 3, 8, 8, dtype=torch.double)
+    larger = torch.nn.functional.interpolate(patch, size=(12, 12), mode="bicubic")
+    expected = theirs.patch_embed.proj(patch)[:, :, 0, 0]
+    assert_near(mine.patch_embed(larger)[:, 0, 0, 0], expected, 1e-9)

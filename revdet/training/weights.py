@@ -1,0 +1,98 @@
+"""Weights of other projects for a detector: those of a whole ViTDet too, under their own names."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from detectron2.utils.file_io import PathManager
+from torch import Tensor, nn
+
+from backbones.common.errors import UserError, first_line
+from backbones.weights.checkpoint import Checkpoint, WeightsError
+from backbones.weights.download import ZOO, local_file
+from backbones.weights.formats import prefixes_of
+from backbones.weights.loading import fit_checkpoint
+from revdet.models import find_trunk
+
+logger = logging.getLogger("revdet")
+
+
+def fetch_weights(source: str) -> Path:
+    """The file that ``source`` names; what lies elsewhere is downloaded once.
+
+    Args:
+        source: a file; a name of :data:`backbones.weights.download.ZOO`; an address of the web, or
+            of any kind that Detectron2's path manager knows (``detectron2://``).
+
+    Raises:
+        UserError: there is no such file, or it cannot be had.
+    """
+    address = ZOO.get(source, source)
+    scheme, separator, _ = address.partition("://")
+    if source in ZOO or (separator and scheme not in ("http", "https", "file")):
+        try:
+            path = Path(PathManager.get_local_path(address))
+        except Exception as error:  # by the kind of address, and of failure
+            raise UserError(
+                f"cannot get {source} from {address} ({first_line(error)}): download it elsewhere, "
+                "and give the file's path in its place"
+            ) from error
+    else:
+        path = local_file(address)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist: check the path")
+    return path
+
+
+def for_detector(model: nn.Module, checkpoint: Checkpoint, *, exact: bool) -> dict[str, Tensor]:
+    """What a detector's file holds, by the names of ``model``: of this project or of ViTDet.
+
+    A foreign trunk goes through :func:`backbones.load_weights`; what lies behind it has the same
+    names in both. A pyramid that sees the two streams of a reversible trunk starts as if it saw
+    their mean. ``exact`` refuses to make another function of the weights than they had.
+
+    Raises:
+        WeightsError: a trunk that does not fit; with ``exact``, a plain one for a reversible model.
+    """
+    tensors = {name.removeprefix("module."): v for name, v in checkpoint.tensors.items()}
+    own, path = model.state_dict(), checkpoint.path
+    try:
+        prefix, trunk = find_trunk(model)
+    except ValueError:
+        return tensors
+    blocks = [name for name in own if name.startswith(prefix) and name.endswith(".f.norm.weight")]
+    if all(name in tensors for name in blocks) or own.keys().isdisjoint(tensors):
+        return tensors
+    nets = prefixes_of(tensors)
+    if len(nets) != 1:
+        raise WeightsError(f"{path} is of a detector with another trunk than a vision transformer")
+    net = {name: value for name, value in tensors.items() if name.startswith(nets[0])}
+    of_net = replace(checkpoint, tensors=net)
+    report, fitted = fit_checkpoint(trunk, of_net, f"the trunk in {path}")
+    rewired = "blocks" in report.converted
+    if exact and rewired:
+        raise WeightsError(
+            f"{path} is of a plain trunk: the model's reversible one starts from it, but has to be "
+            "fine-tuned before it is evaluated"
+        )
+    logger.info(f"{report}")
+    found = {f"{prefix}{name}": value for name, value in fitted.items()}
+    for name, value in tensors.items():
+        if rewired and name in own and name.startswith("backbone."):
+            value = _for_two_streams(value, own[name])
+        # Constants of the recipe are in the files of some versions of Detectron2.
+        if name not in net and not name.startswith("pixel_") and "cell_anchors" not in name:
+            found[name] = value
+    return found
+
+
+def _for_two_streams(value: Tensor, mine: Tensor) -> Tensor:
+    """Copies where the model is twice as wide, halved where a layer adds them up."""
+    if value.ndim != mine.ndim or 0 in value.shape:
+        return value
+    times = [b // a for a, b in zip(value.shape, mine.shape, strict=True)]
+    # Where a layer (more than one axis) is twice as wide, its input is.
+    repeated = value.repeat(times) / (2 if value.ndim > 1 and 2 in times else 1)
+    return repeated if {*times} <= {1, 2} and repeated.shape == mine.shape else value
