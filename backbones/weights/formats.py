@@ -233,7 +233,7 @@ def describe(translation: Translation) -> str:
     tensors = translation.tensors
     blocks = sum(name.endswith(".f.norm.weight") for name in tensors)
     stem = tensors.get("patch_embed.proj.weight")
-    if translation.layout in ("own", "PySlowFast", "mmpretrain") or stem is None or not stem.ndim:
+    if translation.layout in ("own", "PySlowFast", "mmpretrain") or stem is None or stem.ndim < 2:
         return ""
     words = [f"{blocks} blocks of {stem.shape[0]} channels", f"patches of {stem.shape[-1]}"]
     words += ["class token"] if "prefix.cls_token" in tensors else []
