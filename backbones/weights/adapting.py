@@ -65,6 +65,7 @@ def adapt(translation: Translation, model: nn.Module, report: Report) -> None:
     if foreign:
         _fit_layer_scale(tensors, own, report)
         _fit_head(tensors, own, model.global_pool, _CLS in translation.read, report)
+    if foreign or own.keys().isdisjoint(("norm.weight", "fc_norm.weight")):
         _fit_norm(tensors, own, report)
     if translation.streams > model.streams:
         raise WeightsError(

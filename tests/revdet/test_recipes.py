@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from pycocotools import mask as rle
 
 import backbones
 from backbones.registry import MODELS
+from backbones.weights.download import ZOO
 from revdet.config import load_config
 from revdet.models import build_model
 from revdet.train_net import main
@@ -104,13 +106,16 @@ def test_a_recipe_trains_evaluates_and_is_loaded_again(recipe, data, tmp_path, m
     sizes = small(recipe)
     cfg = load_config(recipe, sizes)
     trunk = (cfg.model.backbone.get("net") or cfg.model.backbone.bottom_up).model
+    name = trunk.name
 
     def download(address: str) -> Path:
         """A file like that of the recipe's address: a trunk for classification, as small."""
-        assert address == MODELS[trunk.name].weights
+        foreign = cfg.train.init_checkpoint in ZOO
+        assert address == (ZOO[cfg.train.init_checkpoint] if foreign else MODELS[name].weights)
         arguments = {key: trunk[key] for key in ARCHITECTURE if key in trunk}
         file = tmp_path / "released.safetensors"
-        backbones.save_weights(backbones.create_model(trunk.name, **arguments), file)
+        source = name.removeprefix("rev_") if foreign else name
+        backbones.save_weights(backbones.create_model(source, **arguments), file)
         return file
 
     start: dict[str, torch.Tensor] = {}
@@ -124,6 +129,8 @@ def test_a_recipe_trains_evaluates_and_is_loaded_again(recipe, data, tmp_path, m
         train(trainer, *iterations)
 
     monkeypatch.setattr("backbones.weights.download.download", download)
+    paths = SimpleNamespace(get_local_path=download)
+    monkeypatch.setattr("revdet.training.weights.PathManager", paths)
     monkeypatch.setattr("revdet.training.results.draw_curves", lambda *_: None)  # takes its time
     monkeypatch.setattr(Trainer, "train", spy)
     cheap = ["train.max_iter=2", "train.log_period=1", "train.pictures=0", "train.device=cpu"]
