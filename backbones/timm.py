@@ -66,7 +66,7 @@ def _register(name: str) -> None:
                 model: Any = build(name, **arguments)
             for index, info in enumerate(model.feature_info):
                 info["module"] = f"stages.{index}" if hasattr(model, "stages") else "blocks"
-            model.in_chans = model.patch_embed.in_chans
+            model.in_chans, model.head_hidden_size = model.patch_embed.in_chans, model.num_features
             if pretrained:
                 source = cfg.file or cfg.url
                 if not source:

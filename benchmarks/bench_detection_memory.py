@@ -35,15 +35,14 @@ from benchmarks.measuring import RESULTS, Json, facts, parser_of
 
 # Windows of 14 and four global blocks, as in ViTDet; its rates of drop path.
 _WINDOWS = {"window_size": 14, "use_rel_pos": True}
+_BASE = {**_WINDOWS, "global_attn_indexes": (2, 5, 8, 11), "drop_path_rate": 0.1}
+_LARGE = {**_WINDOWS, "global_attn_indexes": (5, 11, 17, 23), "drop_path_rate": 0.4}
+_TWIN = {"final_norm": False, "pretrain_img_size": 224}  # as the recipes of the twins
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Rev-ViT-B": (
-        "rev_vit_base",
-        {**_WINDOWS, "global_attn_indexes": (2, 5, 8, 11), "drop_path_rate": 0.1},
-    ),
-    "Rev-ViT-L": (
-        "rev_vit_large",
-        {**_WINDOWS, "global_attn_indexes": (5, 11, 17, 23), "drop_path_rate": 0.4},
-    ),
+    "Rev-ViT-B": ("rev_vit_base", _BASE),
+    "ViT-B": ("vit_base", _BASE | _TWIN),
+    "Rev-ViT-L": ("rev_vit_large", _LARGE),
+    "ViT-L": ("vit_large", _LARGE | _TWIN),
     "Rev-MViT-B": ("rev_mvit_base", {"drop_path_rate": 0.4}),
 }
 POLICIES: tuple[MemoryPolicy, ...] = ("store", "checkpoint", "reversible")
@@ -153,7 +152,8 @@ def measure(size: int) -> list[Json]:
     except ImportError:
         print("Detectron2 is not installed: its trunks are left out", file=sys.stderr)
     for label, policy in product(OURS, POLICIES):
-        todo.append((label, policy, policy, partial(ours, label, size)))
+        if policy != "reversible" or label.startswith("Rev-"):
+            todo.append((label, policy, policy, partial(ours, label, size)))
     return [
         {"trunk": name, "policy": label, **count(build, policy, size)}
         for name, label, policy, build in tqdm(todo, desc="trunks", disable=None)

@@ -28,6 +28,9 @@ COLOURS = {
     "fp32": "#c2185b",
     "bf16": "#3b7dd8",
     "fp16": "#e08a1e",
+    "plain": "#8a8a8a",
+    "rewired": "#c2185b",
+    "from scratch": "#3b7dd8",
 }
 
 
@@ -165,3 +168,24 @@ def recipes(results: Json) -> None:
         handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[policy]) for policy in policies]
         axes.legend(handles, policies, frameon=False, loc="lower right", labelcolor=INK)
         axes.grid(visible=False)
+
+
+def rewire(results: Json) -> None:
+    """Accuracy of a plain net that goes on, and of reversible ones, over the steps."""
+    title = "Test accuracy (%)"
+    subtitle = (
+        f"12 blocks, {results['photographs']} photographs; mean of {len(results['seeds'])} seeds, "
+        "each of them thin"
+    )
+    with _axes(IMAGES / "rewire.png", title, subtitle, "steps") as axes:
+        for name in ("plain", "rewired", "from scratch"):
+            runs = [found[name] for found in results["seeds"]]
+            steps = [step for step, _ in runs[0]]
+            for run in runs:
+                axes.plot(steps, [y for _, y in run], color=COLOURS[name], linewidth=0.8, alpha=0.5)
+            means = [sum(run[i][1] for run in runs) / len(runs) for i in range(len(steps))]
+            label = f"{name}: {means[-1]:.1f} %, {results['held'][name] / 1e6:.1f} MB held"
+            axes.plot(steps, means, color=COLOURS[name], linewidth=2.5, marker="o", label=label)
+        axes.legend(frameon=False, loc="lower right", labelcolor="linecolor")
+        axes.set_xlim(0, steps[-1])
+        axes.set_ylim(0)

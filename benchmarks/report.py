@@ -87,6 +87,32 @@ def _keep(results: Json) -> Iterator[str]:
     yield origin(results)
 
 
+def _rewire(results: Json) -> Iterator[str]:
+    plots.rewire(results)
+    nets = results["held"]
+    yield "![Accuracy of plain, rewired and new reversible nets](images/rewire.png)"
+    before = ", ".join(f"{found['first'][-1][1]}" for found in results["seeds"])
+    yield (
+        f"A plain net of 12 blocks has learnt for {results['first']} steps to tell crops of "
+        f"{results['photographs']} photographs apart: {before} % of the test crops, of two seeds. "
+        f"Then {results['steps']} more steps of it; of the reversible net of its branches "
+        "(`load_weights`); and of that net from random weights. Held between the passes for a "
+        "batch of 64:"
+    )
+    rows = []
+    for name in nets:
+        ends = [f"{found[name][0][1]} → {found[name][-1][1]}" for found in results["seeds"]]
+        rows.append([name, *ends, f"{nets[name] / 1e6:.1f}"])
+    seeds = [f"seed {number}, %" for number in range(len(results["seeds"]))]
+    yield table(["net", *seeds, "held, MB"], rows)
+    yield (
+        f"What the choice is between, {results['depth']} blocks of ViT-B width, two images of 224 "
+        "pixels, one thread, in time of the processor:"
+    )
+    yield contestants(results)
+    yield origin(results)
+
+
 def _profile(results: Json) -> Iterator[str]:
     yield profile(results)
     yield "By kind under the profiler, which itself takes most of what is between the operators."
@@ -155,6 +181,7 @@ SECTIONS = (
     ("Memory against depth and batch", "memory", _memory),
     ("Speed on a CPU", "speed_*", _speed),
     ("Outputs kept inside the blocks", "keep_*", _keep),
+    ("From a plain net to a reversible one", "rewire_*", _rewire),
     ("Where the time goes", "profile_*", _profile),
     ("Numerical drift", "drift_*", _drift),
     ("Training memory of every recipe", "recipes", _recipes),

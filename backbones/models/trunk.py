@@ -174,29 +174,27 @@ class Trunk(nn.Module):
 
         Args:
             x: as for :meth:`forward`.
-            indices: which maps; their number, counted from the last; None for all.
-            norm, stop_early: taken for timm's sake: the last map always goes through the final
-                norm, and the others never do.
+            indices: which maps, or how many of the last; None for all.
+            norm: asks for the final norm on all; the last map has it anyway.
+            stop_early: changes nothing.
             output_fmt: ``"NCHW"``, or ``"NLC"`` for tokens (B, N, C).
             intermediates_only: return the maps alone.
 
         Raises:
-            ValueError: another ``output_fmt``.
+            ValueError: another ``output_fmt``; ``norm`` in a model of several stages.
             IndexError: there is no such map.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt {output_fmt!r}: choose 'NCHW' or 'NLC'")
+        if output_fmt not in ("NCHW", "NLC") or (norm and len(self.feature_info) > 1):
+            raise ValueError(
+                f"output_fmt={output_fmt!r}, norm={norm}: choose 'NCHW' or 'NLC', and norm=False "
+                "where there are several stages, of which the last alone has a norm"
+            )
         grids, tokens = self._forward_grids(x, every_stage=True)
         wanted = range(-indices, 0) if isinstance(indices, int) else indices
         chosen = grids if wanted is None else [grids[index] for index in wanted]
         flat = output_fmt == "NLC"
         maps = [grid.flatten(1, 3) if flat else self._as_map(grid) for grid in chosen]
         return maps if intermediates_only else (tokens, maps)
-
-    @property
-    def head_hidden_size(self) -> int:
-        """What the head reads: ``num_features``."""
-        return self.num_features
 
     def get_classifier(self) -> nn.Module:
         """The head."""
@@ -229,9 +227,9 @@ class Trunk(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """The layer of a parameter, by its name: 0 for the stem, then the blocks, then the rest."""
-        starts = _layer_starts(self)
-        last = max(starts.values())
-        return lambda name: last - _depth_of(f"{name}.", starts)
+        depths = layer_depths(self)
+        last = max(depths.values())
+        return lambda name: last - depths[name]
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay: positions, and tokens before the grid."""
@@ -254,19 +252,11 @@ def layer_depths(trunk: nn.Module) -> dict[str, int]:
     block ``i`` from 1 on, ``n + 1`` for the patch and position embeddings, 0 for what follows the
     blocks.
     """
-    starts = _layer_starts(trunk)
-    return {name: _depth_of(name, starts) for name, _ in trunk.named_parameters()}
-
-
-def _layer_starts(trunk: nn.Module) -> dict[str, int]:
-    """What the names of a layer's parameters start with, and the layer's depth."""
     blocks = [f"{name}." for name in blocks_of(trunk)]
-    starts = {start: len(blocks) - index for index, start in enumerate(blocks)}
-    return starts | dict.fromkeys(("patch_embed.", "pos_embed.", "prefix."), len(blocks) + 1)
-
-
-def _depth_of(name: str, starts: dict[str, int]) -> int:
-    return next((depth for start, depth in starts.items() if name.startswith(start)), 0)
+    depths = {start: len(blocks) - index for index, start in enumerate(blocks)}
+    depths |= dict.fromkeys(("patch_embed.", "pos_embed.", "prefix."), len(blocks) + 1)
+    names = (name for name, _ in trunk.named_parameters())
+    return {name: next((depths[s] for s in depths if name.startswith(s)), 0) for name in names}
 
 
 def layer_decay_factors(trunk: nn.Module, decay: float) -> dict[str, float]:

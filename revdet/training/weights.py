@@ -20,11 +20,9 @@ logger = logging.getLogger("revdet")
 
 
 def fetch_weights(source: str) -> Path:
-    """The file that ``source`` names; what lies elsewhere is downloaded once.
+    """The file that ``source`` names: a path, a name of ``ZOO``, or an address, downloaded once.
 
-    Args:
-        source: a file; a name of :data:`backbones.weights.download.ZOO`; an address of the web, or
-            of any kind that Detectron2's path manager knows (``detectron2://``).
+    Addresses are those of the web and what Detectron2's path manager knows (``detectron2://``).
 
     Raises:
         UserError: there is no such file, or it cannot be had.

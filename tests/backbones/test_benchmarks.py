@@ -11,7 +11,16 @@ import pytest
 import torch
 
 import backbones
-from benchmarks import bench_keep, bench_memory, bench_speed, gpu, gpu_report, plots, report
+from benchmarks import (
+    bench_keep,
+    bench_memory,
+    bench_rewire,
+    bench_speed,
+    gpu,
+    gpu_report,
+    plots,
+    report,
+)
 from benchmarks.contestants import EAGER
 from benchmarks.measuring import RESULTS, Trainer, alternate, sharing
 
@@ -128,6 +137,12 @@ def test_cpu_benchmarks(tmp_path: Path) -> None:
 
     bench_keep.main([*small, "--depth", "4", "--rounds", "2", "--batch", "2"])
     kept = json.loads((tmp_path / "out.json").read_text())["contestants"]
+    few = ["--first", "2", "--steps", "6", "--seeds", "1", "--crops", "60", "--depth", "1"]
+    bench_rewire.main([*few, "--rounds", "2", "--output", str(tmp_path / "out.json")])
+    rewired = json.loads((tmp_path / "out.json").read_text())
+    assert [step for step, _ in rewired["seeds"][0]["rewired"]] == [0, 1, 2, 3, 4, 5, 6]
+    assert rewired["held"]["rewired"] < rewired["held"]["plain"] / 20
+
     # Counted where they really are: as much as in the simulated step.
     for name, blocks in (("store", 4), ("nothing kept", 0), ("half of the blocks stored", 2)):
         assert stored[blocks] - 4 == kept[name]["held"]  # of which 4 are the loss
