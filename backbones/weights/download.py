@@ -17,7 +17,7 @@ import torch
 from backbones.common.files import replacing
 from backbones.weights.checkpoint import WeightsError
 
-# Files of other projects to start from, by names of our own; the adapters take these names.
+# Files of other projects to start from, by names of our own.
 _FAIR = "https://dl.fbaipublicfiles.com"
 _VITDET = f"{_FAIR}/detectron2/ViTDet/COCO/mask_rcnn_vitdet"
 ZOO = {
@@ -34,8 +34,8 @@ _TIMEOUT = 30.0  # seconds for a server to answer
 
 
 def local_file(path_or_url: str | PathLike[str]) -> Path:
-    """The file that is meant; see :func:`download` for one behind an address."""
-    source = str(path_or_url)
+    """The file that is meant; see :func:`download` for an address, or a name of :data:`ZOO`."""
+    source = ZOO.get(str(path_or_url), str(path_or_url))
     return download(source) if "://" in source else Path(source).expanduser()
 
 

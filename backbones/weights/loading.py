@@ -118,7 +118,7 @@ def load_weights(
     Args:
         model: a model of this package. Its dtype and device stay.
         path_or_url: a file, or an address, which is downloaded once (see
-            :func:`backbones.weights.download.download`).
+            :func:`backbones.weights.download.download`), or a name such as ``mae_vit_base``.
         ema: take the averaged weights of a file that holds others too. The report names them.
 
     Raises:

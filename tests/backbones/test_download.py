@@ -16,7 +16,7 @@ import pytest
 
 from backbones import WeightsError, create_model, load_weights
 from backbones.registry import MODELS
-from backbones.weights.download import cached_path, download, local_file
+from backbones.weights.download import ZOO, cached_path, download, local_file
 from tests.backbones.test_weights import TINY, VIT, tiny
 
 
@@ -133,6 +133,10 @@ def test_addresses(cache: Path) -> None:
     released = MODELS["rev_vit_base"].weights
     assert released is not None and cached_path(released) == cache / "REV_VIT_B.pyth"
     assert local_file("~/model.pth") == Path.home() / "model.pth"
+    put = cached_path(ZOO["mae_vit_base"])
+    put.parent.mkdir(parents=True, exist_ok=True)
+    put.write_bytes(b"weights")  # by hand
+    assert local_file("mae_vit_base") == put == cache / "mae_pretrain_vit_base.pth"
     for url in ("ftp://a.org/model.pth", "https://a.org", "https://a.org/"):
         with pytest.raises(WeightsError, match="no address of a file"):
             download(url)
