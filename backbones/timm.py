@@ -89,7 +89,6 @@ def _register(name: str) -> None:
         )
 
     create.__name__ = name
-    create.__doc__ = f"``backbones.create_model({name!r}, …)``, with timm's arguments."
     setattr(sys.modules[__name__], name, _timm.register_model(create))
 
 

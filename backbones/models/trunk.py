@@ -170,30 +170,22 @@ class Trunk(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps of :meth:`feature_maps`, and before them the tokens of :meth:`forward_features`.
+        """Tokens of :meth:`forward_features`, and the maps of :meth:`feature_maps` at ``indices``.
 
-        Args:
-            x: as for :meth:`forward`.
-            indices: which maps, or how many of the last; None for all.
-            norm: asks for the final norm on all; the last map has it anyway.
-            stop_early: changes nothing.
-            output_fmt: ``"NCHW"``, or ``"NLC"`` for tokens (B, N, C).
-            intermediates_only: return the maps alone.
+        ``indices`` may be how many of the last, or None for all. ``intermediates_only`` leaves the
+        tokens away; ``stop_early`` changes nothing.
 
         Raises:
-            ValueError: another ``output_fmt``; ``norm`` in a model of several stages.
-            IndexError: there is no such map.
+            ValueError: another ``output_fmt``, or ``norm``.
         """
-        if output_fmt not in ("NCHW", "NLC") or (norm and len(self.feature_info) > 1):
+        if output_fmt != "NCHW" or norm:
             raise ValueError(
-                f"output_fmt={output_fmt!r}, norm={norm}: choose 'NCHW' or 'NLC', and norm=False "
-                "where there are several stages, of which the last alone has a norm"
+                f"{output_fmt=}, {norm=}: maps are to be had with 'NCHW' and False alone"
             )
         grids, tokens = self._forward_grids(x, every_stage=True)
         wanted = range(-indices, 0) if isinstance(indices, int) else indices
         chosen = grids if wanted is None else [grids[index] for index in wanted]
-        flat = output_fmt == "NLC"
-        maps = [grid.flatten(1, 3) if flat else self._as_map(grid) for grid in chosen]
+        maps = [*map(self._as_map, chosen)]
         return maps if intermediates_only else (tokens, maps)
 
     def get_classifier(self) -> nn.Module:

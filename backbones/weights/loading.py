@@ -160,7 +160,8 @@ def fit_checkpoint(
         translation = translate(checkpoint.tensors, model, ema)
         tensors, report.format = translation.tensors, translation.layout
         report.net = describe(translation)
-        _check_numbers(tensors, own)
+        if odd := odd_numbers(tensors, own):
+            raise WeightsError(f"not plain numbers: {some_of(odd)}")
         adapt(translation, model, report)
         grids = _recorded_grids(checkpoint.metadata)
         report.resized = resize_positions(tensors, model, grids, foreign=report.format != "own")
@@ -185,11 +186,11 @@ def fit_checkpoint(
     return report, ready
 
 
-def _check_numbers(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """Raise an error if copying a value into its place is not sure to work."""
+def odd_numbers(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
+    """The names of values of which copying into their places is not sure to work."""
     if any(value.is_meta for value in own.values()):
         raise WeightsError("the model is on the meta device and has no values")
-    odd = [
+    return [
         name
         for name, value in sorted(tensors.items())
         if value.layout != torch.strided
@@ -201,8 +202,6 @@ def _check_numbers(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
             != (own[name].is_floating_point(), own[name].is_complex())
         )
     ]
-    if odd:
-        raise WeightsError(f"not plain numbers: {some_of(odd)}")
 
 
 def _recorded_grids(metadata: dict[str, str]) -> dict[str, Grid]:

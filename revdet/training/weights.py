@@ -9,11 +9,11 @@ from pathlib import Path
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
-from backbones.common.errors import UserError, first_line
+from backbones.common.errors import UserError, first_line, some_of
 from backbones.weights.checkpoint import Checkpoint, WeightsError
 from backbones.weights.download import ZOO, local_file
 from backbones.weights.formats import prefixes_of
-from backbones.weights.loading import fit_checkpoint
+from backbones.weights.loading import fit_checkpoint, odd_numbers
 from revdet.models import find_trunk
 
 logger = logging.getLogger("revdet")
@@ -56,6 +56,8 @@ def for_detector(model: nn.Module, checkpoint: Checkpoint, *, exact: bool) -> di
     """
     tensors = {name.removeprefix("module."): v for name, v in checkpoint.tensors.items()}
     own, path = model.state_dict(), checkpoint.path
+    if odd := odd_numbers(tensors, own):
+        raise WeightsError(f"{path} holds more than plain numbers: {some_of(odd)}")
     try:
         prefix, trunk = find_trunk(model)
     except ValueError:

@@ -170,6 +170,10 @@ def test_what_does_not_fit_is_refused_and_nothing_changed(theirs, file, tmp_path
     torch.save({"model": heads}, other)
     with pytest.raises(UserError, match="another trunk than a vision transformer"):
         load_initial_weights(deeper, str(other))
+    heads["roi_heads.box_head.fc1.weight"] = heads["roi_heads.box_head.fc1.weight"].to(torch.cfloat)
+    torch.save({"model": heads}, other)
+    with pytest.raises(UserError, match=r"more than plain numbers: roi_heads\.box_head\.fc1"):
+        load_initial_weights(deeper, str(other))
     assert all(torch.equal(value, before[n]) for n, value in deeper.state_dict().items())
 
 
