@@ -62,8 +62,9 @@ def for_detector(model: nn.Module, checkpoint: Checkpoint, *, exact: bool) -> di
         prefix, trunk = find_trunk(model)
     except ValueError:
         return tensors
-    blocks = [name for name in own if name.startswith(prefix) and name.endswith(".f.norm.weight")]
-    if all(name in tensors for name in blocks) or own.keys().isdisjoint(tensors):
+    # Those of a plain trunk and of a reversible one differ in their names.
+    blocks = [n for n in own if n.startswith(prefix) and ".blocks." in n]
+    if not blocks or not tensors.keys().isdisjoint(blocks) or own.keys().isdisjoint(tensors):
         return tensors
     nets = prefixes_of(tensors)
     if len(nets) != 1:

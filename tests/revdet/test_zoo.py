@@ -132,6 +132,11 @@ def test_a_reversible_detector_starts_from_it(theirs, file, images, caplog):
     with caplog.at_level(logging.INFO, logger="revdet"):
         load_initial_weights(mean, str(file))
     assert "converted blocks" in caplog.text
+    again, own = build_model(recipe(REVERSIBLE, *MEAN)), build_model(recipe(TWIN))
+    load_initial_weights(own, str(file))
+    Checkpointer(own, str(file.parent)).save("own")
+    load_initial_weights(again, str(file.parent / "own.pth"))
+    assert all(torch.equal(v, again.state_dict()[n]) for n, v in mean.state_dict().items())
     state = theirs.state_dict()
     for name, value in mean.state_dict().items():
         if ".net." not in name:
