@@ -1,12 +1,15 @@
-"""Training memory per image or clip of every detection and every video recipe.
+"""Training memory of every detection and every video recipe, and the largest batch of a card.
 
-    python -m benchmarks.bench_recipes               # three minutes on two CPU cores; no GPU needed
+    python -m benchmarks.bench_recipes               # half an hour on two CPU cores; no GPU needed
 
 The whole detector, or the whole classifier, at the recipe's size under bfloat16 autocast, on
-shape-only tensors as on a GPU: forward, backward and AdamW; stored, and reversed where the recipe's
-model is reversible. `peak_of_one` is the peak of a batch of one with everything in it, such as
-parameters, gradients and the optimizer's state; `per_image` is what each image or clip adds to the
-peak from there to a batch of eight. Of detectors, what depends on the ground truth is not counted.
+shape-only tensors as on a GPU: forward, backward and a fused AdamW; stored, and reversed, or
+checkpointed where the model is not reversible, which then means pyramid and heads too. `per_image`
+is what each image or clip adds to the peak of forward and backward pass, from four to eight;
+`peak_of_one` is the peak of a batch of one with everything in it, such as parameters, gradients and
+the optimizer's state. `largest_batch` is for cards of so many GiB, of which 0.6 GB are CUDA's own
+and a tenth of the rest is left for fragmentation. Of detectors, what depends on the ground truth is
+not counted.
 """
 
 from __future__ import annotations
@@ -22,12 +25,14 @@ from torch import nn
 
 from backbones import MemoryPolicy
 from backbones.common.files import write_json
-from backbones.memory.simulation import Simulation
+from backbones.memory.simulation import Simulation, StepMemory
 from benchmarks.measuring import RESULTS, ROOT, Json, facts, parser_of, say
 
 # The largest size of recipes that resize to many, padded; the others pad to a square of their own.
 MULTISCALE_SIZE = (800, 1344)
 CONFIGS = ROOT / "configs"
+CARDS = (8, 12, 16, 24)  # GiB
+CUDA_BYTES, FRAGMENTS = 600_000_000, 0.1
 
 
 def detector(path: Path) -> tuple[nn.Module, tuple[int, ...]]:
@@ -58,17 +63,41 @@ def measure(path: Path) -> Json:
     torch.set_num_threads(1)
     with torch.device("meta"):
         model, shape = (detector if path.suffix == ".py" else classifier)(path)
-        batches = [torch.empty(batch, *shape) for batch in (1, 8)]
-    one, eight = (Simulation(model, batch, "cuda", torch.bfloat16) for batch in batches)
-    policies: list[MemoryPolicy] = ["store"]
-    if one.saving_policy == "reversible":  # twins store
-        policies.append("reversible")
+        batches = {batch: torch.empty(batch, *shape) for batch in (1, 4, 8)}
+    slices = recipe_slices(path)
+    steps = {
+        batch: Simulation(model, x, "cuda", torch.bfloat16, fused=True)
+        for batch, x in batches.items()
+    }
+    policies: list[MemoryPolicy] = ["store", steps[1].saving_policy]
     found = {}
     for policy in policies:
-        peak = one.step(policy).peak_bytes
-        each = (eight.step(policy).peak_bytes - peak) // 7
-        found[policy] = {"per_image": each, "peak_of_one": peak}
+        one, four, eight = (steps[batch].step(policy, slices=slices) for batch in batches)
+        each = (eight.passes_bytes - four.passes_bytes) // 4
+        found[policy] = {
+            "per_image": each,
+            "peak_of_one": one.peak_bytes,
+            "operations": eight.operations // 8,
+            "largest_batch": {card: largest_batch(card, one, eight, each) for card in CARDS},
+        }
     return {"shape": list(shape), "policies": found}
+
+
+def recipe_slices(path: Path) -> int:
+    """In how many slices of the batch the recipe runs its blocks."""
+    if path.suffix != ".py":
+        return 1
+    from detectron2.config import LazyConfig
+
+    return int(LazyConfig.load(str(path)).train.get("memory_slices", 1))
+
+
+def largest_batch(card: int, one: StepMemory, eight: StepMemory, each: int) -> int:
+    """Of a card of so many GiB; 0 where not even one fits."""
+    usable = (1 - FRAGMENTS) * (card * 2**30 - CUDA_BYTES)
+    if one.peak_bytes > usable:
+        return 0
+    return max(1, 8 + int((usable - eight.passes_bytes) // each))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -86,7 +115,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             say(name)
             for policy, values in found["policies"].items():
                 each, peak = (values[key] / 1e9 for key in ("per_image", "peak_of_one"))
-                print(f"  {policy:12} {each:6.2f} GB each, {peak:6.2f} GB for one in all")
+                batches = ", ".join(f"{n} on {card}" for card, n in values["largest_batch"].items())
+                print(
+                    f"  {policy:12} {each:6.2f} GB each, {peak:6.2f} GB for one in all; {batches}"
+                )
     results = {
         **facts("bench_recipes", argv, torch.device("cpu")),
         "device_name": "shape-only tensors",

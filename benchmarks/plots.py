@@ -153,16 +153,16 @@ def recipes(results: Json) -> None:
     """Training memory of each recipe, as bars."""
     found: Mapping[str, Any] = results["recipes"]
     names = list(found)[::-1]
-    policies = ("store", "reversible")
+    policies = ("store", "checkpoint", "reversible")
     title = "Memory of each image or clip (GB)"
     path = IMAGES / "recipes.png"
-    with _axes(path, title, results["precision"], "GB", height=0.4 * len(names) + 1) as axes:
+    with _axes(path, title, results["precision"], "GB", height=0.6 * len(names) + 1) as axes:
         for row, name in enumerate(names):
             present = [policy for policy in policies if policy in found[name]["policies"]]
             for number, policy in enumerate(present):
                 value = found[name]["policies"][policy]["per_image"] / 1e9
-                place = row + 0.3 * (0.5 - number)
-                axes.barh(place, value, 0.28, color=COLOURS[policy])
+                place = row + 0.27 * (1 - number)
+                axes.barh(place, value, 0.25, color=COLOURS[policy])
                 axes.text(value, place, f" {value:.2f}", va="center", fontsize=7.5, color=INK)
         axes.set_yticks(range(len(names)), [name.split("/", 1)[1] for name in names], fontsize=8.5)
         handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[policy]) for policy in policies]

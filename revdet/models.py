@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import backbones
 from backbones.common.errors import UserError
+from revdet.heads import set_heads_memory
 
 logger = logging.getLogger("revdet")
 
@@ -64,11 +65,22 @@ class TrunkBackbone(Backbone):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Images (B, 3, H, W) -> {name: (B, C, H / stride, W / stride)}."""
         clips = getattr(self.model, "clips", False)
-        maps = self.model.feature_maps(x.unsqueeze(2) if clips else x)
-        named = dict(zip(self._names, maps, strict=True))
-        out = {
-            name: named[name].squeeze(2) if clips else named[name] for name in self._out_features
-        }
+        return self._named(self.model.feature_maps(x.unsqueeze(2) if clips else x))
+
+    def stage_streams(self, x: Tensor) -> list[tuple[Tensor, ...]]:
+        """What the stages of a model that has several end with, as its own ``stage_streams``."""
+        clips = getattr(self.model, "clips", False)
+        streams: list[tuple[Tensor, ...]] = self.model.stage_streams(x.unsqueeze(2) if clips else x)
+        return streams
+
+    def maps_of(self, streams: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        """What :meth:`forward` returns, of :meth:`stage_streams`."""
+        return self._named([self.model.map_of(*end) for end in enumerate(streams)])
+
+    def _named(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
+        flat = (x.squeeze(2) if getattr(self.model, "clips", False) else x for x in maps)
+        named = dict(zip(self._names, flat, strict=True))
+        out = {name: named[name] for name in self._out_features}
         return out | {name: norm(out[name]) for name, norm in self.norms.items()}
 
 
@@ -95,6 +107,10 @@ def build_model(cfg: DictConfig, device: str = "cpu") -> nn.Module:
         model: Any = instantiate(cfg.model)
         policy = settings.memory, settings.stored_blocks, settings.memory_keep
         backbones.set_memory(model.backbone, *policy, settings.memory_slices)
+        heads = settings.heads_memory
+        if heads == "auto":
+            heads = "store" if settings.memory == "store" else "checkpoint"
+        set_heads_memory(model, heads, settings.heads_slices)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"the model cannot be built: {type(error).__name__}: {error}") from error
     trunk, total = (sum(p.numel() for p in m.parameters()) for m in (model.backbone, model))
@@ -102,7 +118,7 @@ def build_model(cfg: DictConfig, device: str = "cpu") -> nn.Module:
         f"model: {total / 1e6:.2f} M parameters, {trunk / 1e6:.2f} M of them in the trunk and "
         f"pyramid; memory policy {settings.memory}, {settings.stored_blocks} blocks stored, "
         f"{', '.join(settings.memory_keep) or 'nothing'} kept of the others, in "
-        f"{settings.memory_slices} slices"
+        f"{settings.memory_slices} slices; pyramid and heads: {heads}"
     )
     built: nn.Module = model.to(device)
     return built

@@ -47,14 +47,22 @@ class TrainConfig:
     max_iter: int = key(90000, "iterations to train", low=1)
     seed: int = key(0, "of weights, order, augmentation and dropout", low=0)
     device: str = key("auto", "such as cpu or cuda; auto: cuda where there is one")
-    memory: str = key("reversible", "what the trunk keeps for the backward pass", choices=POLICIES)
+    memory: str = key("reversible", "what the trunk keeps for backward", choices=POLICIES)
     stored_blocks: int = key(0, "how many of its last blocks store whatever the policy", low=0)
     memory_keep: list[str] = key(  # noqa: RUF009
         [],
         "layers in a block whose outputs are kept, such as [g.mlp.fc2]; [products]: all products",
     )
     memory_slices: int = key(1, "parts of the batch in which the other blocks run", low=1)
-    memory_budget: str = key("", "such as 8GB: chooses all four so that a training step fits")
+    heads_memory: str = key(
+        "auto",
+        "the same for pyramid, RPN and heads; auto: store with memory=store, else checkpoint",
+        choices=("auto", "store", "checkpoint"),
+    )
+    heads_slices: int = key(
+        0, "parts in which they run; 0: images one by one, boxes by 128, masks by 32", low=0
+    )
+    memory_budget: str = key("", "such as 8GB: chooses these so that a step fits; slices no fewer")
     accumulate: int = key(1, "batches per iteration, of which gradients are averaged", low=1)
     reference_batch_size: int = key(
         0, "images of an iteration for which optimizer.lr is; it is scaled to others; 0: no", low=0

@@ -90,11 +90,15 @@ class Block(nn.Module):
         if policy == "store" or not torch.is_grad_enabled() or only_plain():
             return piece(*args)
         if policy == "checkpoint":
-            _, slices = cut(self, self.slices, piece, *args)
+            _, slices = cut(self, self.slices_of, piece, *args)
             if len(slices) == 1:
                 return self._checkpointed(piece, *args)
             return _joined([self._checkpointed(piece, *part) for part in slices])
         return piece(*args) if reverse is None else reverse()
+
+    def slices_of(self, batch: int) -> int:
+        """In how many slices a batch of so many samples runs, where it runs twice."""
+        return self.slices
 
     def _checkpointed(self, piece: Callable[..., Output], *args: Any) -> Output:
         state, runs = ModuleState(self), 0

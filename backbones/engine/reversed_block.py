@@ -51,7 +51,7 @@ def run_reversed(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Run a block that keeps nothing; ``couple``, its method, is what it computes."""
-    sizes, slices = cut(block, block.slices, couple, x1, x2, mask)
+    sizes, slices = cut(block, block.slices_of, couple, x1, x2, mask)
     keep_f, keep_g = block.kept_in("f"), block.kept_in("g")
     parts = [_Part(Branch(block.f, keep_f), Branch(block.g, keep_g), m) for *_, m in slices]
     if parts[0].f.state.is_hooked or parts[0].g.state.is_hooked:

@@ -44,13 +44,13 @@ class Whole:
 
 
 def cut(
-    block: nn.Module, slices: int, piece: Callable[..., Any], *args: Any
+    block: nn.Module, slices_of: Callable[[int], int], piece: Callable[..., Any], *args: Any
 ) -> tuple[list[int], Sequence[Arguments]]:
     """The arguments of a piece of a block's forward pass, (B, …) or None each, slice by slice.
 
     Args:
         block: the block.
-        slices: in how many; at most a sample each.
+        slices_of: gives the number of slices of a batch; there is at most a sample in each.
         piece: the method of the block that takes them.
         args: the arguments.
 
@@ -62,7 +62,7 @@ def cut(
     """
     stream = next(arg for arg in args if arg is not None)
     batch = stream.shape[0] if stream.ndim else 1
-    count = min(slices, batch)
+    count = min(slices_of(batch), batch)
     if count < 2:
         return [batch], [args]
     _require_separate(block, piece, args)

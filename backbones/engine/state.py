@@ -153,6 +153,7 @@ class Facts:
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[Layout, Facts]] = WeakKeyDictionary()
 
 _APART = ("_parameters", "_modules")
+SELF_CONTAINED = {"torch", "backbones"}  # packages whose modules use what they own, nothing else
 
 
 @contextmanager
@@ -297,8 +298,7 @@ class ModuleState:
 def hooked_everywhere() -> bool:
     """Whether forward hooks on all modules are in force, other than those of tools."""
     after, before = _every._global_forward_hooks, _every._global_forward_pre_hooks
-    tools = ("torch.", "backbones.")
-    hooks = (*after.values(), *before.values())
+    hooks, tools = (*after.values(), *before.values()), ("torch.", "backbones.")
     return any(not getattr(hook, "__module__", "").startswith(tools) for hook in hooks)
 
 
@@ -346,5 +346,5 @@ def _has_changed(own: dict[str, Any], before: dict[str, Any]) -> bool:
 
 def _is_closed(kind: type, own: dict[str, Any]) -> bool:
     """Whether the code of a part is known to use nothing but its own parameters."""
-    known = kind.__module__.partition(".")[0] in ("torch", "backbones")
+    known = kind.__module__.partition(".")[0] in SELF_CONTAINED
     return known and "forward" not in own and "parametrizations" not in own["_modules"]

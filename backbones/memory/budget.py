@@ -87,6 +87,8 @@ def fit_memory(
     example_input: Tensor | Sequence[Tensor],
     budget: int | str,
     autocast: torch.dtype | None = None,
+    fused: bool = False,
+    slices: int = 1,
 ) -> MemoryPlan:
     """Give ``model`` the fastest memory policy whose training step fits ``budget``, and report it.
 
@@ -110,6 +112,8 @@ def fit_memory(
             For ``"auto"``, call before the optimizer has made its state.
         autocast: the dtype of the ``torch.autocast`` that the forward pass will run under;
             None for training in the dtype of the parameters.
+        fused: whether AdamW will be ``fused=True``, which on a GPU needs no copy of the parameters.
+        slices: of the batch, at least.
 
     Returns:
         the plan, which is in force from the next forward pass on.
@@ -120,7 +124,9 @@ def fit_memory(
     """
     device = _device_of(model)
     limit = parse_budget(budget, device) if budget != "auto" else _auto_budget(model, device)
-    plan = fastest_that_fits(Simulation(model, example_input, device.type, autocast), limit)
+    plan = fastest_that_fits(
+        Simulation(model, example_input, device.type, autocast, fused, slices), limit
+    )
     set_memory(model, plan.policy, plan.stored_blocks, plan.keep, plan.slices)
     return plan
 
@@ -133,13 +139,14 @@ def predict_memory(
     autocast: torch.dtype | None = None,
     keep: Keep = (),
     slices: int = 1,
+    fused: bool = False,
 ) -> StepMemory:
     """The memory of a training step under a policy: its peak, and what it holds for backward.
 
     Arguments and errors as for :func:`fit_memory` and :func:`backbones.set_memory`. ``model`` is
     unchanged.
     """
-    simulation = Simulation(model, example_input, _device_of(model).type, autocast)
+    simulation = Simulation(model, example_input, _device_of(model).type, autocast, fused)
     return simulation.step(policy, stored_blocks, keep, slices)
 
 
@@ -199,12 +206,16 @@ def fastest_that_fits(simulation: Simulation, budget: int) -> MemoryPlan:
     stored, keep = min(chosen, key=lambda c: (simulation.step(policy, *c).operations, -c[0]))
     step = simulation.step(policy, stored, keep)
     speed = simulation.step("store").operations / step.operations
-    return MemoryPlan(policy, stored, keep, blocks, step.peak_bytes, budget, step.peak, speed)
+    slices = simulation.slices
+    return MemoryPlan(
+        policy, stored, keep, blocks, step.peak_bytes, budget, step.peak, speed, slices
+    )
 
 
 def _in_slices(simulation: Simulation, budget: int, smallest: int) -> MemoryPlan:
     """Nothing kept, in as few slices of the batch as fit."""
-    policy, slices, batch = simulation.saving_policy, 1, simulation.inputs[0].shape[0]
+    policy, batch = simulation.saving_policy, simulation.inputs[0].shape[0]
+    slices = simulation.slices
     while slices < batch:
         slices = min(2 * slices, batch)
         try:

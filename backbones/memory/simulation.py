@@ -38,6 +38,7 @@ class StepMemory:
         operations: of matrix products, convolutions and attention, forward and backward.
         timeline: after each operator, the operations so far and the bytes that are alive.
         spans: of each block, the places in the timeline between which it holds something.
+        passes_bytes: the highest sum before the optimizer's step, in forward and backward pass.
     """
 
     peak: dict[str, int]
@@ -45,6 +46,7 @@ class StepMemory:
     operations: int
     timeline: list[tuple[int, int]]
     spans: list[tuple[int, int]]
+    passes_bytes: int
 
     @property
     def peak_bytes(self) -> int:
@@ -60,25 +62,27 @@ class StepMemory:
 def _stages(model: nn.Module) -> dict[Block, str]:
     """The stage that each block belongs to.
 
-    Stages are the children of the innermost module that holds all blocks, or that module itself
-    where its children are the blocks.
+    Stages are the children of the innermost module that holds all blocks, by their names or
+    numbers, or that module itself where its children are the blocks.
     """
     blocks = blocks_of(model)
     paths = [name.split(".") for name in blocks]
     depth = _common(paths)
-    holders = [tuple(path[depth : depth + 1]) if path[depth + 1 :] else () for path in paths]
+    holders = [path[depth] if path[depth + 1 :] else "" for path in paths]
     numbers = {holder: index for index, holder in enumerate(dict.fromkeys(holders), start=1)}
-    return {
-        block: f"stage {numbers[holder]}"
-        for block, holder in zip(blocks.values(), holders, strict=True)
-    }
+    named = not any(holder.isdigit() or holder in ("", "stem", "head") for holder in holders)
+    stages = [holder if named else f"stage {numbers[holder]}" for holder in holders]
+    return dict(zip(blocks.values(), stages, strict=True))
 
 
 def _short_names(names: list[str]) -> list[str]:
-    """Without what all have in common in front, but for its last part, as wrappers add some."""
+    """Without what all have in common in front, as wrappers add some."""
     paths = [name.split(".") for name in names]
     common = _common(paths)
-    return [".".join(path[max(min(common, len(path) - 1) - 1, 0) :]) for path in paths]
+    common = min([common, *(len(path) - 1 for path in paths)])
+    # A number alone says little.
+    common -= common > 0 and any(path[common].isdigit() for path in paths)
+    return [".".join(path[common:]) for path in paths]
 
 
 def _common(paths: list[list[str]]) -> int:
@@ -99,11 +103,12 @@ class Simulation:
 
     Attributes:
         blocks: how many blocks have a memory policy.
-        block_names: theirs, behind what all have in common but its last part.
+        block_names: theirs, behind what all have in common.
         invertible: whether each can be reversed.
         is_compiled: whether :func:`backbones.compile_blocks` has been there.
         saving_policy: ``"reversible"`` where the model has reversible blocks.
         autocast: the dtype of autocast in the forward pass, or None.
+        slices: of the batch in every step, at least.
     """
 
     def __init__(
@@ -112,6 +117,8 @@ class Simulation:
         example_input: Tensor | Sequence[Tensor],
         device_type: str,
         autocast: torch.dtype | None = None,
+        fused: bool = False,
+        slices: int = 1,
     ) -> None:
         inputs = [example_input] if isinstance(example_input, Tensor) else [*example_input]
         if not inputs or not all(isinstance(x, Tensor) and x.numel() for x in inputs):
@@ -144,7 +151,7 @@ class Simulation:
             ) from error
         self.inputs = [shape_of(x) for x in inputs]
         self._on_cpu = device_type == "cpu"
-        self.autocast = autocast
+        self.autocast, self.slices = autocast, slices
         self._stage_of = _stages(self.model)
         self.blocks = len(self._stage_of)
         self.block_names = _short_names([*blocks_of(self.model)])
@@ -166,7 +173,8 @@ class Simulation:
                 self._blocks_of.setdefault(id(param), []).append(index)
         self._trained = [param for param in self.model.parameters() if param.requires_grad]
         # The multi-tensor kernels, which AdamW takes on a GPU, need another copy of the parameters.
-        self.optimizer = torch.optim.AdamW(self._trained, foreach=not self._on_cpu)
+        several = None if fused else not self._on_cpu
+        self.optimizer = torch.optim.AdamW(self._trained, foreach=several, fused=fused or None)
 
     @cached_property
     def _update(self) -> Counter:
@@ -221,6 +229,7 @@ class Simulation:
         """One training step under a policy; see :func:`backbones.set_memory`."""
         if stored_blocks == self.blocks or policy == "store":
             policy, stored_blocks, keep, slices = "store", 0, (), 1
+        slices = max(slices, self.slices)
         key = policy, stored_blocks, keep, slices
         if key not in self._known:
             if policy not in self._observed:  # of later steps, which training mostly consists of
@@ -245,7 +254,9 @@ class Simulation:
         for block in range(self.blocks):  # one in which nothing is trained ends with the one before
             end = self._ends.get(block, end)
             spans.append((self._starts.get(block, 0), end))
-        return StepMemory(peak, held, counter.operations, counter.timeline + timeline, spans)
+        timeline = counter.timeline + timeline
+        passes = sum(counter.peak.values())
+        return StepMemory(peak, held, counter.operations, timeline, spans, passes)
 
     def _passes(self, backward: bool) -> tuple[Counter, dict[str, int]]:
         """Forward, and backward if wanted: what was counted, and what was held between them."""

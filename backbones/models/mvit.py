@@ -172,15 +172,26 @@ class MViT(Trunk):
             raise ValueError(f"MViT has one stream and nothing to fuse, got fusion {fusion!r}")
         return None
 
-    def _forward_grids(self, x: Tensor, every_stage: bool) -> tuple[list[Tensor], Tensor]:
+    def stage_streams(self, x: Tensor) -> list[tuple[Tensor, ...]]:
+        """What each stage ends with, one or two grids (B, T, H, W, C), before any norm.
+
+        For those who run what lies behind again, and keep it alone: :meth:`map_of` makes a map of
+        :meth:`feature_maps` of each.
+        """
         streams: tuple[Tensor, ...] = (self.pos_drop(self.pos_embed(self.patch_embed(x))),)
-        grids: list[Tensor] = []
-        for index, stage in enumerate(self.stages):
-            streams = stage(*streams)
-            last = index == len(self.stages) - 1
-            if last or every_stage:
-                grid = self.join(streams)
-                grids.append(self.norm(grid) if last else grid)
+        return [streams := stage(*streams) for stage in self.stages]
+
+    def map_of(self, index: int, streams: tuple[Tensor, ...]) -> Tensor:
+        """The map of a stage, of what it ends with."""
+        return self._as_map(self._grid_of(index, streams))
+
+    def _grid_of(self, index: int, streams: tuple[Tensor, ...]) -> Tensor:
+        grid = self.join(streams)
+        return self.norm(grid) if index == len(self.stages) - 1 else grid
+
+    def _forward_grids(self, x: Tensor, every_stage: bool) -> tuple[list[Tensor], Tensor]:
+        ends = [*enumerate(self.stage_streams(x))]
+        grids = [self._grid_of(*end) for end in (ends if every_stage else ends[-1:])]
         return grids, grids[-1].flatten(1, 3)
 
 

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 import backbones
 from backbones.common.errors import UserError
 from backbones.memory.budget import parse_budget
+from revdet.heads import make_pieces
+from revdet.models import find_trunk
 
 logger = logging.getLogger("revdet")
 
@@ -30,8 +32,8 @@ def apply_memory_budget(
 ) -> None:
     """Choose ``train.memory``, ``stored_blocks``, ``memory_keep`` and ``memory_slices``.
 
-    Writes them into the recipe, and gives its detector the policy. ``records`` are the training
-    images, as Detectron2's dataset dictionaries.
+    Writes them into the recipe, and gives its detector, pyramid and heads included, the policy.
+    ``records`` are the training images, as Detectron2's dataset dictionaries.
 
     Raises:
         UserError: nothing fits the budget, or it cannot be counted for this recipe.
@@ -44,7 +46,7 @@ def apply_memory_budget(
     # Every process by the same plan, even where "auto" finds different GPUs.
     chosen = comm.all_gather(chosen)[0]
     settings.memory, settings.stored_blocks, settings.memory_keep, settings.memory_slices = chosen
-    backbones.set_memory(model.backbone, *chosen)
+    backbones.set_memory(ShapeOnlyDetector(model), *chosen)
 
 
 def _plan(
@@ -61,7 +63,14 @@ def _plan(
     besides += weights if settings.ema_decay > 0 else 0
     logger.info(f"counting the memory of a training step on {' x '.join(map(str, shape))}")
     try:
-        plan = fit_detector_memory(model, shape, budget, amp_dtype=amp_dtype, held_besides=besides)
+        plan = fit_detector_memory(
+            model,
+            shape,
+            budget,
+            amp_dtype=amp_dtype,
+            held_besides=besides,
+            slices=settings.memory_slices,
+        )
     except ValueError as error:
         raise UserError(f"train.memory_budget={budget}: {error}") from error
     logger.info(
@@ -79,17 +88,19 @@ def fit_detector_memory(
     *,
     amp_dtype: torch.dtype | None = None,
     held_besides: int = 0,
+    slices: int = 1,
 ) -> backbones.MemoryPlan:
-    """Give the trunk of ``detector`` the fastest memory policy that trains within ``budget``.
+    """Give ``detector`` the fastest memory policy that trains within ``budget``.
 
+    It is chosen for trunk, pyramid, RPN and heads together; the last blocks are those of the heads.
     Counted are parameters, gradients and AdamW's state of the whole detector, and the activations
-    of its trunk, pyramid and heads, with as many proposals as the heads sample. Not counted is what
-    depends on the ground truth (masks, matching of anchors) and what the device needs for itself.
+    of all these, with as many proposals as the heads sample. Not counted is what depends on the
+    ground truth (masks, matching of anchors) and what the device needs for itself.
 
     Args:
         detector: a ``GeneralizedRCNN`` with an RPN and standard or cascaded heads.
         image_shape: (B, 3, H, W) of the batch that one process trains on at a time, padded.
-        budget, amp_dtype: see :func:`backbones.fit_memory`.
+        budget, amp_dtype, slices: see :func:`backbones.fit_memory`.
         held_besides: bytes that something else holds all the time.
 
     Returns the plan, which is in force. Its bytes and its budget are without ``held_besides``.
@@ -102,17 +113,23 @@ def fit_detector_memory(
     if limit <= 0:
         raise ValueError(f"{held_besides} bytes are held besides the training step itself")
     images = torch.empty(image_shape, device="meta")
-    return backbones.fit_memory(step, images, limit, autocast=amp_dtype)
+    return backbones.fit_memory(step, images, limit, autocast=amp_dtype, fused=True, slices=slices)
 
 
 class ShapeOnlyDetector(nn.Module):
-    """What a detector computes in training, without what depends on the values of tensors."""
+    """What a detector computes in training, without what depends on the values of tensors.
+
+    Its parts stand in the order in which they run.
+    """
 
     def __init__(self, detector: Any) -> None:
         super().__init__()
         try:
             heads = detector.roi_heads
-            self.box_heads = _listed(heads.box_head)
+            pieces = make_pieces(detector)
+            self.trunk = _trunk_of(detector)
+            for name, modules in pieces.items():
+                self.add_module(name, nn.ModuleList(modules))
             self.box_predictors = _listed(heads.box_predictor)
             _ = detector.backbone, detector.proposal_generator.rpn_head, heads.box_pooler
         except AttributeError as error:
@@ -130,7 +147,7 @@ class ShapeOnlyDetector(nn.Module):
         scores, deltas = rpn.rpn_head([features[name] for name in rpn.in_features])
         boxes = len(images) * heads.batch_size_per_image
         outputs = [*scores, *deltas]
-        for head, predictor in zip(self.box_heads, self.box_predictors, strict=True):
+        for head, predictor in zip(_listed(heads.box_head), self.box_predictors, strict=True):
             pooled = _pool(features, heads.box_in_features, heads.box_pooler, boxes)
             outputs += predictor(head(pooled))
         if heads.mask_on:
@@ -138,6 +155,13 @@ class ShapeOnlyDetector(nn.Module):
             pooled = _pool(features, heads.mask_in_features, heads.mask_pooler, objects)
             outputs.append(heads.mask_head.layers(pooled))
         return outputs
+
+
+def _trunk_of(detector: nn.Module) -> nn.Module | None:
+    try:
+        return find_trunk(detector)[1]
+    except ValueError:  # Detectron2's own, which has no policy
+        return None
 
 
 def _listed(module: nn.Module) -> list[nn.Module]:

@@ -85,6 +85,10 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> tuple[torch.optim.Opti
     """
     scale_learning_rate(cfg)
     cfg.optimizer.params.model = model
+    kind = cfg.optimizer.get("_target_")
+    if next(model.parameters()).is_cuda and kind in (torch.optim.AdamW, "torch.optim.AdamW"):
+        # The kernels of several tensors at once, torch's default, make a copy of all parameters.
+        cfg.optimizer.setdefault("fused", True)
     try:
         return instantiate(cfg.optimizer), instantiate(cfg.lr_multiplier)
     except (AssertionError, TypeError, ValueError) as error:

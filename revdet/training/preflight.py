@@ -58,7 +58,8 @@ def log_to(output_dir: str, rank: int) -> None:
 
 
 def _check_budget(train: DictConfig) -> None:
-    for name, free in (("stored_blocks", 0), ("memory_keep", []), ("memory_slices", 1)):
+    frees = {"stored_blocks": 0, "memory_keep": [], "heads_memory": "auto"}
+    for name, free in frees.items():
         if train.memory_budget and train[name] != free:
             raise UserError(
                 f"train.memory_budget={train.memory_budget} chooses what is kept, and so does "

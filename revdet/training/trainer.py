@@ -14,6 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from backbones.common.errors import UserError, error_line
 from backbones.common.seeds import seed_of
+from backbones.engine.policies import blocks_of
+
+# Of the memory of a GPU, what a budget may plan with: the rest is the driver's and fragments.
+_SHARE = 0.85
 
 
 class Trainer(SimpleTrainer):
@@ -62,8 +66,7 @@ class Trainer(SimpleTrainer):
             self._run_step()
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"out of memory in iteration {self.iter} ({error_line(error)}): raise "
-                "train.accumulate, or set train.memory=reversible train.stored_blocks=0"
+                f"out of memory in iteration {self.iter} ({error_line(error)}). {self._remedy()}"
             ) from error
         except FloatingPointError as error:
             remedy = "Lower optimizer.lr, or set train.clip_grad_norm"
@@ -73,6 +76,20 @@ class Trainer(SimpleTrainer):
                 raise
             what = "train.deterministic=true is not possible here"
             raise UserError(f"{what}: {error_line(error)}") from error
+
+    def _remedy(self) -> str:
+        """What was in use, under which policy, and what would fit."""
+        policies = dict.fromkeys(b.memory_policy for b in blocks_of(self.model).values())
+        used = f"The blocks' policy is {' and '.join(policies)}" if policies else "No blocks"
+        more = "train.accumulate for smaller batches, or train.memory_slices"
+        if self.device.type != "cuda":
+            return f"{used}: set {more}"
+        peak = torch.cuda.max_memory_allocated(self.device)
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        budget = f"train.memory_budget={_SHARE * total / 1e9:.1f}GB"
+        return (
+            f"{used}, the peak was {peak / 1e9:.2f} GB of {total / 1e9:.2f}: set {budget}, {more}"
+        )
 
     def _run_step(self) -> None:
         data_time = 0.0

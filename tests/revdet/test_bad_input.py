@@ -66,7 +66,6 @@ from tests.revdet.conftest import DEMO
         ("train.memory_budget=3MB", ["train.memory_budget=3MB", "smallest budget"]),
         ("train.memory_budget=1GB train.stored_blocks=1", ["train.stored_blocks", "one of"]),
         ("train.memory_budget=1GB train.memory_keep=[f.*]", ["train.memory_keep", "one of"]),
-        ("train.memory_budget=1GB train.memory_slices=2", ["train.memory_slices=2", "one of"]),
         ("train.memory_slices=0", ["train.memory_slices", "at least 1"]),
         ("optimizer.params.layer_decay=2", ["layer_decay", "(0, 1], got 2"]),
         ("optimizer.lr=1e30 train.max_iter=9", ["NaN", "Lower optimizer.lr"]),

@@ -14,7 +14,8 @@ import backbones
 from backbones.engine.policies import blocks_of
 from backbones.memory.budget import predict_memory
 from revdet.config import load_config
-from revdet.models import build_model
+from revdet.heads import set_heads_memory
+from revdet.models import build_model, find_trunk
 from revdet.training.budget import (
     ShapeOnlyDetector,
     apply_memory_budget,
@@ -33,6 +34,7 @@ MVIT = DEMO.replace("rev_vit", "rev_mvit")
 @pytest.mark.parametrize("policy, dtype", [("store", torch.bfloat16), ("reversible", None)])
 def test_what_is_counted_is_what_a_real_step_holds(policy, dtype):
     model = detector(recipe=MVIT)
+    set_heads_memory(model, "store" if policy == "store" else "checkpoint")
     backbones.set_memory(model, policy)
     with EventStorage(), saved_bytes(ignore=model) as held:
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
@@ -42,18 +44,21 @@ def test_what_is_counted_is_what_a_real_step_holds(policy, dtype):
     step = ShapeOnlyDetector(model)
     counted = predict_memory(step, torch.empty(SHAPE), policy, autocast=dtype).held_bytes
     # Real heads may see fewer proposals than the most that they can.
-    assert real <= 1.02 * counted and counted <= 1.25 * real
+    # A checkpoint keeps the state of the random generator besides, 5 KB for each slice.
+    assert real <= 1.05 * counted and counted <= 1.25 * real
 
 
-def test_a_budget_is_kept_by_storing_as_many_blocks_as_fit():
+def test_a_budget_is_kept_by_trunk_and_heads_together():
     model = detector("model.backbone.net.model.depth=2")
     generous = fit_detector_memory(model, SHAPE, "10GB")
-    assert generous.stored_blocks == generous.blocks == 2
+    assert generous.stored_blocks == generous.blocks == 7  # two of the trunk, and five behind it
+    assert list(generous.parts)[4:8] == ["stem", "trunk", "pyramid", "rpn"]
     budget = generous.predicted_bytes - 1
     plan = fit_detector_memory(model, SHAPE, budget + 1000, held_besides=1000)
     assert plan.predicted_bytes <= plan.budget == budget
+    assert 0.7 < plan.relative_speed <= 1.0
     policies = [block.memory_policy for block in blocks_of(model).values()]
-    assert policies == ["reversible", "store"]
+    assert 0 < policies.count("store") < 7 or plan.keep
 
 
 def test_the_policy_reaches_every_block(caplog):
@@ -61,7 +66,7 @@ def test_the_policy_reaches_every_block(caplog):
     overrides += ["train.memory_keep=[g.mlp.fc2,*.qkv]", "model.backbone.net.model.depth=2"]
     with caplog.at_level(logging.INFO, logger="revdet"):
         model = build_model(load_config(DEMO, overrides))
-    blocks = blocks_of(model).values()
+    blocks = blocks_of(find_trunk(model)[1]).values()
     assert [block.memory_policy for block in blocks] == ["checkpoint", "store"]
     assert {block.keep for block in blocks} == {("g.mlp.fc2", "f.attn.qkv")}
     assert "g.mlp.fc2, *.qkv kept of the others" in caplog.text
@@ -75,8 +80,9 @@ def test_the_plan_is_in_force(monkeypatch):
     apply_memory_budget(cfg, model, [], None)
     assert (cfg.train.stored_blocks, cfg.train.memory_keep) == (1, ["products"])
     assert cfg.train.memory_slices == 2
-    blocks = blocks_of(model).values()
-    assert [(b.memory_policy, b.keep) for b in blocks] == [("reversible", None), ("store", None)]
+    found = [(b.memory_policy, b.keep, b.slices) for b in blocks_of(model).values()]
+    assert found.count(("store", None, 2)) == 1  # the mask head, which is the last
+    assert found.count(("reversible", None, 2)) == 2 and len(found) == 7
 
 
 def test_budgets_that_cannot_be_kept():

@@ -34,8 +34,10 @@ lr_multiplier = L(WarmupParamScheduler)(
 train.reference_batch_size = 64
 optimizer.update(lr=1.6e-4, weight_decay=0.1)
 
-# Memory: stage transitions are checkpointed, the rest of the trunk keeps nothing.
+# Memory: stage transitions are checkpointed, the rest of the trunk keeps nothing. What a block of
+# the first stage needs while it runs is large, so images run one by one, up to eight of a batch.
 train.memory = "reversible"
+train.memory_slices = 8
 train.amp.enabled = True  # bfloat16
 
 train.output_dir = "output/mask_rcnn_rev_mvit_base_36ep"
