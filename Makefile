@@ -20,7 +20,7 @@ demo: setup ## make small datasets of photographs; train a Mask R-CNN and a vide
 	$(PY) revvideo/run.py --config configs/video/demo/motion.yaml --resume
 
 test: setup ## run the tests
-	$(PY) -m pytest -q $(ARGS)
+	$(PY) -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 lint: setup ## check style and types
 	$(PY) -m ruff check .
