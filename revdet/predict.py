@@ -29,6 +29,7 @@ if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.realpath(__
 
 from backbones.common.console import config_parser
 from backbones.common.errors import UserError
+from backbones.common.stopping import Stopped, stoppable
 from revdet.quiet import quiet
 
 
@@ -59,7 +60,11 @@ def main(argv: list[str] | None = None) -> int:
     from revdet.prediction.run import run  # late: after quiet(), and --help needs none of it
 
     try:
-        run(args)
+        with stoppable():
+            run(args)
+    except Stopped as stopped:
+        print(f"\n{stopped}", file=sys.stderr)  # behind the progress bar
+        return stopped.status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -24,15 +24,19 @@ On several machines, either of these on each:
         revdet/train_net.py --config …
 
 Results go to train.output_dir: results.json, metrics.json, TensorBoard events, log.txt,
-curves.png, pictures/ and checkpoints, the best one among them (model_best.pth).
+curves.png, pictures/ and checkpoints, the best one among them (model_best.pth). Ctrl-C and SIGTERM
+end a run when its iteration is finished and saved; a second one ends it at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
+import multiprocessing
 import os
 import sys
 import time
+from contextlib import ExitStack
 from typing import Any
 
 if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.realpath(__file__)):
@@ -42,6 +46,7 @@ import torch.distributed as dist
 
 from backbones.common.console import config_parser
 from backbones.common.errors import UserError
+from backbones.common.stopping import Stopped, stoppable
 from revdet.quiet import quiet
 from revdet.settings import settings_help
 
@@ -70,9 +75,14 @@ def main(argv: list[str] | None = None) -> int:
     from revdet.training.preflight import preflight
 
     try:
-        cfg = load_config(args.config, args.overrides)
-        device = preflight(cfg, args)
-        launch(_process, cfg, device, args)
+        with stoppable(), ExitStack() as held:
+            cfg = load_config(args.config, args.overrides)
+            device = preflight(cfg, args, held)
+            launch(_process, cfg, device, args)
+    except Stopped as stopped:
+        if is_first_on_machine():
+            print(stopped, file=sys.stderr)
+        return stopped.status
     except UserError as error:
         if not is_first_on_machine() and not dist.is_initialized():
             # Before torchrun's processes join, all of them find out the same, and the first one
@@ -80,6 +90,13 @@ def main(argv: list[str] | None = None) -> int:
             time.sleep(60)
         else:
             print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        where = error.filename or cfg.train.output_dir
+        remedy = "make room, or the folder writable, and continue with --resume"
+        print(f"error: cannot write {where} ({error.strerror}): {remedy}", file=sys.stderr)
         return 2
     return 0
 
@@ -89,7 +106,14 @@ def _process(cfg: Any, device: str, args: argparse.Namespace) -> None:
     quiet()
     from revdet.training.run import run
 
-    run(cfg, device, args)
+    if multiprocessing.parent_process() is None:
+        run(cfg, device, args)
+        return
+    try:
+        with stoppable():
+            run(cfg, device, args)
+    except Stopped as stopped:
+        sys.exit(stopped.status)  # the process that has started this one says it
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.realpath(__
 
 from backbones.common.console import config_parser
 from backbones.common.errors import UserError
+from backbones.common.stopping import Stopped, stoppable
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -55,7 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from revvideo.prediction.run import run  # late: --help needs none of it
 
     try:
-        run(args)
+        with stoppable():
+            run(args)
+    except Stopped as stopped:
+        print(f"\n{stopped}", file=sys.stderr)  # behind the progress bar
+        return stopped.status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

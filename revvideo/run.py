@@ -30,6 +30,7 @@ if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.realpath(__
 
 from backbones.common.console import config_parser
 from backbones.common.errors import UserError
+from backbones.common.stopping import Stopped, stoppable
 from revvideo.config import describe_schema, load_config
 
 
@@ -46,17 +47,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit status: 2 for what the user can fix."""
     args = parse_args(argv)
     try:
-        config = load_config(args.config, args.overrides)
-        # Late, because Lightning takes seconds to import: a misspelt key shows at once.
-        from revvideo.training.run import run
+        with stoppable():
+            config = load_config(args.config, args.overrides)
+            # Late, because Lightning takes seconds to import: a misspelt key shows at once.
+            from revvideo.training.run import run
 
-        weights = [o for o in args.overrides if o.startswith("model.weights=")]
-        run(
-            config,
-            resume=args.resume,
-            eval_only=args.eval_only,
-            weights=config.model.weights if weights else "",
-        )
+            weights = [o for o in args.overrides if o.startswith("model.weights=")]
+            run(
+                config,
+                resume=args.resume,
+                eval_only=args.eval_only,
+                weights=config.model.weights if weights else "",
+            )
+    except Stopped as stopped:
+        if _rank() == 0:
+            print(f"\n{stopped}", file=sys.stderr)  # behind the progress bar
+        return stopped.status
     except UserError as error:
         if _rank() == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import json
 import os
 import uuid
@@ -30,6 +31,72 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path, setting: str) -> Iterator[None]:
+    """A context in which no other process may have the same folder.
+
+    The operating system drops the lock when the process ends, however it does. Where it knows no
+    locks (not POSIX, some network folders), there is none.
+
+    Raises:
+        UserError: another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"{setting}={folder} is in use by a run that has not ended: wait for it or "
+                    "stop it, or name another folder"
+                ) from error
+        yield
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what :func:`replacing` was writing when its process was killed."""
+    for path in folder.glob("*.partial"):
+        path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Give a damaged file another name, so that its place is free and nothing is lost."""
+    number, aside = 1, path.with_name(f"{path.name}.damaged")
+    while aside.exists():
+        number, aside = number + 1, path.with_name(f"{path.name}.damaged{number}")
+    return path.replace(aside)
+
+
+def checksum_file(path: Path) -> Path:
+    """Where the checksum of a checkpoint stands, as ``sha256sum`` writes it."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def write_checksum(path: Path, checksum: str) -> None:
+    """Write it beside ``path``."""
+    with replacing(checksum_file(path)) as partial:
+        partial.write_text(f"{checksum}  {path.name}\n")
+
+
+def has_other_checksum(path: Path) -> bool | None:
+    """Whether a file is not what its checksum says; None if it has none."""
+    checksum = checksum_file(path)
+    if not checksum.is_file():
+        return None
+    return checksum.read_text(errors="replace").split(" ")[0] != checksum_of(path)
+
+
+def checksum_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_folder(path: str, setting: str) -> None:

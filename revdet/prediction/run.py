@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from backbones.common.console import name_unreadable, try_device
-from backbones.common.errors import UserError, error_line
+from backbones.common.errors import UserError, error_line, first_line
 from backbones.common.files import find_files
 from backbones.common.images import header_size
+from backbones.common.stopping import Stopped
 from revdet.config import load_config
 from revdet.data.classes import categories_of
 from revdet.prediction.media import (
@@ -66,25 +67,36 @@ def run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     pictures = [path for path in inputs if not is_video(path)]
     next_id = len(pictures)
-    with tqdm(total=len(pictures), unit="frame", desc="detecting") as bar:
-        inference = Inference(detector, predictions, args, bar)
-        inference.pictures(pictures)
-        for path in videos:
-            try:
-                next_id += inference.video(path, next_id)
-            except UnreadableError as error:
-                predictions.unreadable[str(path)] = str(error)
+
+    def write(**more: Any) -> None:
+        predictions.write(
+            config=args.config,
+            weights=args.weights,
+            device=str(device),
+            threshold=args.threshold,
+            batch_size=args.batch_size,
+            seconds=round(time.perf_counter() - began, 1),
+            **more,
+        )
+
+    try:
+        with tqdm(total=len(pictures), unit="frame", desc="detecting") as bar:
+            inference = Inference(detector, predictions, args, bar)
+            inference.pictures(pictures)
+            for path in videos:
+                try:
+                    next_id += inference.video(path, next_id)
+                except (UnreadableError, EOFError) as error:
+                    predictions.unreadable[str(path)] = first_line(error)
+    except Stopped as stopped:
+        write(stopped=True)
+        done = f"{len(predictions.pictures)} pictures and {len(predictions.videos)} videos"
+        stopped.message = f"{done} of {len(inputs)} inputs are in {predictions.folder}"
+        raise
     if not predictions.pictures and not predictions.videos:
         name, reason = next(iter(predictions.unreadable.items()))
         raise UserError(f"none of the {len(inputs)} inputs can be read; {name}: {reason}")
-    predictions.write(
-        config=args.config,
-        weights=args.weights,
-        device=str(device),
-        threshold=args.threshold,
-        batch_size=args.batch_size,
-        seconds=round(time.perf_counter() - began, 1),
-    )
+    write()
     frames = sum(video["frames"] for video in predictions.videos)
     print(
         f"{len(predictions.pictures)} pictures, {len(predictions.videos)} videos of {frames} "

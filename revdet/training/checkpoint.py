@@ -11,8 +11,14 @@ from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import Tensor, nn
 
-from backbones.common.errors import UserError
-from backbones.common.files import replacing
+from backbones.common.errors import UserError, error_line, first_line
+from backbones.common.files import (
+    checksum_file,
+    checksum_of,
+    has_other_checksum,
+    replacing,
+    write_checksum,
+)
 from backbones.weights.checkpoint import Checkpoint, read_checkpoint
 from backbones.weights.loading import load_checkpoint
 from revdet.models import find_trunk
@@ -47,8 +53,16 @@ class Checkpointer(DetectionCheckpointer):
             return False
         path = Path(self.save_dir) / f"{name}.pth"
         self.logger.info(f"Saving checkpoint to {path}")
-        with replacing(path) as partial:
-            torch.save({"model": self.model.state_dict(), **content}, partial)
+        try:
+            with replacing(path) as partial:
+                torch.save({"model": self.model.state_dict(), **content}, partial)
+                checksum = checksum_of(partial)
+            write_checksum(path, checksum)
+        except (OSError, RuntimeError) as error:  # the latter by torch, on a full disk
+            raise UserError(
+                f"cannot save {path} ({error_line(error)}): make room, or the folder writable, and "
+                "continue from the checkpoint before with --resume"
+            ) from error
         return True
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -115,6 +129,67 @@ class Checkpointer(DetectionCheckpointer):
         if anew:
             self.logger.warning(f"trained anew, for other classes: {', '.join(anew)}")
         return _IncompatibleKeys(missing, unexpected, [])
+
+
+def periodic_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints that a run has saved on its way, oldest first."""
+    return sorted(output_dir.glob("model_" + 7 * "[0-9]" + ".pth"))
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint and its checksum."""
+    path.unlink(missing_ok=True)
+    checksum_file(path).unlink(missing_ok=True)
+
+
+def holds_a_run(output_dir: Path) -> str:
+    """The name of a checkpoint in a folder, whole or not; empty if there is none."""
+    tag = output_dir / "last_checkpoint"
+    found = [output_dir / "model_final.pth", *periodic_checkpoints(output_dir)[::-1], tag]
+    return next((path.name for path in found if path.is_file()), "")
+
+
+def checkpoint_to_resume(output_dir: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole; None if it has saved none.
+
+    It is the one that ``last_checkpoint`` names, unless that or the file itself is damaged: then
+    the newest one that is not, and the log says so.
+
+    Raises:
+        UserError: all are damaged.
+    """
+    tag, known = output_dir / "last_checkpoint", periodic_checkpoints(output_dir)[::-1]
+    known = [path for path in (output_dir / "model_final.pth", *known) if path.is_file()]
+    named = output_dir / (tag.read_text(errors="replace").strip() or "-") if tag.is_file() else None
+    if named is not None and named not in known and named.is_file() and named.suffix == ".pth":
+        known.insert(0, named)
+    if named in known:
+        known.sort(key=lambda path: path != named)
+    elif known:
+        what = "names no checkpoint" if tag.is_file() else "is missing"
+        logger.warning(f"{tag} {what}: continuing from {known[0].name}, the newest beside it")
+    for path in known:
+        reason = _damage(path)
+        if reason is None:
+            return path
+        logger.warning(f"{path} is damaged ({reason}): trying the one before")
+    if known:
+        raise UserError(
+            f"all checkpoints in {output_dir} are damaged, the newest is {known[0].name}: set "
+            "train.output_dir to a new folder"
+        )
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint: by its checksum, or where it has none, by reading it."""
+    if (other := has_other_checksum(path)) is not None:
+        return "its checksum is another" if other else None
+    try:
+        read_checkpoint(path)
+    except ValueError as error:
+        return first_line(error)
+    return None
 
 
 def load_initial_weights(model: nn.Module, source: str) -> None:

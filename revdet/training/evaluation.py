@@ -5,19 +5,24 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import logging
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import instantiate
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
+from detectron2.utils import comm
 from faster_coco_eval import COCO, COCOeval_faster
 from omegaconf import DictConfig
 from torch import nn
 
-from backbones.common.files import write_json
+from backbones.common.errors import first_line
+from backbones.common.files import set_aside, write_json
 from backbones.weights.checkpoint import read_checkpoint
 from revdet.training.checkpoint import Checkpointer
 from revdet.training.trainer import Trainer
+
+logger = logging.getLogger("revdet")
 
 # The score by which the best checkpoint is told.
 BEST = "bbox/AP"
@@ -81,8 +86,13 @@ class Evaluations:
         file = Path(cfg.train.output_dir) / "model_best.pth"
         if resume and file.is_file():
             # The file itself says what it scored, so that the two cannot disagree.
-            content = read_checkpoint(file).content
-            self.best = {key: content[key] for key in ("iteration", BEST)}
+            try:
+                content = read_checkpoint(file).content
+                self.best = {key: content[key] for key in ("iteration", BEST)}
+            except (KeyError, ValueError) as error:
+                if comm.is_main_process():
+                    aside = set_aside(file)
+                    logger.warning(f"{file} is damaged ({first_line(error)}): it is {aside} now")
 
     def set_iteration(self, trainer: Trainer) -> None:
         """What the next evaluation is of: the iteration that the trainer is in."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections.abc import Callable
+from signal import SIGINT, SIGTERM
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from detectron2.engine import launch as spawn
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from omegaconf import DictConfig
-from torch.multiprocessing.spawn import ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from backbones.common.console import try_device
 from backbones.common.errors import UserError
+from backbones.common.stopping import Stopped, step_by_step
 
 # What torchrun tells each process that it starts.
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -65,15 +67,23 @@ def launch(function: Callable[..., None], cfg: DictConfig, device: str, args: Na
 
     Raises:
         UserError: one was raised, in whichever process.
+        Stopped: likewise.
     """
     if not under_torchrun():
         try:
             counts = args.num_gpus, args.num_machines, args.machine_rank, args.dist_url
-            spawn(_call, *counts, args=(function, cfg, device, args))
+            # They hear a signal too, and the first of them that has ended says so.
+            with step_by_step(patient=args.num_gpus > 1):
+                spawn(_call, *counts, args=(function, cfg, device, args))
         except ProcessRaisedException as error:
             if _USER_ERROR not in _last_line(error):
                 raise
             raise UserError(_last_line(error).removeprefix(_USER_ERROR)) from error
+        except ProcessExitedException as error:
+            if (error.exit_code or 0) - 128 not in (SIGINT, SIGTERM):
+                raise
+            what = f"what is done is saved in {cfg.train.output_dir}; --resume continues"
+            raise Stopped(error.exit_code - 128, what) from error
         return
     if int(os.environ["WORLD_SIZE"]) > 1:
         on_gpu = device.startswith("cuda")

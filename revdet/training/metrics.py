@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
+from contextlib import suppress
 from pathlib import Path
 
 from detectron2.utils.events import EventWriter, get_event_storage
 
-from backbones.common.files import cut_lines
+from backbones.common.files import cut_lines, set_aside
+
+logger = logging.getLogger("revdet")
 
 
 class MetricsWriter(EventWriter):
@@ -24,7 +28,13 @@ class MetricsWriter(EventWriter):
     """
 
     def __init__(self, path: Path, start_iter: int) -> None:
-        cut_lines(path, lambda line: json.loads(line)["iteration"] < start_iter)
+        try:
+            cut_lines(path, lambda line: json.loads(line)["iteration"] < start_iter)
+        except (KeyError, TypeError, ValueError):
+            aside = set_aside(path)
+            logger.warning(f"{path} is damaged: it is {aside} now, what can be read is kept")
+            rows = [row for row in read_metrics(aside) if row["iteration"] < start_iter]
+            path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
         self._file = path.open("a", encoding="utf-8")
         self._written: dict[str, int] = {}
 
@@ -45,6 +55,11 @@ class MetricsWriter(EventWriter):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a ``metrics.json``, without the last one if a kill has cut it off."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a ``metrics.json``, without those that a kill or a bad disk has spoilt."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        with suppress(ValueError):
+            row = json.loads(line if line.endswith("\n") else "")
+            if isinstance(row, dict) and isinstance(row.get("iteration"), int):
+                rows.append(row)
+    return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -11,17 +12,18 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
 from backbones.common.errors import UserError
-from backbones.common.files import make_folder
+from backbones.common.files import locked, make_folder
 from backbones.memory.budget import parse_budget
 from revdet.data.normalise import normalise
 from revdet.training import hardware
+from revdet.training.checkpoint import checkpoint_to_resume, holds_a_run
 from revdet.training.weights import fetch_weights
 
 
-def preflight(cfg: DictConfig, args: argparse.Namespace) -> str:
+def preflight(cfg: DictConfig, args: argparse.Namespace, held: ExitStack) -> str:
     """Check the settings; then, in one process of each machine, have the weights and the data.
 
-    Returns the device to run on.
+    Returns the device to run on. ``held`` gets the lock of the output folder, to be held as long.
 
     Raises:
         UserError: with the thing and the remedy.
@@ -32,19 +34,22 @@ def preflight(cfg: DictConfig, args: argparse.Namespace) -> str:
     _check_processes(device, args)
     if args.eval_only:
         args.weights = _weights_to_evaluate(cfg, args)
-    elif not args.resume and (last := _last_checkpoint(train.output_dir)):
+    elif not args.resume and (run := holds_a_run(Path(train.output_dir))):
         raise UserError(
-            f"{train.output_dir} already holds a run ({Path(last).name}): add --resume to continue "
-            "it, or set train.output_dir to a new folder"
+            f"{train.output_dir} already holds a run ({run}): add --resume to continue it, or set "
+            "train.output_dir to a new folder"
         )
     if hardware.is_first_on_machine():
+        rank = hardware.rank_of_this_process(args.machine_rank)
         make_folder(train.output_dir, "train.output_dir")
-        log_to(train.output_dir, hardware.rank_of_this_process(args.machine_rank))
+        if rank == 0 and not args.eval_only:
+            held.enter_context(locked(Path(train.output_dir), "train.output_dir"))
+        log_to(train.output_dir, rank)
+        weights = args.weights if args.eval_only else _last_checkpoint(train.output_dir)
         if args.eval_only:
             fetch_weights(args.weights)
-        elif train.init_checkpoint and not _last_checkpoint(train.output_dir):
+        elif train.init_checkpoint and not weights:
             fetch_weights(train.init_checkpoint)
-        weights = args.weights if args.eval_only else _last_checkpoint(train.output_dir)
         normalise(cfg, evaluation_only=args.eval_only, weights=weights or train.init_checkpoint)
     return device
 
@@ -94,8 +99,7 @@ def _check_processes(device: str, args: argparse.Namespace) -> None:
 
 
 def _last_checkpoint(output_dir: str) -> str:
-    tag = Path(output_dir) / "last_checkpoint"
-    return str(tag.parent / tag.read_text().strip()) if tag.is_file() else ""
+    return str(checkpoint_to_resume(Path(output_dir)) or "")
 
 
 def _weights_to_evaluate(cfg: DictConfig, args: argparse.Namespace) -> str:

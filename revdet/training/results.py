@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
-from backbones.common.files import write_json
+from backbones.common.files import set_aside, write_json
 from revdet.data.datasets import dataset_facts, dataset_names
 from revdet.training.pictures import draw_curves, draw_predictions
 
@@ -38,7 +38,10 @@ def finish(
     output_dir = Path(cfg.train.output_dir)
     results = output_dir / "results.json"
     if not trained and results.is_file():
-        facts = {**json.loads(results.read_text()).get("run", {}), **facts}
+        try:
+            facts = {**json.loads(results.read_text()).get("run", {}), **facts}
+        except (AttributeError, TypeError, ValueError):
+            logger.warning(f"{results} is damaged: it is {set_aside(results)} now")
     write_json(results, {**_finite(metrics), "dataset": dataset_facts(cfg), "run": facts})
 
     name = dataset_names(cfg, evaluation_only=True)[0]

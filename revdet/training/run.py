@@ -22,16 +22,19 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from backbones.common.errors import UserError
+from backbones.common.files import remove_partials
+from backbones.common.stopping import step_by_step
 from revdet.data.loader import ResumableBatchSampler
 from revdet.data.normalise import use_normalised
 from revdet.models import build_model
 from revdet.training.budget import apply_memory_budget
-from revdet.training.checkpoint import Checkpointer, load_initial_weights
+from revdet.training.checkpoint import Checkpointer, checkpoint_to_resume, load_initial_weights
 from revdet.training.evaluation import Evaluations, evaluate
 from revdet.training.metrics import MetricsWriter
 from revdet.training.optim import build_optimizer
 from revdet.training.preflight import log_to
 from revdet.training.results import finish
+from revdet.training.saving import Evaluating, Saving, was_evaluated
 from revdet.training.trainer import Trainer
 
 logger = logging.getLogger("revdet")
@@ -63,6 +66,7 @@ def _set_up_output(cfg: DictConfig, args: argparse.Namespace) -> None:
     # The trainer logs the traceback of any error; for one that the user can fix, a line is enough.
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_not_for_the_user)
     if comm.is_main_process() and not args.eval_only:
+        remove_partials(output_dir)
         (output_dir / "environment.txt").write_text(collect_env_info() + "\n")
         LazyConfig.save(cfg, str(output_dir / "config.yaml"))
         logger.info(f"{args.config} -> {output_dir} (config.yaml, environment.txt, log.txt)")
@@ -93,7 +97,9 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     """
     settings = cfg.train
     output_dir = Path(settings.output_dir)
-    resume = resume and (output_dir / "last_checkpoint").is_file()
+    last = checkpoint_to_resume(output_dir) if resume and comm.is_main_process() else None
+    last = comm.all_gather(last)[0]
+    resume = last is not None
     if settings.init_checkpoint and not resume:
         load_initial_weights(model, settings.init_checkpoint)
     loader = instantiate(cfg.dataloader.train)
@@ -111,13 +117,16 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
         trainer.register_hooks([update])
         result, trained = average.module, {"training_model": model}
     checkpointer = Checkpointer(result, settings.output_dir, trainer=trainer, **trained)
-    start_iter = 0
-    if resume:
-        checkpointer.load(checkpointer.get_checkpoint_file())
+    start_iter, facts = 0, _facts_to_compare(cfg)
+    if last is not None:
+        if not last.is_file():
+            remedy = "put it where all machines see it, to resume"
+            raise UserError(f"not every process finds the checkpoint {last}: {remedy}")
+        before = checkpointer.load(str(last)).get("facts", {})
         start_iter = trainer.iter + 1
-    if len(set(comm.all_gather(start_iter))) > 1:
-        remedy = "put it where all machines see it, to resume"
-        raise UserError(f"the processes find different checkpoints in {output_dir}: {remedy}")
+        for name, value in facts.items():
+            if name in before and before[name] != value:
+                logger.warning(f"resumed with {name} {value}, which was {before[name]}")
     evaluations = Evaluations(cfg, result, checkpointer, resume=resume)
     if start_iter >= settings.max_iter:
         logger.info(f"{output_dir} has finished its {start_iter} iterations: evaluating")
@@ -131,9 +140,10 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
         sampler.start_step = start_iter
     elif start_iter:
         logger.warning("dataloader.train is not revdet's: the order of the data starts over")
-    trainer.register_hooks(_reporting(cfg, checkpointer, evaluations, start_iter))
+    trainer.register_hooks(_reporting(cfg, checkpointer, evaluations, start_iter, facts))
     began = time.perf_counter()
-    trainer.train(start_iter, settings.max_iter)
+    with step_by_step():
+        trainer.train(start_iter, settings.max_iter)
     facts = {
         "iterations": settings.max_iter,
         "seconds": round(time.perf_counter() - began, 1),  # since the last resume
@@ -178,28 +188,44 @@ def _log_schedule(cfg: DictConfig, images: int) -> None:
     )
 
 
+def _facts_to_compare(cfg: DictConfig) -> dict[str, Any]:
+    """What a resumed run may have other than before, and does not say by itself."""
+    return {
+        "train.seed": cfg.train.seed,
+        "optimizer.lr": float(cfg.optimizer.lr),
+        "images in an iteration": cfg.dataloader.train.total_batch_size,
+        "train.accumulate": cfg.train.accumulate,
+        "processes": comm.get_world_size(),
+        "classes": cfg.model.get("roi_heads", {}).get("num_classes", 0),
+    }
+
+
 def _reporting(
-    cfg: DictConfig, checkpointer: Checkpointer, evaluations: Evaluations, start_iter: int
+    cfg: DictConfig,
+    checkpointer: Checkpointer,
+    evaluations: Evaluations,
+    start_iter: int,
+    facts: dict[str, Any],
 ) -> list[hooks.HookBase]:
     """Logs, checkpoints and evaluations: what is evaluated has been saved, and that been logged."""
     settings = cfg.train
-    evaluation = hooks.EvalHook(settings.eval_period, evaluations.run)
-    if not comm.is_main_process():
-        return [evaluation]
-    metrics = MetricsWriter(Path(settings.output_dir) / "metrics.json", start_iter)
+    file = Path(settings.output_dir) / "metrics.json"
+    main, period = comm.is_main_process(), settings.eval_period
+    pending = period > 0 and start_iter % period == 0 and 0 < start_iter < settings.max_iter
+    pending = comm.all_gather(pending and main and not was_evaluated(file, start_iter - 1))[0]
+    metrics = MetricsWriter(file, start_iter) if main else None
+    saving = Saving(checkpointer, **settings.checkpointer, facts=facts, metrics=metrics)
+    evaluation = Evaluating(period, evaluations, saving, pending=pending)
+    if metrics is None:
+        return [saving, evaluation]
     writers = [
         CommonMetricPrinter(settings.max_iter),  # with the time left, and the memory of a GPU
         metrics,
         TensorboardXWriter(settings.output_dir, purge_step=start_iter),
     ]
-
-    def log_before_saving(trainer: Trainer) -> None:
-        if (trainer.iter + 1) % settings.log_period == 0:
-            metrics.write()
-
     return [
-        hooks.CallbackHook(before_step=evaluations.set_iteration, after_step=log_before_saving),
-        hooks.PeriodicCheckpointer(checkpointer, **settings.checkpointer),
+        hooks.CallbackHook(before_step=evaluations.set_iteration),
+        saving,
         evaluation,
         hooks.PeriodicWriter(writers, period=settings.log_period),
     ]

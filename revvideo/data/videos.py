@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -91,6 +92,11 @@ class VideoData(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the manifests, and check that batches come out even."""
         self._manifests = [load_manifest(self._manifest_path(split)) for split in self._splits()]
+        root = Path(self.config.data.root)
+        for index, manifest in enumerate(self._manifests):
+            if self.resume and manifest.root != root:  # the videos have moved
+                logger.info("videos from %s, which were in %s", root, manifest.root)
+                self._manifests[index] = replace(manifest, root=root)
         self._train, self._val = self._manifests[0], self._manifests[-1]  # one, where not trained
         self.classes = self.classes or self._train.classes
         self.val_total = sum(record.label >= 0 for record in self._val.records)

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from backbones.common.errors import UserError
-from backbones.common.files import replacing
+from backbones.common.errors import UserError, error_line, first_line
+from backbones.common.files import (
+    checksum_file,
+    checksum_of,
+    has_other_checksum,
+    replacing,
+    write_checksum,
+)
 from backbones.weights.checkpoint import WeightsError, read_checkpoint
 from revvideo.training.weights import CLASSES
+
+logger = logging.getLogger("revvideo")
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 _STEP = "global_step"  # Lightning's entry: steps of the optimizer taken
 
@@ -43,7 +54,7 @@ class CheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a file that is whole, or not there.
+        """Write a file that is whole, or not there; the one before becomes ``previous.ckpt``.
 
         Lightning writes to the system's folder for temporary files, from where the file may have
         to be copied.
@@ -52,8 +63,52 @@ class CheckpointIO(TorchCheckpointIO):
         path.parent.mkdir(parents=True, exist_ok=True)
         for leftover in path.parent.glob(f"{path.name}.*.partial"):
             leftover.unlink()  # of a session that was killed within a save
-        with replacing(path) as partial, partial.open("wb") as file:
-            torch.save(checkpoint, file)
+        previous = path.with_name(PREVIOUS)
+        try:
+            with replacing(path) as partial:
+                with partial.open("wb") as file:
+                    torch.save(checkpoint, file)
+                checksum = checksum_of(partial)
+                if path.is_file():
+                    checksum_file(previous).unlink(missing_ok=True)
+                    path.replace(previous)
+                    if checksum_file(path).is_file():
+                        checksum_file(path).replace(checksum_file(previous))
+            write_checksum(path, checksum)
+        except (OSError, RuntimeError) as error:  # the latter by torch, on a full disk
+            raise UserError(
+                f"cannot save {path} ({error_line(error)}): make room, or the folder writable, and "
+                "continue from the checkpoint before with --resume"
+            ) from error
+
+
+def checkpoint_to_resume(folder: Path) -> Path | None:
+    """The newest checkpoint in a folder that is whole; None if there is none.
+
+    Raises:
+        UserError: all are damaged.
+    """
+    reasons = []
+    for path in saved_in(folder):
+        other = has_other_checksum(path)
+        try:
+            if other is None:
+                read_checkpoint(path)
+        except WeightsError as error:
+            reasons.append(first_line(error))
+        else:
+            if not other:
+                return path
+            reasons.append(f"{path} is damaged (its checksum is another)")
+        logger.warning("%s: trying the one before", reasons[-1])
+    if reasons:
+        raise UserError(f"{reasons[0]}: move it away to train from the beginning")
+    return None
+
+
+def saved_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run, whole or not, newest first."""
+    return [path for path in (folder / LAST, folder / PREVIOUS) if path.is_file()]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from revvideo.training.weights import CLASSES, Weights, load_pretrained, require
 
 logger = logging.getLogger("revvideo")
 
+# So many batches in a row without a video that can be read end a run: the data has gone.
+_EMPTY_BATCHES = 50
 
 Batch = dict[str, Any]  # of revvideo.data.clips.collate
 
@@ -61,6 +63,7 @@ class VideoModule(pl.LightningModule):
         self.stored_blocks = config.train.stored_blocks
         self.memory_keep = config.train.memory_keep
         self.memory_slices = config.train.memory_slices
+        self._empty = 0  # batches in a row
         self._step_loss = torch.zeros(())  # the sum over the parts of a step so far
 
     @property
@@ -124,9 +127,21 @@ class VideoModule(pl.LightningModule):
         torch.manual_seed(seed_of(seed, self.global_step, batch_idx, self.global_rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of a batch; of one without any readable video, zero."""
+        """The loss of a batch; of one without any readable video, zero.
+
+        Raises:
+            UserError: too many of these in a row, or nothing else in an epoch.
+        """
         self._note(batch["problems"])
         video, label, repeats = batch["video"], batch["label"], self.config.augment.repeats
+        self._empty = 0 if len(label) else self._empty + 1
+        if self._empty >= min(_EMPTY_BATCHES, self.trainer.num_training_batches):
+            path, reason = next(reversed(self.problems.items()))
+            raise UserError(
+                f"not one video of the last {self._empty} batches can be read any more, the last "
+                f"is {path} ({reason}): see that data.root={self.config.data.root} is there, and "
+                "continue with --resume"
+            )
         if empty := len(label) == 0:
             # All processes take part in every step, or the others wait for ever.
             video, label, repeats = self._blank_clip(), label.new_zeros(1), 1

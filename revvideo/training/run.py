@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from backbones.common.errors import UserError
-from backbones.common.files import make_folder
+from backbones.common.files import locked, make_folder
+from backbones.common.stopping import step_by_step
 from revvideo.config import save_config
 from revvideo.data.videos import VideoData
 from revvideo.models import build_model
 from revvideo.settings import Config
-from revvideo.training.checkpoint import CheckpointIO
+from revvideo.training.checkpoint import LAST, CheckpointIO, checkpoint_to_resume, saved_in
 from revvideo.training.evaluation import gathered
 from revvideo.training.hardware import (
     Hardware,
@@ -31,6 +33,7 @@ from revvideo.training.log import ProgressBar, StepLog, set_up_log
 from revvideo.training.metrics import MetricsLogger, cut_metrics
 from revvideo.training.module import VideoModule
 from revvideo.training.results import METRICS, write_results
+from revvideo.training.saving import Saving, stopped_at, told_to_stop
 from revvideo.training.weights import read_weights
 
 logger = logging.getLogger("revvideo")
@@ -54,16 +57,17 @@ def run(config: Config, *, resume: bool, eval_only: bool, weights: str = "") -> 
         UserError: for what the user can fix; most of it before anything is started.
     """
     output_dir = Path(config.train.output_dir)
-    last = last_checkpoint(output_dir)
+    folder = last_checkpoint(output_dir).parent
     hardware = find_hardware(config)
     # The other processes may come when the first one has begun to write.
-    if is_first_process() and last.exists() and not (resume or eval_only):
+    if is_first_process() and saved_in(folder) and not (resume or eval_only):
         raise UserError(
             f"{output_dir} already holds a run: add --resume to continue it, or set "
             "train.output_dir to a new folder"
         )
+    last = checkpoint_to_resume(folder) if resume or (eval_only and not weights) else None
     if eval_only:
-        weights = weights or (str(last) if last.is_file() else config.model.weights)
+        weights = weights or (config.model.weights if last is None else str(last))
         if not weights:
             raise UserError(
                 f"--eval-only: {output_dir} holds no checkpoint; train first, or set "
@@ -74,12 +78,28 @@ def run(config: Config, *, resume: bool, eval_only: bool, weights: str = "") -> 
             build_model(config, num_classes=1)  # what it cannot be made of, before the data
         make_folder(config.train.output_dir, "train.output_dir")
     set_up_log(output_dir)
+    with ExitStack() as held:
+        if is_first_process() and not eval_only:
+            held.enter_context(locked(output_dir, "train.output_dir"))
+        _run(config, hardware, last, resume=resume, eval_only=eval_only, weights=weights)
+
+
+def _run(
+    config: Config,
+    hardware: Hardware,
+    last: Path | None,
+    *,
+    resume: bool,
+    eval_only: bool,
+    weights: str,
+) -> None:
+    output_dir = Path(config.train.output_dir)
     pl.seed_everything(config.train.seed, workers=True, verbose=False)
     facts: dict[str, Any] = {}
     try:
         if not eval_only:
-            facts = _fit(config, hardware, last if resume and last.is_file() else None)
-            weights = str(last)
+            facts = _fit(config, hardware, last if resume else None)
+            weights = str(last_checkpoint(output_dir))
         _evaluate(config, hardware, weights, facts)
     except torch.OutOfMemoryError as error:
         # Said here, because it may be this process alone that says it.
@@ -90,7 +110,7 @@ def run(config: Config, *, resume: bool, eval_only: bool, weights: str = "") -> 
 
 def last_checkpoint(output_dir: Path) -> Path:
     """Where a run keeps its newest checkpoint."""
-    return output_dir / "checkpoints" / "last.ckpt"
+    return output_dir / "checkpoints" / LAST
 
 
 def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[str, Any]:
@@ -111,19 +131,14 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
     callbacks: list[pl.Callback] = [
         steps,
         ProgressBar(refresh_rate=min(settings.log_every, 10)),
-        ModelCheckpoint(
-            last_checkpoint(output_dir).parent,
-            filename=last_checkpoint(output_dir).stem,
-            every_n_train_steps=settings.checkpoint_every,
-            save_top_k=-1,  # all of them, in one file
-            enable_version_counter=False,
-        ),
+        Saving(last_checkpoint(output_dir), settings.checkpoint_every),
     ]
     if optim.ema:
         callbacks.insert(0, EMAWeightAveraging(decay=optim.ema))
     trainer = pl.Trainer(
         **trainer_arguments(config, hardware, sharded=sharded),
         plugins=[checkpoints],
+        enable_checkpointing=False,  # by Lightning itself
         callbacks=callbacks,
         logger=[
             MetricsLogger(output_dir / METRICS),
@@ -144,8 +159,15 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
         cut_metrics(output_dir / METRICS, checkpoints.step)
     where = f"continuing at step {checkpoints.step:,}" if checkpoint else "training"
     logger.info("%s; results in %s", where, output_dir)
-    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    trainer.save_checkpoint(last_checkpoint(output_dir))
+    with step_by_step():
+        try:
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        except UserError:
+            print(file=sys.stderr)  # behind the progress bar
+            raise
+        trainer.save_checkpoint(last_checkpoint(output_dir))
+    if number := told_to_stop(trainer):
+        raise stopped_at(trainer, number, last_checkpoint(output_dir))
     return {
         "steps": trainer.global_step,
         "seconds": round(steps.seconds, 1),  # in training steps, since the last resume

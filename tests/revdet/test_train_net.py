@@ -171,8 +171,10 @@ def test_an_error_in_a_spawned_process_is_one_line_too(refusal, cpu_only):
 
 
 def test_machines_resume_together_or_not_at_all(refusal, tmp_path, monkeypatch):
-    monkeypatch.setattr("revdet.training.run.comm.all_gather", lambda start_iter: [start_iter, 5])
-    assert f"different checkpoints in {tmp_path}" in refusal("train.max_iter=1")
+    elsewhere = tmp_path / "model_final.pth"  # as the first process sees it
+    monkeypatch.setattr("revdet.training.run.comm.all_gather", lambda _: [elsewhere])
+    message = f"not every process finds the checkpoint {elsewhere}"
+    assert message in refusal("train.max_iter=1", "--resume")
 
 
 def test_of_torchruns_processes_the_first_says_what_is_wrong(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -28,7 +29,66 @@ def left_by(run: Path) -> tuple:
 def test_what_a_killed_save_has_left_goes_with_the_next_one(tmp_path):
     (tmp_path / "last.ckpt.12ab34cd.partial").touch()
     CheckpointIO(None, hand_out=False).save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"last.ckpt", "last.ckpt.sha256"}
+
+
+def run_with_signal(run, output, monkeypatch, number, step, *more):
+    """The status of a run that hears a signal in the middle of a step."""
+    plain, sent = VideoModule.training_step, []
+
+    def training_step(self: VideoModule, batch: object, batch_idx: int) -> torch.Tensor:
+        if self.global_step == step and not sent:
+            sent.append(number)
+            signal.raise_signal(number)
+        return plain(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoModule, "training_step", training_step)
+        return run(output, *more)
+
+
+def test_a_signal_saves_the_step_and_damage_is_passed_over(run, tmp_path, monkeypatch, capfd):
+    more = ["optim.epochs=3", "train.val_every=9", *RANDOM]
+    assert run(tmp_path / "whole", *more) == 0
+    # In the middle of an epoch of four steps, and in its last step.
+    stopped = tmp_path / "stopped"
+    for number, status, step, at in ((signal.SIGTERM, 143, 1, 2), (signal.SIGINT, 130, 3, 5)):
+        resumed = ["--resume"] if step > 1 else []
+        assert run_with_signal(run, stopped, monkeypatch, number, step, *more, *resumed) == status
+        output = capfd.readouterr()
+        assert f"step {at} is saved in {stopped}" in output.err and "--resume" in output.err
+        assert "Traceback" not in output.err + output.out
+        last = stopped / "checkpoints" / "last.ckpt"
+        assert torch.load(last, weights_only=True)["global_step"] == at
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    assert run(stopped, "--resume", *more) == 0
+    log = (stopped / "log.txt").read_text()
+    assert "last.ckpt is damaged (its checksum is another): trying the one before" in log
+    assert left_by(stopped) == left_by(tmp_path / "whole")
+
+
+def test_videos_that_vanish_end_the_run(run, videos, tmp_path, monkeypatch, capfd):
+    root = tmp_path / "set"
+    shutil.copytree(videos, root)
+    plain = VideoModule.training_step
+
+    def training_step(self: VideoModule, batch: object, batch_idx: int) -> torch.Tensor:
+        if self.global_step == 5 and root.exists():
+            root.rename(tmp_path / "moved")
+        return plain(self, batch, batch_idx)
+
+    more = ["optim.epochs=99", "train.val_every=99", "train.checkpoint_every=2", "data.workers=0"]
+    monkeypatch.setattr(VideoModule, "training_step", training_step)
+    assert run(tmp_path / "run", *more, root=root) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: not one video of the last 4 batches") and str(root) in error
+    more[0] = "optim.epochs=3"
+    assert run(tmp_path / "run", *more, "--resume", root=tmp_path / "moved") == 0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert f"videos from {tmp_path / 'moved'}, which were in {root}" in log
 
 
 # Between two lines, after a comma, within a number, and within an exponent.
@@ -82,7 +142,8 @@ def test_a_stopped_run_reads_the_same_remaining_clips(run, tmp_path, monkeypatch
         opened.reset_mock()
         assert run(output, "--resume", *more) == 0
         assert opened.call_count == 2, "once to go on from, and once, at the end, to test"
-        assert read == whole[4 * killed_at :]
+        # At the end of an epoch nothing is saved, but one step later.
+        assert read == whole[4 * (3 if killed_at == 4 else killed_at) :]
         assert left_by(output) == left_by(tmp_path / "whole")
 
 

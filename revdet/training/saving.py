@@ -1,0 +1,138 @@
+"""When a run saves: every so many iterations, at its end, and when it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
+
+from backbones.common.stopping import Stopped, asked_to_stop, step_by_step
+from revdet.training.checkpoint import Checkpointer, periodic_checkpoints, remove_checkpoint
+from revdet.training.evaluation import BEST, Evaluations
+from revdet.training.metrics import MetricsWriter, read_metrics
+
+logger = logging.getLogger("revdet")
+
+
+class Saving(HookBase):
+    """Saves periodic checkpoints, of which it keeps some, and the final one; on the main process.
+
+    Told to stop, all processes finish the iteration, save it, and raise :class:`Stopped`.
+
+    Args:
+        checkpointer: saves on the main process only.
+        period: iterations between two checkpoints.
+        max_to_keep: how many are kept, those of earlier sessions included.
+        facts: what goes into every checkpoint, to be compared when it is resumed.
+        metrics: is written before a checkpoint is, on the main process.
+    """
+
+    trainer: Any
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        period: int,
+        max_to_keep: int,
+        facts: dict[str, Any],
+        metrics: MetricsWriter | None,
+    ) -> None:
+        self._checkpointer, self._facts, self._metrics = checkpointer, facts, metrics
+        self._period, self._max_to_keep = period, max_to_keep
+        self._saved = -1
+
+    def before_train(self) -> None:
+        self._saved = self.trainer.start_iter - 1
+
+    def after_step(self) -> None:
+        iteration = self.trainer.iter
+        if (iteration + 1) % self._period == 0:
+            self._save(f"model_{iteration:07d}")
+        if iteration + 1 >= self.trainer.max_iter:
+            self._save("model_final")
+        # One process may have heard it in this iteration, another will in the next.
+        if number := max(comm.all_gather(asked_to_stop())):
+            self.stop(number)
+
+    def stop(self, number: int) -> None:
+        """Save this iteration, if that has not been done, and raise :class:`Stopped`."""
+        iteration = min(self.trainer.iter, self.trainer.max_iter - 1)
+        if self._saved != iteration:
+            self._save(f"model_{iteration:07d}")
+        comm.synchronize()  # the process that ends first ends the others
+        where = Path(self._checkpointer.save_dir)
+        raise Stopped(number, f"iteration {iteration + 1} is saved in {where}; --resume continues")
+
+    def _save(self, name: str) -> None:
+        self._saved = self.trainer.iter
+        if not comm.is_main_process():
+            return
+        if self._metrics is not None:
+            self._metrics.write()
+        self._checkpointer.save(name, iteration=self.trainer.iter, facts=self._facts)
+        kept = periodic_checkpoints(Path(self._checkpointer.save_dir))
+        for path in kept[: -self._max_to_keep]:
+            remove_checkpoint(path)
+
+
+class Evaluating(hooks.EvalHook):
+    """Evaluates every so many iterations, and at first if a kill has cut that off.
+
+    Args:
+        period: iterations between two evaluations; 0: at the end only.
+        evaluations: does it.
+        saving: saves the iteration if an evaluation is interrupted.
+        pending: whether the last iteration before this session has to be evaluated.
+    """
+
+    trainer: Any
+
+    def __init__(
+        self, period: int, evaluations: Evaluations, saving: Saving, *, pending: bool
+    ) -> None:
+        super().__init__(period, evaluations.run)
+        self._evaluations, self._saving, self._pending = evaluations, saving, pending
+
+    def before_train(self) -> None:
+        if self._pending:
+            logger.info("the evaluation of the last iteration was interrupted: evaluating again")
+            self.trainer.iter = self.trainer.storage.iter = self.trainer.start_iter - 1
+            self._evaluations.set_iteration(self.trainer)
+            self._do_eval()
+            for writer in self._writers():
+                writer.write()
+            self.trainer.iter = self.trainer.storage.iter = self.trainer.start_iter
+
+    def after_train(self) -> None:
+        if not asked_to_stop():
+            super().after_train()
+
+    def _writers(self) -> Iterator[MetricsWriter]:
+        if self._saving._metrics is not None:
+            yield self._saving._metrics
+
+    def _do_eval(self) -> None:
+        with self._interruptible():
+            super()._do_eval()
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        try:
+            with step_by_step(patient=False):
+                yield
+        except Stopped as stopped:
+            self._saving.stop(stopped.number)
+
+
+def was_evaluated(metrics: Path, iteration: int) -> bool:
+    """Whether the scores of an iteration stand in ``metrics.json``.
+
+    Those of a run's last one stand there under the next number.
+    """
+    rows = read_metrics(metrics) if metrics.is_file() else []
+    return any(row["iteration"] in (iteration, iteration + 1) and BEST in row for row in rows)

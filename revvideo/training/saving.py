@@ -1,0 +1,63 @@
+"""When a run saves: every so many steps, and when it is told to stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from backbones.common.stopping import Stopped, asked_to_stop, listen_again
+
+
+class Saving(pl.Callback):
+    """Writes the checkpoint of a run between two steps of the optimizer.
+
+    Not behind the last batch of an epoch, because from there Lightning counts the epoch twice when
+    it resumes: it is then written one step later. Told to stop, all processes finish the step, save
+    it, and raise :class:`Stopped`; a validation is finished, and one step more.
+
+    Args:
+        path: of the checkpoint.
+        every: steps between two.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path, self.every = path, every
+        self._step, self._due, self._stop = 0, False, 0
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        listen_again()  # Lightning has a handler of its own, which saves nothing
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self._step:  # gradients of one more batch are accumulated
+            return
+        self._step = trainer.global_step
+        self._due = self._due or self._step % self.every == 0
+        if trainer.is_last_batch:
+            return
+        self._stop = told_to_stop(trainer)
+        if self._due or self._stop:
+            trainer.save_checkpoint(self.path)
+            self._due = False
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self._stop:  # only now has Lightning written the metrics of the step
+            raise stopped_at(trainer, self._stop, self.path)
+
+
+def told_to_stop(trainer: pl.Trainer) -> int:
+    """The signal that one of the processes has heard; 0 if none has."""
+    heard = asked_to_stop()
+    if trainer.world_size == 1:
+        return heard
+    import torch
+
+    tensor = torch.tensor(heard, device=trainer.strategy.root_device)
+    return int(trainer.strategy.reduce(tensor, reduce_op="max"))
+
+
+def stopped_at(trainer: pl.Trainer, number: int, path: Path) -> Stopped:
+    """What a run ends with that has saved its last step."""
+    return Stopped(number, f"step {trainer.global_step} is saved in {path}; --resume continues")
