@@ -91,6 +91,11 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
         cfg[name] = _typed(name, cfg.get(name, {}), f"config {path}")
     for override in overrides:
         _apply(cfg, override)
+    given = {override.partition("=")[0] for override in overrides}
+    if "train.max_iter" in given and cfg.train.epochs:
+        if "train.epochs" in given:
+            raise UserError("train.max_iter and train.epochs are both given: set one of the two")
+        cfg.train.epochs = 0.0  # the recipe's
     for name, section in SECTIONS.items():
         check_values(cfg[name], section, name)
     name_own_data(cfg)

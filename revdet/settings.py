@@ -45,6 +45,10 @@ class TrainConfig:
     output_dir: str = key("output/run", "where the results of the run go")
     init_checkpoint: str = key("", "weights to start from: a file, an address or vitdet_base, …")
     max_iter: int = key(90000, "iterations to train", low=1)
+    epochs: float = key(0.0, "in its place: passes over the training images; 0: max_iter", low=0)
+    warmup_iters: int = key(
+        0, "iterations of warm-up, however long the run is; 0: as lr_multiplier says", low=0
+    )
     seed: int = key(0, "of weights, order, augmentation and dropout", low=0)
     device: str = key("auto", "such as cpu or cuda; auto: cuda where there is one")
     memory: str = key("reversible", "what the trunk keeps for backward", choices=POLICIES)

@@ -52,6 +52,8 @@ def run(cfg: DictConfig, device: str, args: argparse.Namespace) -> None:
         _be_deterministic()
     seed_all_rng(cfg.train.seed)
     model = build_model(cfg, device)
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "no GPU"
+    logger.info(f"on {device} ({name}), {comm.get_world_size()} processes")
     if args.eval_only:
         Checkpointer(model).load(args.weights)
         finish(cfg, model, evaluate(cfg, model), {"checkpoint": args.weights}, trained=False)
@@ -104,7 +106,10 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
         load_initial_weights(model, settings.init_checkpoint)
     loader = instantiate(cfg.dataloader.train)
     if hasattr(getattr(loader, "dataset", None), "records"):  # the loader is revdet's
+        _set_length(cfg, len(loader.dataset.records))
         _log_schedule(cfg, len(loader.dataset.records))
+    elif settings.epochs or settings.warmup_iters:
+        raise UserError("train.epochs and train.warmup_iters need revdet's loader: set max_iter")
     amp_dtype = getattr(torch, settings.amp.dtype) if settings.amp.enabled else None
     if settings.memory_budget:
         apply_memory_budget(cfg, model, loader.dataset.records, amp_dtype)
@@ -175,6 +180,18 @@ def _trainer(
     )
     trainer.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(scheduler=schedule)])
     return trainer
+
+
+def _set_length(cfg: DictConfig, images: int) -> None:
+    """Make iterations of epochs, and the part of them that is warm-up."""
+    settings = cfg.train
+    if settings.epochs:
+        batch = cfg.dataloader.train.total_batch_size
+        settings.max_iter = max(1, round(settings.epochs * images / batch))
+    if settings.warmup_iters:
+        if "warmup_length" not in cfg.lr_multiplier:
+            raise UserError("train.warmup_iters needs an lr_multiplier with a warmup_length")
+        cfg.lr_multiplier.warmup_length = min(1.0, settings.warmup_iters / settings.max_iter)
 
 
 def _log_schedule(cfg: DictConfig, images: int) -> None:

@@ -59,6 +59,23 @@ def weights_of(output: Path) -> dict[str, torch.Tensor]:
     return torch.load(output / "model_final.pth", weights_only=True)["model"]
 
 
+def test_the_length_of_a_run_in_epochs(own, train_net, tmp_path, refusal):
+    assert "both given" in refusal("train.epochs=1", ITERATION)
+    length = ["train.epochs=0.25", "train.warmup_iters=1", *FEW]
+    assert train_net(tmp_path / "run", *own.arguments(), *length) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["run"]["iterations"] == 2  # of 2 images, a quarter of 16
+    saved = load_config(str(tmp_path / "run" / "config.yaml"))
+    assert saved.train.epochs == 0.25
+    rates = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").open()]
+    assert [line["lr"] for line in rates if "lr" in line][-1] > 1e-5  # after one of warm-up
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "on cpu (no GPU), 1 processes" in log and "0.25 epochs of 16" in log
+    recipe = "configs/detection/finetune/mask_rcnn_vit_base_zoo.py"
+    assert load_config(recipe).train.epochs == 50
+    assert load_config(recipe, [ITERATION]).train.epochs == 0
+
+
 def test_own_data_trains_without_code(own, train_net, tmp_path):
     # Other classes than the recipe's, with ids in another order than in the file.
     for category in own.content["categories"]:

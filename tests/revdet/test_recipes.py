@@ -134,6 +134,7 @@ def test_a_recipe_trains_evaluates_and_is_loaded_again(recipe, data, tmp_path, m
     monkeypatch.setattr("revdet.training.results.draw_curves", lambda *_: None)  # takes its time
     monkeypatch.setattr(Trainer, "train", spy)
     cheap = ["train.max_iter=2", "train.log_period=1", "train.pictures=0", "train.device=cpu"]
+    cheap.append("train.warmup_iters=0")
     # Of this seed, MViTv2's crop of every other image is among those of the two iterations.
     cheap += ["train.seed=0", "dataloader.train.total_batch_size=2"]
     cheap += [f"dataloader.{split}.num_workers=0" for split in ("train", "test")]
