@@ -135,6 +135,12 @@ def _check_together(config: Config) -> None:
         value = getattr(config.augment, name)
         if len(value) != 2 or not 0 < value[0] <= value[1]:
             raise UserError(f"augment.{name}={value}: give two numbers, the smaller one first")
+    views, given = config.test.views, (config.test.clips, config.test.crops)
+    if views == "published" and given != (5, 1):
+        raise UserError(
+            f"test.views=published is of 5 clips and 1 crop, got test.clips={given[0]} test.crops="
+            f"{given[1]}: set these, or test.views=even"
+        )
     if (text := config.augment.rand_augment) and not _RAND_AUGMENT.fullmatch(text):
         raise UserError(
             f"augment.rand_augment={text}: write it as timm does, such as rand-m7-n4-mstd0.5-inc1"

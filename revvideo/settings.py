@@ -9,6 +9,8 @@ from backbones.common.settings import key
 
 _STRATEGIES = ("auto", "ddp", "fsdp")
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+_SAMPLERS = ("exact", "random", "random_multi")
+_VIEWS = ("even", "published", "constant_clips_per_video")
 _POLICIES = ("store", "checkpoint", "reversible")
 
 
@@ -39,6 +41,12 @@ class DataConfig:
 class AugmentConfig:
     """What training does to clips; the same to all frames of one."""
 
+    clip_sampler: str = key(
+        "exact",
+        "which clips: anywhere; by PyTorchVideo's random; by its random_multi, so that repeats are "
+        "different clips",
+        choices=_SAMPLERS,
+    )
     repeats: int = key(1, "differently augmented copies of a clip (repeated augmentation)", low=1)
     scale: list[float] = key([0.08, 1.0], "area of the random crop over that of the frame")  # noqa: RUF009
     ratio: list[float] = key([0.75, 1.3333], "width over height of the random crop")  # noqa: RUF009
@@ -113,6 +121,12 @@ class TestConfig:
 
     __test__ = False  # no test case, whatever pytest takes its name for
 
+    views: str = key(
+        "even",
+        "even: first to last; published: the frames, resizing and crop of SlowFast's scores, for 5 "
+        "clips and 1 crop; or PyTorchVideo's sampler of that name",
+        choices=_VIEWS,
+    )
     clips: int = key(5, "clips of a video, evenly spread", low=1)
     crops: int = key(1, "crops of a clip: 1 (centre) or 3 (along the longer side)", low=1, high=3)
     short_side: int = key(256, "the shorter side before cropping, in pixels", low=8)

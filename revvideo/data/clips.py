@@ -2,7 +2,8 @@
 
 PyTorchVideo's ``LabeledVideoDataset`` is an iterable: its length is wrong with several workers, it
 repeats or loses videos under DDP, and it puts another video in the place of one that does not
-decode. Its clip samplers give times, those here the numbers of frames.
+decode. Its clip samplers, and those here that implement their interface, say when a clip starts; a
+clip is then made of numbers of frames, not of all that a span of time holds.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import os
 import random
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
+from pytorchvideo.data.clip_sampling import ClipInfo, ClipSampler, make_clip_sampler
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -24,68 +27,187 @@ from backbones.common.seeds import seed_of
 from revvideo.data.decode import Video
 from revvideo.data.manifest import VideoRecord
 from revvideo.errors import VideoError
+from revvideo.settings import AugmentConfig, DataConfig, TestConfig
 
-ClipSampler = Callable[[Sequence[float]], list[list[int]]]
-"""Takes when each frame of a video is shown, in seconds; gives the frames of each clip."""
+FrameSampler = Callable[[Sequence[float], float], list[list[int]]]
+"""Takes when each frame of a video is shown, in seconds, and the video's frames per second; gives
+the numbers of the frames of each clip."""
 
 KINETICS_FPS = 30.0
 
 
+class RandomStart(ClipSampler):
+    """A clip that starts anywhere, drawn from torch's global generator: a sampler of PyTorchVideo.
+
+    Args:
+        clip_duration: in seconds.
+    """
+
+    def __init__(self, clip_duration: float) -> None:
+        super().__init__(clip_duration)
+        self.clip_duration = clip_duration
+
+    def __call__(self, last_clip_time: Any, video_duration: Any, annotation: Any) -> ClipInfo:
+        part = float(torch.rand((), dtype=torch.float64))
+        start = max(float(video_duration) - self.clip_duration, 0.0) * part
+        return ClipInfo(start, start + self.clip_duration, 0, 0, is_last_clip=True)
+
+
+class EvenStarts(ClipSampler):
+    """Clips at equal distances, the first at the start of a video and the last at its end.
+
+    A single clip lies in the middle. That is SlowFast's ``DATA.USE_OFFSET_SAMPLING``; without it,
+    and from PyTorchVideo's ``ConstantClipsPerVideoSampler``, the last of ``n`` clips starts at
+    ``(n - 1) / n`` of the latest start.
+
+    Args:
+        clip_duration: in seconds.
+        clips: how many.
+    """
+
+    def __init__(self, clip_duration: float, clips: int = 1) -> None:
+        super().__init__(clip_duration)
+        self.clip_duration, self.clips, self.clip = clip_duration, clips, 0
+
+    def __call__(self, last_clip_time: Any, video_duration: Any, annotation: Any) -> ClipInfo:
+        number, latest = self.clip, float(video_duration) - self.clip_duration
+        part, whole = (1, 2) if self.clips == 1 else (number, self.clips - 1)
+        start = max(latest, 0.0) * part / whole
+        last = number + 1 >= self.clips
+        self.clip = 0 if last else number + 1
+        return ClipInfo(start, start + self.clip_duration, number, 0, last)
+
+    def reset(self) -> None:
+        """Begin with the first clip."""
+        self.clip = 0
+
+
 @dataclass(frozen=True)
-class _Clips:
-    """A sampler of clips.
+class Clips:
+    """The frames of clips that start where a sampler of PyTorchVideo says.
+
+    A video and a clip last from their first frame to their last one.
 
     Attributes:
         frames: of a clip.
         stride: from a frame of the clip to the next, counted in frames of a video at
             ``KINETICS_FPS``: clips of all videos are equally long in seconds, whatever their
             frame rate. Where a video ends before the clip does, its last frame is repeated.
+        sampler: a name of PyTorchVideo's ``make_clip_sampler``: ``random``, ``random_multi`` or
+            ``constant_clips_per_video``.
+        arguments: its own, behind the duration of a clip.
+        views: how often to give each clip, for repeated augmentation.
     """
 
     frames: int
     stride: int
-
-    def _clip(self, timestamps: Sequence[float], part: float, whole: int) -> list[int]:
-        """The clip that starts at ``part / whole`` of the latest start."""
-        latest = max(timestamps[-1] - (self.frames - 1) * self.stride / KINETICS_FPS, 0.0)
-        # From the time of a frame on: rounded timestamps (Matroska: milliseconds) do no harm.
-        first = timestamps[_nearest(timestamps, latest * part / whole)]
-        times = [first + i * self.stride / KINETICS_FPS for i in range(self.frames)]
-        return [_nearest(timestamps, time) for time in times]
-
-
-@dataclass(frozen=True)
-class RandomClip(_Clips):
-    """A clip that starts anywhere in the video, drawn from torch's global generator.
-
-    Attributes:
-        views: how often to give it, for repeated augmentation.
-    """
-
+    sampler: str = "random"
+    arguments: tuple[int, ...] = ()
     views: int = 1
 
-    def __call__(self, timestamps: Sequence[float]) -> list[list[int]]:
-        part = float(torch.rand((), dtype=torch.float64))
-        return [self._clip(timestamps, part, 1)] * self.views
+    @property
+    def duration(self) -> float:
+        """Of a clip, in seconds."""
+        return (self.frames - 1) * self.stride / KINETICS_FPS
+
+    def make_sampler(self) -> ClipSampler:
+        """A fresh one: they remember where they are in a video."""
+        return make_clip_sampler(self.sampler, Fraction(self.duration), *self.arguments)
+
+    def __call__(self, timestamps: Sequence[float], rate: float = 0.0) -> list[list[int]]:
+        clips = []
+        for start in _starts(self.make_sampler(), timestamps[-1]):
+            # From the time of a frame on: rounded timestamps (Matroska: milliseconds) do no harm.
+            first = timestamps[_nearest(timestamps, start)]
+            times = [first + i * self.stride / KINETICS_FPS for i in range(self.frames)]
+            clips += [[_nearest(timestamps, time) for time in times]] * self.views
+        return clips
 
 
 @dataclass(frozen=True)
-class UniformClips(_Clips):
-    """Clips at equal distances, the first at the start of the video and the last at its end.
+class RandomClip(Clips):
+    """One clip by ``RandomStart``, given ``views`` times."""
 
-    A single clip lies in the middle. That is SlowFast's ``DATA.USE_OFFSET_SAMPLING``; without it,
-    the last of ``n`` clips starts at ``(n - 1) / n`` of the latest start.
+    def make_sampler(self) -> ClipSampler:
+        return RandomStart(self.duration)
 
-    Attributes:
-        clips: how many.
-    """
+
+@dataclass(frozen=True)
+class UniformClips(Clips):
+    """So many ``clips`` by ``EvenStarts``."""
 
     clips: int = 1
 
-    def __call__(self, timestamps: Sequence[float]) -> list[list[int]]:
-        if self.clips == 1:
-            return [self._clip(timestamps, 1, 2)]
-        return [self._clip(timestamps, part, self.clips - 1) for part in range(self.clips)]
+    def make_sampler(self) -> ClipSampler:
+        return EvenStarts(self.duration, self.clips)
+
+
+@dataclass(frozen=True)
+class PublishedClips(Clips):
+    """The frames that the published scores were tested on, by their numbers.
+
+    As SlowFast's ``slowfast/datasets/decoder.py`` takes them from a whole video: ``clips`` spans
+    of ``frames * stride`` frames at ``KINETICS_FPS``, the last of which starts at
+    ``(clips - 1) / clips`` of the latest start (``get_start_end_idx``; or at it, with ``offset``,
+    its ``use_offset``), and frames at equal distances from the first to the last of a span, rounded
+    down (``temporal_sampling``): those of a 16x4 clip are 63 / 15 = 4.2 apart.
+    """
+
+    clips: int = 5
+    offset: bool = False
+
+    def __call__(self, timestamps: Sequence[float], rate: float = KINETICS_FPS) -> list[list[int]]:
+        count, size = len(timestamps), self.stride * self.frames / KINETICS_FPS * rate
+        delta, last = max(count - size, 0), self.clips - 1
+        if not self.offset:
+            starts = [delta * clip / self.clips for clip in range(self.clips)]
+        elif last:
+            starts = [clip * (delta // last) for clip in range(self.clips)]
+        else:
+            starts = [delta // 2]
+        spans = [torch.linspace(start, start + size - 1, self.frames) for start in starts]
+        return [span.clamp(0, count - 1).long().tolist() for span in spans]
+
+
+def train_clips(data: DataConfig, augment: AugmentConfig) -> Clips:
+    """The clips of a training video, ``augment.repeats`` of them."""
+    frames, stride, repeats = data.num_frames, data.stride, augment.repeats
+    if augment.clip_sampler == "random_multi":
+        return Clips(frames, stride, "random_multi", (repeats,))
+    if augment.clip_sampler == "random":
+        return Clips(frames, stride, "random", views=repeats)
+    return RandomClip(frames, stride, views=repeats)
+
+
+def test_clips(data: DataConfig, test: TestConfig) -> Clips:
+    """The ``test.clips`` clips of a test video."""
+    frames, stride, clips = data.num_frames, data.stride, test.clips
+    if test.views == "published":
+        return PublishedClips(frames, stride, clips=clips)
+    if test.views == "even":
+        return UniformClips(frames, stride, clips=clips)
+    return Clips(frames, stride, test.views, (clips,))
+
+
+def test_short_side(data: DataConfig, test: TestConfig) -> int | None:
+    """To which shorter side test videos are decoded; None: as they are."""
+    return None if test.views == "published" else data.decode_short_side or None
+
+
+test_clips.__test__ = test_short_side.__test__ = False  # type: ignore[attr-defined]  # pytest
+
+
+def _starts(sampler: ClipSampler, duration: float) -> Iterator[float]:
+    end: Any = 0
+    while True:
+        info = sampler(end, Fraction(duration), {})
+        if isinstance(info.clip_start_sec, list):  # of random_multi: all at once
+            yield from map(float, info.clip_start_sec)
+            return
+        yield float(info.clip_start_sec)
+        if info.is_last_clip:
+            return
+        end = info.clip_end_sec
 
 
 def _nearest(timestamps: Sequence[float], time: float) -> int:
@@ -105,7 +227,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
     Args:
         records: the readable videos of a manifest.
         root: the folder that their paths start from.
-        clips: which frames to take: ``RandomClip``, ``UniformClips``, or a function like them.
+        clips: which frames to take: one of the above, or a function like them.
         transform: from a clip, uint8 (T, 3, H, W), to float (3, T, H, W), or (V, 3, T, H, W) for
             several crops. May draw from the global generators of torch, Python and NumPy.
         short_side: shrink frames to this many pixels on their shorter side while decoding.
@@ -120,7 +242,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self,
         records: Sequence[VideoRecord],
         root: str | os.PathLike[str],
-        clips: ClipSampler,
+        clips: FrameSampler,
         transform: Callable[[Tensor], Tensor],
         *,
         short_side: int | None = None,
@@ -159,7 +281,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         with Video(path, known_frames=int(self._frames[index])) as video:
             if video.truncated:
                 raise VideoError(video.truncated)
-            clips = self.clips(video.timestamps)
+            clips = self.clips(video.timestamps, video.rate)
             frames = video.frames([number for clip in clips for number in clip], self.short_side)
         views = [self.transform(clip) for clip in frames.split([len(clip) for clip in clips])]
         views = [view if view.dim() == 5 else view[None] for view in views]

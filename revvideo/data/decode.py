@@ -79,6 +79,7 @@ class Video:
 
     Attributes:
         timestamps: when each frame is shown, in seconds after the first one, ascending.
+        rate: frames per second as the file states them, or else the mean.
         truncated: why the file is taken to be cut off; "" if it is whole.
 
     Raises:
@@ -111,6 +112,7 @@ class Video:
             raise
         last = self.timestamps[-1]
         self._fps = (len(self) - 1) / last if last > 0 else float(rate or 1)
+        self.rate = float(rate or self._fps)
 
     def __len__(self) -> int:
         return len(self.timestamps)

@@ -6,6 +6,7 @@ all its frames.
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any, cast
 
@@ -47,10 +48,10 @@ class _RandAugment:
 
 
 class TrainTransform(v2.Compose):
-    """A random crop of random size, flip, RandAugment, colour jitter and random erasing.
+    """RandAugment, a random crop of random size, flip, colour jitter and random erasing.
 
-    RandAugment comes after the crop, when there are fewer pixels; SlowFast has it before. Takes a
-    clip, uint8 (T, 3, H, W), to float32 (3, T, crop_size, crop_size). Draws from torch's RNG; with
+    RandAugment sees whole frames, as in SlowFast's ``slowfast/datasets/kinetics.py``. Takes a clip,
+    uint8 (T, 3, H, W), to float32 (3, T, crop_size, crop_size). Draws from torch's RNG; with
     RandAugment those of Python and NumPy are seeded anew.
 
     Args:
@@ -64,7 +65,7 @@ class TrainTransform(v2.Compose):
             v2.RandomHorizontalFlip(augment.flip),
         ]
         if augment.rand_augment:
-            steps.append(_RandAugment(augment.rand_augment))
+            steps.insert(1, _RandAugment(augment.rand_augment))
         if jitter := augment.color_jitter:
             steps.append(v2.ColorJitter(jitter, jitter, jitter))
         steps += _to_float(data)
@@ -75,6 +76,10 @@ class TrainTransform(v2.Compose):
 
 class TestTransform:
     """The shorter side resized, then one central crop, or three along the longer side.
+
+    For published views, normalised pixels are resized, bilinearly and without smoothing, and an odd
+    rest of the centre goes before the crop: ``random_short_side_scale_jitter`` and
+    ``uniform_crop`` of SlowFast's ``slowfast/datasets/transform.py``.
 
     Args:
         test, data: the sections of the config.
@@ -88,20 +93,27 @@ class TestTransform:
         crops = crops or test.crops
         # How far along the longer side.
         self._places = [index / (crops - 1) for index in range(crops)] if crops > 1 else [0.5]
-        self._resize = v2.Resize(test.short_side)
-        self._to_float = v2.Compose(_to_float(data))
+        published = test.views == "published"
+        self._round = math.ceil if published else round
+        resize, to_float = v2.Resize(test.short_side, antialias=not published), _to_float(data)
+        self._before = [*to_float, resize] if published else [resize]
+        self._after = [] if published else to_float  # where there are fewer pixels
 
     def __call__(self, clip: Tensor) -> Tensor:
         """uint8 (T, 3, H, W) -> float32 (crops, 3, T, crop_size, crop_size)."""
-        video = self._resize(tv_tensors.Video(clip))
+        video: Any = tv_tensors.Video(clip)
+        for step in self._before:
+            video = step(video)
         height, width = video.shape[-2:]
         crops = []
         for place in self._places:
             down, right = (0.5, place) if width >= height else (place, 0.5)
-            top = round(down * (height - self._size))
-            left = round(right * (width - self._size))
-            crop = F.crop(video, top, left, self._size, self._size)
-            crops.append(_channels_first(self._to_float(crop)))
+            top = self._round(down * (height - self._size))
+            left = self._round(right * (width - self._size))
+            crop: Any = F.crop(video, top, left, self._size, self._size)
+            for step in self._after:
+                crop = step(crop)
+            crops.append(_channels_first(crop))
         return torch.stack(crops)
 
 

@@ -13,13 +13,20 @@ import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
 from backbones.common.errors import UserError
-from revvideo.data.clips import ClipDataset, RandomClip, UniformClips, collate
+from revvideo.data.clips import (
+    ClipDataset,
+    Clips,
+    collate,
+    test_clips,
+    test_short_side,
+    train_clips,
+)
 from revvideo.data.layouts import Layout
 from revvideo.data.loader import ResumableLoader, ResumableSampler, TestBatches
 from revvideo.data.manifest import Manifest, VideoRecord, default_manifest, describe, load_manifest
 from revvideo.data.scan import scan
 from revvideo.data.transforms import TestTransform, TrainTransform
-from revvideo.settings import Config
+from revvideo.settings import Config, TestConfig
 
 logger = logging.getLogger("revvideo")
 
@@ -142,9 +149,9 @@ class VideoData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled clips; resumable in the middle of an epoch."""
         data, augment = self.config.data, self.config.augment
-        clips = RandomClip(data.num_frames, data.stride, augment.repeats)
+        clips, transform = train_clips(data, augment), TrainTransform(augment, data)
         return ResumableLoader(
-            self._dataset(self._train, clips, TrainTransform(augment, data)),
+            self._dataset(self._train, clips, transform, data.decode_short_side or None),
             self.loader_batch_size,
             sampler=self._train_sampler(),
             batches_per_step=self.config.optim.accumulate,
@@ -153,22 +160,23 @@ class VideoData(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """One view of each video: the clip in the middle, cropped at the centre."""
-        return self._test_loader(clips=1, crops=1)
+        return self._test_loader(replace(self.config.test, views="even", clips=1, crops=1))
 
     def test_dataloader(self) -> DataLoader[Any]:
         """All views of each video."""
-        return self._test_loader(self.config.test.clips, self.config.test.crops)
+        return self._test_loader(self.config.test)
 
-    def _test_loader(self, clips: int, crops: int) -> DataLoader[Any]:
-        data, test = self.config.data, self.config.test
-        views = UniformClips(data.num_frames, data.stride, clips)
-        dataset = self._dataset(self._val, views, TestTransform(test, data, crops))
+    def _test_loader(self, test: TestConfig) -> DataLoader[Any]:
+        data = self.config.data
+        clips, transform = test_clips(data, test), TestTransform(test, data)
+        dataset = self._dataset(self._val, clips, transform, test_short_side(data, test))
         batches = TestBatches(len(dataset), test.batch_size, **self._process())
         return DataLoader(dataset, batch_sampler=batches, **self._workers())
 
-    def _dataset(self, manifest: Manifest, clips: Any, transform: Any) -> ClipDataset:
-        short_side, seed = self.config.data.decode_short_side or None, self.config.train.seed
-        videos, root = manifest.usable, manifest.root
+    def _dataset(
+        self, manifest: Manifest, clips: Clips, transform: Any, short_side: int | None
+    ) -> ClipDataset:
+        videos, root, seed = manifest.usable, manifest.root, self.config.train.seed
         return ClipDataset(videos, root, clips, transform, short_side=short_side, seed=seed)
 
     def _train_sampler(self) -> ResumableSampler:

@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from revvideo.data.clips import KINETICS_FPS, ClipDataset, UniformClips, collate
+from revvideo.data.clips import (
+    KINETICS_FPS,
+    ClipDataset,
+    UniformClips,
+    collate,
+    test_clips,
+    test_short_side,
+)
 from revvideo.data.decode import Video
 from revvideo.data.loader import TestBatches
 from revvideo.data.manifest import VideoRecord
@@ -56,7 +63,6 @@ class Predictor:
         self.device = device
         self.batch_size = batch_size
         self._model = model.to(self.device)
-        self._short_side = config.data.decode_short_side or None
 
     def best(self, scores: Tensor) -> list[dict[str, Any]]:
         """The ``TOP_K`` best of scores (classes,), each as its ``class`` and ``score``."""
@@ -89,9 +95,9 @@ class Predictor:
         dataset = ClipDataset(
             [VideoRecord(str(path), label=-1) for path in paths],
             "",
-            UniformClips(data.num_frames, data.stride, test.clips),
+            test_clips(data, test),
             TestTransform(test, data),
-            short_side=self._short_side,
+            short_side=test_short_side(data, test),
         )
         views = test.clips * test.crops
         loader: DataLoader[Any] = DataLoader(
@@ -124,10 +130,10 @@ class Predictor:
             return None
         step = step or max(length / 2, (last - length) / (MOST_WINDOWS - 1))
         count = 1 + math.ceil((last - length) / step)
-        clips = UniformClips(data.num_frames, data.stride, count)(video.timestamps)
+        clips = UniformClips(data.num_frames, data.stride, clips=count)(video.timestamps)
         transform = TestTransform(test, data, crops=1)
         # A clip's worth of large frames is fine, a group's would fill the memory.
-        short_side = self._short_side or 2 * test.short_side
+        short_side = data.decode_short_side or 2 * test.short_side
         starts, ends, scores = [], [], []
         shown = {"desc": "over time", "unit": "batch", "leave": False, "delay": 2, "disable": None}
         for first in tqdm(range(0, count, self.batch_size), **shown):

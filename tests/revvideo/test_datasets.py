@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import random
+from fractions import Fraction
 from itertools import chain, pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pytorchvideo.data.clip_sampling import ClipSampler, ConstantClipsPerVideoSampler
 from torch.utils.data import DataLoader
 
-from revvideo.data.clips import ClipDataset, RandomClip, UniformClips, collate
+from revvideo.data.clips import (
+    ClipDataset,
+    PublishedClips,
+    RandomClip,
+    UniformClips,
+    collate,
+    train_clips,
+)
+from revvideo.data.clips import test_clips as clips_to_test
 from revvideo.data.decode import Video
 from revvideo.data.manifest import VideoRecord
+from revvideo.settings import AugmentConfig, DataConfig, TestConfig
 from tests.revvideo.make_videos import INDEX_FIRST, cut, damage, encode
 from tests.revvideo.test_decode import full_decode
 
@@ -70,6 +83,39 @@ def test_views_of_the_same_clip():
     assert first == again != other
 
 
+def test_published_views_take_the_frames_of_the_original():
+    cases = json.loads(Path(__file__).with_name("published_view_frames.json").read_text())["cases"]
+    for case in cases:
+        frames, stride, views = case["num_frames"], case["stride"], case["views"]
+        clips = PublishedClips(frames, stride, clips=views, offset=case["offset_sampling"])
+        timestamps = at_rate(case["fps"], case["frames"])
+        assert clips(timestamps, case["fps"]) == case["indices"], case
+    assert len(cases) == 156
+    data, test = DataConfig(num_frames=16, stride=4), TestConfig(views="published")
+    assert isinstance(clips_to_test(data, test), PublishedClips)
+
+
+def test_samplers_of_pytorchvideo_choose_clips_and_ours_are_such():
+    timestamps, data = at_rate(30, 300), DataConfig(num_frames=16, stride=4)
+    by_name = TestConfig(views="constant_clips_per_video", clips=3)
+    starts = [clip[0] for clip in clips_to_test(data, by_name)(timestamps)]
+    theirs = ConstantClipsPerVideoSampler(2, 3)
+    assert starts == [round(30 * theirs(0, Fraction(299, 30), {}).clip_start_sec) for _ in range(3)]
+    for sampler in (RandomClip(16, 4).make_sampler(), UniformClips(16, 4).make_sampler()):
+        assert isinstance(sampler, ClipSampler)
+        info = sampler(0, Fraction(299, 30), {})
+        assert info.clip_end_sec - info.clip_start_sec == 2 and info.is_last_clip
+    drawn = []
+    for name in ("random", "random_multi"):
+        augment = AugmentConfig(clip_sampler=name, repeats=2)
+        random.seed(0)
+        drawn.append(train_clips(data, augment)(timestamps))
+        random.seed(0)
+        assert drawn[-1] == train_clips(data, augment)(timestamps)
+    (first, again), (one, other) = drawn
+    assert first == again == one != other
+
+
 def frames_as_they_are(clip: torch.Tensor) -> torch.Tensor:
     return clip.float().transpose(0, 1)
 
@@ -79,7 +125,7 @@ def test_a_sample_holds_the_frames_of_its_clips_decoded_at_once(make, monkeypatc
     chosen, calls, decode = [], [], Video.frames
     monkeypatch.setattr(Video, "frames", lambda *args: calls.append(args) or decode(*args))
 
-    def remember(timestamps: list[float]) -> list[list[int]]:
+    def remember(timestamps: list[float], rate: float) -> list[list[int]]:
         for _ in range(3):
             chosen.extend(RandomClip(4, 6, views=2)(timestamps))
         return chosen

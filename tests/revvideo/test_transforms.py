@@ -105,6 +105,16 @@ def test_the_short_side_is_resized_before_the_crop():
     assert out.std() < 0.75 * TestTransform(TestConfig(short_side=80), DATA)(video).std()
 
 
+def test_published_pixels_are_normalised_then_resized_then_cropped():
+    video = clip(height=70, width=123)
+    test = TestConfig(short_side=41, views="published")
+    x = (video / 255 - DATA.mean) / DATA.std
+    x = torch.nn.functional.interpolate(x, (41, 123 * 41 // 70), mode="bilinear")
+    top, left = 9, 24  # of 17 and 48, what is odd goes before the crop
+    expected = x[..., top : top + 24, left : left + 24].transpose(0, 1)
+    torch.testing.assert_close(TestTransform(test, DATA)(video)[0], expected)
+
+
 CLASSES = 6
 
 
