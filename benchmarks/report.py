@@ -177,7 +177,8 @@ def _decode(results: Json) -> Iterator[str]:
     low, high = found["lowest_and_highest_ratio"]
     yield (
         f"Clips of {results['clip']} from {results['videos']} videos ({results['video']}), a "
-        f"second and core; the ratio of the two over the rounds: {low} … {high}."
+        f"second and core; revvideo gives {found['revvideo_relative_to_pytorchvideo']} times as many "
+        f"as PyTorchVideo (median of {results['rounds']} rounds, {low} … {high})."
     )
     rows = [[name, f"{rate:.1f}"] for name, rate in found["clips_per_second_per_core"].items()]
     yield table(["dataset", "clips"], rows)

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from backbones.common.errors import UserError, first_line, near_names
+from backbones.common.paths import local_path
 from backbones.common.settings import check_values, keys_of, split_override, unknown_key, verbatim
 from revdet.data.datasets import name_own_data
 from revdet.settings import SECTIONS, nodes_of
@@ -76,6 +77,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
         UserError: no such file, a file that is no recipe, an unknown key (the message lists the
             near ones), or a value of the wrong type or out of bounds.
     """
+    path = local_path(path, "--config")
     cfg = _read(path)
     for where, node in nodes_of(cfg):
         if isinstance(node, DictConfig) and "_target_" in node:

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from backbones.common.errors import UserError, near_names
+from backbones.common.paths import local_path
 from backbones.common.settings import (
     check_values,
     describe,
@@ -49,11 +50,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             ones), or a value of the wrong type or out of its range.
     """
     merged = OmegaConf.structured(Config)
-    for where, tree in [*_read(Path(path), ()), *map(_parse_override, overrides)]:
+    file = Path(local_path(str(path), "--config"))
+    for where, tree in [*_read(file, ()), *map(_parse_override, overrides)]:
         for section, entry in _TEXTS:
             part = tree.get(section)
             if isinstance(part, dict) and part.get(entry, "") is None:  # as YAML reads `key:`
                 part[entry] = ""
+        part = tree.get("model")
+        if isinstance(part, dict) and part.get("arguments") == {}:  # else merged with those before
+            merged.model.arguments = {}
         try:
             merged = OmegaConf.merge(merged, tree)
         except OmegaConfBaseException as error:

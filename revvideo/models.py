@@ -9,6 +9,7 @@ from torch import nn
 
 import backbones
 from backbones.common.errors import UserError
+from revvideo import hub
 from revvideo.settings import Config
 
 # Of so many classes, the best ones, predictions have names and scores.
@@ -34,6 +35,11 @@ def build_model(config: Config, num_classes: int = 0) -> nn.Module:
     outputs = settings.num_classes or num_classes
     if not outputs:
         raise UserError("model.num_classes=0, and there is no data to count: set the number")
+    if settings.name.startswith(hub.PREFIX):
+        try:
+            return hub.build(config, outputs)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise UserError(f"{settings.name} cannot be built: {error}") from error
     arguments: dict[str, Any] = {
         "num_frames": config.data.num_frames,
         "img_size": config.data.crop_size,

@@ -63,14 +63,16 @@ class AugmentConfig:
 class ModelConfig:
     """Which network, and from which weights it starts."""
 
-    name: str = key("rev_mvit_base_16x4", "a name of backbones.list_models()")
+    name: str = key(
+        "rev_mvit_base_16x4", "a name of backbones.list_models(), or of a hub: pytorchvideo/x3d_m"
+    )
     num_classes: int = key(0, "outputs of the head; 0: as many as the data has classes", low=0)
     weights: str = key(
         "", "file, address or released model to start from; an image model's: inflated"
     )
     drop_rate: float = key(0.0, "dropout before the head", low=0, high=1)
     drop_path_rate: float = key(0.0, "stochastic depth of the last block", low=0, high=1)
-    arguments: dict[str, Any] = key({}, "other ones of the model, such as arguments.depth=8")  # noqa: RUF009
+    arguments: dict[str, Any] = key({}, "others, such as arguments.depth=8; {}: none at all")  # noqa: RUF009
 
 
 @dataclass

@@ -21,7 +21,14 @@ from backbones.engine.policies import blocks_of
 from backbones.weights.checkpoint import WeightsError
 
 Layout = Literal[
-    "own", "PySlowFast", "mmpretrain", "timm", "Detectron2", "Hugging Face", "torchvision"
+    "own",
+    "PySlowFast",
+    "mmpretrain",
+    "timm",
+    "Detectron2",
+    "Hugging Face",
+    "torchvision",
+    "PyTorchVideo",
 ]
 
 # Their names for our names, first match first. ``{block}`` is the i-th block of the model, in the

@@ -47,8 +47,8 @@ class LoadReport:
     Attributes:
         source: the path or address.
         format: whose layout the file has: ``"own"``, ``"PySlowFast"``, ``"mmpretrain"``,
-            ``"timm"`` (also DeiT, MAE, DINOv2), ``"Detectron2"`` (ViTDet), ``"Hugging Face"`` or
-            ``"torchvision"``.
+            ``"timm"`` (also DeiT, MAE, DINOv2), ``"Detectron2"`` (ViTDet), ``"Hugging Face"``,
+            ``"torchvision"`` or ``"PyTorchVideo"`` (read by revvideo alone).
         net: what net it is, in words; empty where only the layout is known.
         loaded: tensors that were copied into the model.
         converted: those among them, or what else of the file, that took another form: a class

@@ -13,6 +13,7 @@ from detectron2.data.datasets import register_coco_instances
 from omegaconf import DictConfig
 
 from backbones.common.errors import UserError
+from backbones.common.paths import local_path
 
 # What the user's own data are called, in loaders and in results: dataset.train_json and val_json.
 OWN = {"own_train": "train", "own_val": "val"}
@@ -83,7 +84,8 @@ def sources(cfg: DictConfig, *, evaluation_only: bool = False) -> dict[str, Sour
     found = {}
     for name in dataset_names(cfg, evaluation_only=evaluation_only):
         if split := OWN.get(name):
-            files = cfg.dataset[f"{split}_json"], cfg.dataset[f"{split}_images"]
+            keys = f"{split}_json", f"{split}_images"
+            files = tuple(local_path(cfg.dataset[key], f"dataset.{key}") for key in keys)
         elif name in DatasetCatalog.list():
             metadata = MetadataCatalog.get(name)
             if metadata.get("evaluator_type") != "coco" or "json_file" not in metadata.as_dict():

@@ -6,10 +6,11 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from detectron2.utils.file_io import PathManager
+from detectron2.utils.file_io import Detectron2Handler
 from torch import Tensor, nn
 
-from backbones.common.errors import UserError, first_line, some_of
+from backbones.common.errors import UserError, some_of
+from backbones.common.paths import local_path, register
 from backbones.weights.checkpoint import Checkpoint, WeightsError
 from backbones.weights.download import ZOO, local_file
 from backbones.weights.formats import prefixes_of
@@ -28,14 +29,13 @@ def fetch_weights(source: str) -> Path:
         UserError: there is no such file, or it cannot be had.
     """
     address = ZOO.get(source, source)
-    scheme, separator, _ = address.partition("://")
-    if source in ZOO or (separator and scheme not in ("http", "https", "file")):
+    if source in ZOO or not address.startswith(("http://", "https://")):
+        register(Detectron2Handler())
         try:
-            path = Path(PathManager.get_local_path(address))
-        except Exception as error:  # by the kind of address, and of failure
+            path = Path(local_path(address, "train.init_checkpoint")).expanduser()
+        except UserError as error:
             raise UserError(
-                f"cannot get {source} from {address} ({first_line(error)}): download it elsewhere, "
-                "and give the file's path in its place"
+                f"{source}: {error}: download it elsewhere, and give the file's path in its place"
             ) from error
     else:
         path = local_file(address)

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
 from backbones.common.errors import UserError
+from backbones.common.paths import local_path
 from revvideo.data.clips import (
     ClipDataset,
     Clips,
@@ -72,7 +73,8 @@ class VideoData(pl.LightningDataModule):
     def prepare_data(self) -> None:
         """Open the videos and write the manifests; on the first process only."""
         data = self.config.data
-        if not data.root or not Path(data.root).is_dir():
+        root = self._root()
+        if not data.root or not root.is_dir():
             problem = "there is no such folder" if data.root else "it is not set"
             raise UserError(f"data.root={data.root}: {problem}; give the one that holds the videos")
         classes = self.classes or None
@@ -81,13 +83,14 @@ class VideoData(pl.LightningDataModule):
             if self.resume and path.is_file():
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            scanned = default_manifest(data.manifests or data.root, split)
+            scanned = default_manifest(local_path(data.manifests, "data.manifests") or root, split)
             if scanned.is_file() and not path.is_file():
                 shutil.copyfile(scanned, path)
+            annotations = data.annotations.replace("{split}", split)
             manifest = scan(
-                data.root,
+                root,
                 split,
-                data.annotations.replace("{split}", split) or None,
+                local_path(annotations, "data.annotations") or None,
                 layout=cast(Layout, data.layout),
                 classes=classes,
                 manifest_path=path,
@@ -99,7 +102,7 @@ class VideoData(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the manifests, and check that batches come out even."""
         self._manifests = [load_manifest(self._manifest_path(split)) for split in self._splits()]
-        root = Path(self.config.data.root)
+        root = self._root()
         for index, manifest in enumerate(self._manifests):
             if self.resume and manifest.root != root:  # the videos have moved
                 logger.info("videos from %s, which were in %s", root, manifest.root)
@@ -189,6 +192,9 @@ class VideoData(pl.LightningDataModule):
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         shared = {"num_workers": workers, "persistent_workers": workers > 0}
         return {**shared, "collate_fn": collate, "pin_memory": on_gpu}
+
+    def _root(self) -> Path:
+        return Path(local_path(self.config.data.root, "data.root"))
 
     def _splits(self) -> list[str]:
         """The training split first: its classes are those of the others."""

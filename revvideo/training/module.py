@@ -18,8 +18,10 @@ from backbones.common.errors import UserError
 from backbones.common.seeds import seed_of
 from revvideo.data.mixing import Mixing
 from revvideo.data.videos import VideoData
+from revvideo.hub import classifier_of
 from revvideo.models import AUTOCAST, build_model
 from revvideo.settings import Config
+from revvideo.training.complexity import complexity_table
 from revvideo.training.evaluation import Scores, accuracy, join_scores
 from revvideo.training.optim import build_optimizer
 from revvideo.training.weights import CLASSES, Weights, load_pretrained, require_complete
@@ -84,7 +86,7 @@ class VideoModule(pl.LightningModule):
             if not fitting:
                 require_complete(report)
             logger.info("%s", report)
-        outputs = cast(nn.Linear, model.head).out_features
+        outputs = classifier_of(model).out_features
         _check_labels(self.data, outputs)
         if self.config.train.memory_budget and fitting:
             self._fit_memory(model)
@@ -121,6 +123,13 @@ class VideoModule(pl.LightningModule):
     def forward(self, video: Tensor) -> Tensor:
         """Clips (N, 3, T, H, W) -> logits (N, num_classes)."""
         return cast(Tensor, self.backbone(video))
+
+    def on_fit_start(self) -> None:
+        """Log what the network is made of; a sharded one cannot be run by one process."""
+        data = self.config.data
+        if self.trainer.is_global_zero and self.config.train.strategy != "fsdp":
+            clip = (1, 3, data.num_frames, data.crop_size, data.crop_size)
+            logger.info("multiply-adds of a clip:\n%s", complexity_table(self.backbone, clip))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         seed = self.config.train.seed

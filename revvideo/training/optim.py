@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
 import torch
+from fvcore.common.param_scheduler import (
+    CompositeParamScheduler,
+    CosineParamScheduler,
+    LinearParamScheduler,
+)
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -66,7 +70,15 @@ def lr_factor(step: int, *, warmup: int, total: int, start: float, end: float) -
     From ``start`` in a line to 1 at step ``warmup``, then along half a cosine to ``end`` at step
     ``total`` (SGDR, arXiv 1608.03983, equation 5, without restarts).
     """
-    if step < warmup:
-        return start + (1 - start) * step / warmup
-    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-    return end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2
+    total = max(total, 1)
+    where = min(step / total, 1.0)
+    if warmup >= total:
+        return float(LinearParamScheduler(start, start + (1 - start) * total / warmup)(where))
+    scheduler = CosineParamScheduler(1.0, end)
+    if warmup:
+        scheduler = CompositeParamScheduler(
+            [LinearParamScheduler(start, 1.0), scheduler],
+            lengths=[warmup / total, 1 - warmup / total],
+            interval_scaling=["rescaled", "rescaled"],
+        )
+    return float(scheduler(where))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from backbones.common.errors import UserError
+from backbones.common.paths import local_path
+from backbones.models.trunk import Trunk
 from backbones.registry import MODELS
 from backbones.weights.checkpoint import Checkpoint, WeightsError, read_checkpoint
 from backbones.weights.download import local_file
 from backbones.weights.formats import convert_state_dict
 from backbones.weights.loading import LoadReport, load_checkpoint
+from revvideo import hub
 from revvideo.models import build_model
 from revvideo.settings import Config
 
@@ -43,8 +45,13 @@ def read_weights(source: str | Path) -> Weights:
     """
     source = str(source)
     released = MODELS[source].weights if source in MODELS else None
+    if source.startswith(hub.PREFIX):
+        released = hub.address(source)
     try:
-        checkpoint = read_checkpoint(local_file(released or source))
+        # Of the web, backbones keeps what it downloads itself, and compares it at every use.
+        web = (released or source).startswith(("http://", "https://"))
+        file = local_file(released or source if web else local_path(source, "model.weights"))
+        checkpoint = read_checkpoint(file)
     except ImportError as error:  # safetensors is not installed
         raise UserError(str(error)) from error
     classes = [str(name) for name in checkpoint.content.get(CLASSES, ())]
@@ -63,6 +70,8 @@ def load_pretrained(model: nn.Module, weights: Weights) -> LoadReport:
     Raises:
         UserError: weights that do not fit; ``model`` is then untouched.
     """
+    if not isinstance(model, Trunk):
+        return hub.load(model, weights.checkpoint, weights.source)
     inflated: dict[str, str] = {}
     try:
         tensors = convert_state_dict(weights.checkpoint.tensors, model)
@@ -90,7 +99,7 @@ def load_run(source: str | Path, config: Config) -> tuple[nn.Module, list[str]]:
     weights = read_weights(source)
     model = build_model(config, len(weights.classes) or config.model.num_classes)
     require_complete(load_pretrained(model, weights))
-    outputs = cast(nn.Linear, model.head).out_features
+    outputs = hub.classifier_of(model).out_features
     return model.eval(), weights.classes or [str(index) for index in range(outputs)]
 
 

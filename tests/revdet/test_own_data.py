@@ -17,13 +17,20 @@ from detectron2 import model_zoo
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
+from iopath.common.file_io import g_pathmgr
 from PIL import Image
 from pycocotools import mask as rle
 
 from revdet.config import load_config
 from revdet.data.annotations import BROKEN, Findings, sound_annotations, sound_images
 from revdet.data.classes import categories_of, class_counts, fit_recipe
-from revdet.data.datasets import NOT_FACTS, dataset_names, register_datasets
+from revdet.data.datasets import (
+    NOT_FACTS,
+    dataset_names,
+    name_own_data,
+    register_datasets,
+    sources,
+)
 from revdet.data.normalise import normalise, use_normalised
 from tests.revdet.conftest import DEMO, FEW, error_of, own_files
 
@@ -74,6 +81,18 @@ def test_the_length_of_a_run_in_epochs(own, train_net, tmp_path, refusal):
     recipe = "configs/detection/finetune/mask_rcnn_vit_base_zoo.py"
     assert load_config(recipe).train.epochs == 50
     assert load_config(recipe, [ITERATION]).train.epochs == 0
+
+
+def test_own_data_may_lie_behind_a_prefix_of_iopath(own, monkeypatch, refusal):
+    known = {"lab://own.json": own.json, "lab://images": own.images}
+    monkeypatch.setattr(g_pathmgr, "get_local_path", lambda path: str(known.get(path, path)))
+    arguments = [f"dataset.{s}_json=lab://own.json" for s in ("train", "val")]
+    arguments += [f"dataset.{s}_images=lab://images" for s in ("train", "val")]
+    cfg = load_config(DEMO, arguments)
+    name_own_data(cfg)
+    assert sources(cfg)["own_train"] == (Path(own.json), Path(own.images))
+    error = refusal(*arguments, "dataset.train_json=s4://own.json")
+    assert "dataset.train_json=s4://own.json: iopath has no handler for s4://" in error
 
 
 def test_own_data_trains_without_code(own, train_net, tmp_path):

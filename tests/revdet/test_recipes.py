@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from iopath.common.file_io import g_pathmgr
 from omegaconf import OmegaConf
 from pycocotools import mask as rle
 
@@ -129,8 +129,7 @@ def test_a_recipe_trains_evaluates_and_is_loaded_again(recipe, data, tmp_path, m
         train(trainer, *iterations)
 
     monkeypatch.setattr("backbones.weights.download.download", download)
-    paths = SimpleNamespace(get_local_path=download)
-    monkeypatch.setattr("revdet.training.weights.PathManager", paths)
+    monkeypatch.setattr(g_pathmgr, "get_local_path", download)
     monkeypatch.setattr("revdet.training.results.draw_curves", lambda *_: None)  # takes its time
     monkeypatch.setattr(Trainer, "train", spy)
     cheap = ["train.max_iter=2", "train.log_period=1", "train.pictures=0", "train.device=cpu"]

@@ -16,6 +16,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import ViT
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
+from iopath.common.file_io import g_pathmgr
 from PIL import Image
 from torch import nn
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -193,8 +194,8 @@ def test_names_of_the_zoo_go_through_the_path_manager(monkeypatch, tmp_path):
             raise OSError("no route to host")
         return str(file)
 
-    monkeypatch.setattr("revdet.training.weights.PathManager.get_local_path", local)
+    monkeypatch.setattr(g_pathmgr, "get_local_path", local)
     assert fetch_weights("mae_vit_base") == fetch_weights("detectron2://a/b.pkl") == file
     assert asked == [ZOO["mae_vit_base"], "detectron2://a/b.pkl"]
-    with pytest.raises(UserError, match=r"dinov2_vit_base from https.*no route to host.*elsewhere"):
+    with pytest.raises(UserError, match=r"dinov2_vit_base: .*https.*no route to host.*elsewhere"):
         fetch_weights("dinov2_vit_base")

@@ -36,6 +36,7 @@ def run(videos: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """``run(output, *arguments)``: the command, in this process; returns its status."""
     # A second each time.
     monkeypatch.setattr("revvideo.training.results.draw_curves", lambda *_: None)
+    monkeypatch.setattr("revvideo.training.module.complexity_table", lambda *_: "")
 
     def call(output: Path, *more: str, root: Path = videos) -> int:
         return main(arguments(root, output, *more))
