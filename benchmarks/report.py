@@ -174,10 +174,13 @@ def _detection_trunks(results: Json) -> Iterator[str]:
 
 def _decode(results: Json) -> Iterator[str]:
     found = results["decoding"]
-    low, high = found["lowest_and_highest_ratio"]
+    (low, high), times = (
+        found["lowest_and_highest_ratio"],
+        found["revvideo_relative_to_pytorchvideo"],
+    )
     yield (
         f"Clips of {results['clip']} from {results['videos']} videos ({results['video']}), a "
-        f"second and core; revvideo gives {found['revvideo_relative_to_pytorchvideo']} times as many "
+        f"second and core; revvideo gives {times:.1f} times as many "
         f"as PyTorchVideo (median of {results['rounds']} rounds, {low} … {high})."
     )
     rows = [[name, f"{rate:.1f}"] for name, rate in found["clips_per_second_per_core"].items()]
