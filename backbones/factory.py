@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from torch import nn
-
 from backbones.engine.compiled import compile_blocks
+from backbones.models.trunk import Trunk
 from backbones.registry import MODELS, build, record_of
 from backbones.weights.loading import load_weights
 
@@ -21,7 +20,7 @@ def create_model(
     pretrained: bool = False,
     compile: bool = False,
     **overrides: Any,
-) -> nn.Module:
+) -> Trunk:
     """Build a model by name.
 
     >>> create_model("rev_vit_small", num_classes=10, drop_path_rate=0.1)  # a classifier

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from backbones.common.errors import did_you_mean
 from backbones.models.mvit import MViT, RevMViT
+from backbones.models.trunk import Trunk
 from backbones.models.vit import RevViT, ViT
 
 # Arguments that may differ without making another model: they follow the data and the training.
@@ -100,7 +101,7 @@ def record_of(name: str) -> ModelRecord:
     return MODELS[name]
 
 
-def build(name: str, **overrides: Any) -> nn.Module:
+def build(name: str, **overrides: Any) -> Trunk:
     """As :func:`backbones.create_model` without weights: ``overrides`` replace arguments.
 
     Raises:
@@ -116,7 +117,8 @@ def build(name: str, **overrides: Any) -> nn.Module:
     for key, value in overrides.items():
         if isinstance(value, Sequence) and not isinstance(value, str | tuple):
             arguments[key] = [*value]  # a recipe's kind of list cannot be saved as JSON
-    model = record.constructor(**arguments)
+    # What others register may be any module: of its type nothing more is known than they know.
+    model = cast(Trunk, record.constructor(**arguments))
     # Not `model.config = …`: nn.Module declares its attributes to be tensors and modules.
     vars(model)["config"] = {"name": name, "arguments": arguments}
     return model

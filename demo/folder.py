@@ -18,7 +18,7 @@ from backbones.common.files import write_json
 @cache
 def photograph(file: str) -> Image.Image:
     """A photograph, RGB or grey, which the wheel of scikit-image installs beside its code."""
-    data = optional_import("skimage.data", "scikit-image", "the demo")
+    data = optional_import("skimage.data", "dev", "the demo")
     return Image.open(Path(data.__file__).parent / file).copy()
 
 

@@ -17,10 +17,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from backbones.common.errors import UserError, first_line, near_names
-from backbones.common.paths import local_path
+from backbones.common.errors import UserError, first_line
 from backbones.common.settings import check_values, keys_of, split_override, unknown_key, verbatim
 from revdet.data.datasets import name_own_data
+from revdet.install import RECIPES
 from revdet.settings import SECTIONS, nodes_of
 
 # What train_net.py needs from a recipe.
@@ -68,7 +68,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Load a recipe and apply overrides to it.
 
     Args:
-        path: a LazyConfig ``.py`` file, or the ``config.yaml`` that a run has saved.
+        path: a LazyConfig ``.py`` file, the ``config.yaml`` that a run has saved, or the name of a
+            recipe that comes with this package, such as ``coco/mask_rcnn_rev_vit_base_100ep``.
         overrides: ``section.key=value``. The value of a typed key that is a string is taken as it
             stands, any other in Hydra's syntax. The key must exist in the recipe, or be an
             argument of what the recipe builds there.
@@ -77,7 +78,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
         UserError: no such file, a file that is no recipe, an unknown key (the message lists the
             near ones), or a value of the wrong type or out of bounds.
     """
-    path = local_path(path, "--config")
+    path = RECIPES.find(path)
     cfg = _read(path)
     for where, node in nodes_of(cfg):
         if isinstance(node, DictConfig) and "_target_" in node:
@@ -105,11 +106,6 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def _read(path: str) -> DictConfig:
-    if not Path(path).is_file():
-        recipes = sorted(Path("configs/detection").glob("*/*.py"))
-        near = near_names(path, [str(p) for p in recipes if p.parent.name != "common"], cutoff=0.5)
-        hint = f"; there are {', '.join(near)}" if near else ""
-        raise UserError(f"config {path!r} does not exist{hint}")
     try:
         cfg = LazyConfig.load(path) if path.endswith(".py") else read_yaml(path)
     except (Exception, SystemExit) as error:

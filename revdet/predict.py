@@ -30,12 +30,13 @@ if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.realpath(__
 from backbones.common.console import config_parser
 from backbones.common.errors import UserError
 from backbones.common.stopping import Stopped, stoppable
+from revdet.install import RECIPES, detection_extra
 from revdet.quiet import quiet
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = config_parser("revdet/predict.py", __doc__ or "", "configs/detection")
+    parser = config_parser("revdet/predict.py", __doc__ or "", RECIPES)
     add, processes = parser.add_argument, min(4, os.cpu_count() or 1)
     add("--weights", required=True, metavar="FILE", help="a checkpoint of that run or recipe")
     add("--input", required=True, nargs="+", metavar="PATH", help="pictures, videos, folders, …")
@@ -57,10 +58,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns the exit status: 2 for what the user can fix."""
     args = parse_args(argv)
     quiet()
-    from revdet.prediction.run import run  # late: after quiet(), and --help needs none of it
-
     try:
-        with stoppable():
+        with stoppable(), detection_extra():
+            from revdet.prediction.run import run  # late: after quiet(); none of it for --help
+
             run(args)
     except Stopped as stopped:
         print(f"\n{stopped}", file=sys.stderr)  # behind the progress bar

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from backbones.common.settings import describe, key
 
 POLICIES = ("store", "checkpoint", "reversible")
@@ -107,12 +105,16 @@ def settings_help() -> str:
 
 def own_keys(node: Any) -> list[Any]:
     """The keys or indices of a config node whose values stand there: no ``${…}``."""
+    from omegaconf import OmegaConf  # late: --help needs none of it
+
     keys = range(len(node)) if OmegaConf.is_list(node) else node
     return [key for key in keys if not OmegaConf.is_interpolation(node, key)]
 
 
 def nodes_of(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """A config node and every section and list below it, each with its path."""
+    from omegaconf import OmegaConf
+
     yield path, node
     for name in own_keys(node):
         if OmegaConf.is_config(node[name]):

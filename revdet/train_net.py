@@ -1,6 +1,7 @@
 """Train and evaluate a detector from a recipe.
 
     python revdet/train_net.py --config configs/detection/demo/mask_rcnn_rev_vit_demo.py
+    revdet-train --config demo/mask_rcnn_rev_vit_demo       the same, where it is installed
     python revdet/train_net.py --config … --num-gpus 8 train.output_dir=output/mine
     python revdet/train_net.py --config … --resume          continue an interrupted run, exactly
     python revdet/train_net.py --config … --eval-only       evaluate the run in train.output_dir
@@ -45,8 +46,9 @@ if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.realpath(__
 import torch.distributed as dist
 
 from backbones.common.console import config_parser
-from backbones.common.errors import UserError
+from backbones.common.errors import MissingExtra, UserError
 from backbones.common.stopping import Stopped, stoppable
+from revdet.install import RECIPES, detection_extra
 from revdet.quiet import quiet
 from revdet.settings import settings_help
 
@@ -54,7 +56,7 @@ from revdet.settings import settings_help
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, in the words that Detectron2 users know."""
     doc = f"{__doc__}\nKeys of the run and of its data:\n\n{settings_help()}"
-    parser = config_parser("revdet/train_net.py", doc, "configs/detection")
+    parser = config_parser("revdet/train_net.py", doc, RECIPES)
     add = parser.add_argument
     add("--resume", action="store_true", help="continue from the last checkpoint, if there is one")
     add("--eval-only", action="store_true", help="evaluate train.init_checkpoint=… or the last one")
@@ -69,13 +71,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns the exit status: 2 for what the user can fix."""
     args = parse_args(argv)
     quiet()
-    # Late: after quiet(), and --help needs none of it.
-    from revdet.config import load_config
-    from revdet.training.hardware import is_first_on_machine, launch
-    from revdet.training.preflight import preflight
-
     try:
-        with stoppable(), ExitStack() as held:
+        with stoppable(), detection_extra(), ExitStack() as held:
+            # Late: after quiet(), and --help needs none of it.
+            from revdet.config import load_config
+            from revdet.training.hardware import is_first_on_machine, launch
+            from revdet.training.preflight import preflight
+
             cfg = load_config(args.config, args.overrides)
             device = preflight(cfg, args, held)
             launch(_process, cfg, device, args)
@@ -84,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
             print(stopped, file=sys.stderr)
         return stopped.status
     except UserError as error:
-        if not is_first_on_machine() and not dist.is_initialized():
+        missing = isinstance(error, MissingExtra)
+        if not missing and not is_first_on_machine() and not dist.is_initialized():
             # Before torchrun's processes join, all of them find out the same, and the first one
             # says it. torchrun ends all when one ends, so the others wait for it to do so.
             time.sleep(60)

@@ -2,11 +2,14 @@
 
 from typing import Any
 
+from backbones import __version__ as __version__
+from backbones.common.errors import extra
+
 
 def __getattr__(name: str) -> Any:
     # Late, because the commands import this package and answer --help in no time.
     if name == "VideoPathHandler":
-        from revvideo.data.pytorchvideo import VideoPathHandler
-
+        with extra("video"):
+            from revvideo.data.pytorchvideo import VideoPathHandler
         return VideoPathHandler
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,23 +9,21 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, cast
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from backbones.common.errors import UserError, near_names
-from backbones.common.paths import local_path
+from backbones.common.errors import UserError
 from backbones.common.settings import (
     check_values,
-    describe,
     keys_of,
     split_override,
     unknown_key,
     verbatim,
 )
-from revvideo.settings import Config
+from revvideo.settings import RECIPES, Config
 
 BASE = "base"
 Tree = dict[str, Any]  # as YAML has it: sections, or what stands in their place
@@ -41,7 +39,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe and apply overrides to it.
 
     Args:
-        path: a YAML file; also the ``config.yaml`` that a run has saved.
+        path: a YAML file; also the ``config.yaml`` that a run has saved, or the name of a recipe
+            that comes with this package, such as ``kinetics400/rev_mvit_b_16x4``.
         overrides: ``section.key=value``: a text as it is (``null`` is the empty one, as in YAML),
             any other value in YAML.
 
@@ -50,8 +49,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             ones), or a value of the wrong type or out of its range.
     """
     merged = OmegaConf.structured(Config)
-    file = Path(local_path(str(path), "--config"))
-    for where, tree in [*_read(file, ()), *map(_parse_override, overrides)]:
+    for where, tree in [*_read(str(path), ()), *map(_parse_override, overrides)]:
         for section, entry in _TEXTS:
             part = tree.get(section)
             if isinstance(part, dict) and part.get(entry, "") is None:  # as YAML reads `key:`
@@ -80,17 +78,10 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(tree), encoding="utf-8")
 
 
-def describe_schema() -> str:
-    """Every key with its type, default and explanation, a line or two each."""
-    sections = get_type_hints(Config).items()
-    return "\n".join(f"\n{name}: {kind.__doc__}\n{describe(kind, name)}" for name, kind in sections)
-
-
-def _read(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Tree]]:
+def _read(name: str, seen: tuple[Path, ...]) -> list[tuple[str, Tree]]:
     """The trees of a file and of those it is based on, the latter first."""
+    path = Path(RECIPES.find(name))
     where = f"config {str(path)!r}"
-    if not path.is_file():
-        raise UserError(f"{where} does not exist{_near_recipes(path)}")
     if path.resolve() in seen:
         raise UserError(f"{where} is its own base")
     try:
@@ -100,7 +91,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Tree]]:
     if not isinstance(tree, dict):
         raise UserError(f"{where} is no recipe: it holds no sections")
     base = tree.pop(BASE, None)
-    before = [] if base is None else _read(path.parent / str(base), (*seen, path.resolve()))
+    before = [] if base is None else _read(str(path.parent / str(base)), (*seen, path.resolve()))
     return [*before, (where, cast(Tree, tree))]
 
 
@@ -168,12 +159,6 @@ def _check_together(config: Config) -> None:
         )
     if config.test.crops == 2:
         raise UserError("test.crops=2: use 1 (centre) or 3 (along the longer side)")
-
-
-def _near_recipes(path: Path) -> str:
-    recipes = [str(p) for p in sorted(Path("configs/video").glob("*/*.yaml"))]
-    near = ", ".join(near_names(str(path), recipes, cutoff=0.5))
-    return f"; there are {near}" if near else ""
 
 
 def _one_line(error: BaseException) -> str:

@@ -30,13 +30,14 @@ if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.realpath(__
     del sys.path[0]  # else this folder's config, data and models would hide other people's
 
 from backbones.common.console import config_parser
-from backbones.common.errors import UserError
+from backbones.common.errors import UserError, extra
 from backbones.common.stopping import Stopped, stoppable
+from revvideo.settings import RECIPES
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; see ``--help``."""
-    parser = config_parser("revvideo/predict.py", __doc__, "configs/video")
+    parser = config_parser("revvideo/predict.py", __doc__, RECIPES)
     add, processes = parser.add_argument, min(4, os.cpu_count() or 1)
     add("--weights", required=True, metavar="FILE", help="a checkpoint of that run or recipe")
     add("--input", required=True, nargs="+", metavar="PATH", help="videos, folders, patterns")
@@ -53,10 +54,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit status: 2 for what the user can fix."""
     args = parse_args(argv)
-    from revvideo.prediction.run import run  # late: --help needs none of it
-
     try:
-        with stoppable():
+        with stoppable(), extra("video"):
+            from revvideo.prediction.run import run  # late: --help needs none of it
+
             run(args)
     except Stopped as stopped:
         print(f"\n{stopped}", file=sys.stderr)  # behind the progress bar

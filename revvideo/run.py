@@ -1,6 +1,7 @@
 """Train and test a video classifier from a recipe.
 
     python revvideo/run.py --config configs/video/demo/motion.yaml
+    revvideo --config demo/motion                       the same, where it is installed
     python revvideo/run.py --config configs/video/kinetics400/rev_mvit_b_16x4.yaml data.root=DIR
     python revvideo/run.py --config … --resume          continue an interrupted run, exactly
     python revvideo/run.py --config … --eval-only       test the run in train.output_dir
@@ -29,14 +30,14 @@ if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.realpath(__
     del sys.path[0]  # else this folder's config, data and models would hide other people's
 
 from backbones.common.console import config_parser
-from backbones.common.errors import UserError
+from backbones.common.errors import UserError, extra
 from backbones.common.stopping import Stopped, stoppable
-from revvideo.config import describe_schema, load_config
+from revvideo.settings import RECIPES, describe_schema
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; see ``--help``."""
-    parser = config_parser("revvideo/run.py", f"{__doc__}{describe_schema()}", "configs/video")
+    parser = config_parser("revvideo/run.py", f"{__doc__}{describe_schema()}", RECIPES)
     add = parser.add_argument
     add("--resume", action="store_true", help="continue from the last checkpoint, if there is one")
     add("--eval-only", action="store_true", help="test model.weights=…, or the last checkpoint")
@@ -47,9 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit status: 2 for what the user can fix."""
     args = parse_args(argv)
     try:
-        with stoppable():
+        with stoppable(), extra("video"):
+            from revvideo.config import load_config  # late: --help needs none of it
+
             config = load_config(args.config, args.overrides)
-            # Late, because Lightning takes seconds to import: a misspelt key shows at once.
+            # Later still, because Lightning takes seconds to import: a misspelt key shows at once.
             from revvideo.training.run import run
 
             weights = [o for o in args.overrides if o.startswith("model.weights=")]

@@ -23,10 +23,9 @@ from collections.abc import Sequence
 from typing import get_args
 
 from backbones.common.console import make_parser, not_negative, run_command
-from backbones.common.errors import UserError
+from backbones.common.errors import UserError, extra
 from revvideo.data.layouts import Layout, splits_of
 from revvideo.data.manifest import default_manifest, describe
-from revvideo.data.scan import scan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +50,8 @@ def _scan_all(options: argparse.Namespace) -> None:
     if not one and (options.annotations or options.output):
         raise UserError("--annotations and --output go with one DATA and one --split")
     how = {name: getattr(options, name) for name in ("annotations", "layout", "workers")}
+    with extra("video"):
+        from revvideo.data.scan import scan  # late: --help needs none of it
     for root in options.data:
         classes = None
         for split in options.split or splits_of(root):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, get_type_hints
 
-from backbones.common.settings import key
+from backbones.common.recipes import Recipes
+from backbones.common.settings import describe, key
+
+RECIPES = Recipes(Path(__file__).parent, ("video", "image"), ".yaml")
 
 _STRATEGIES = ("auto", "ddp", "fsdp")
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -146,3 +150,9 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     test: TestConfig = field(default_factory=TestConfig)
+
+
+def describe_schema() -> str:
+    """Every key with its type, default and explanation, a line or two each."""
+    sections = get_type_hints(Config).items()
+    return "\n".join(f"\n{name}: {kind.__doc__}\n{describe(kind, name)}" for name, kind in sections)

@@ -21,7 +21,7 @@ fail() {
 }
 
 checksum() {
-    { pwd && cat setup.cfg constraints.txt detectron2-requirements.txt scripts/setup.sh; } | cksum
+    { pwd && cat setup.cfg setup.py constraints.txt detectron2-requirements.txt scripts/setup.sh; } | cksum
 }
 
 # "none", "wheel" (the one named in detectron2-requirements.txt) or "own"; does not import it.

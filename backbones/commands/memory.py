@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> None:
 def _check_plot(path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise UserError(f"--plot {path}: there is no such folder")
-    backend = optional_import("matplotlib.backend_bases", "matplotlib", "--plot")
+    backend = optional_import("matplotlib.backend_bases", "images", "--plot")
     formats = backend.FigureCanvasBase.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in formats:
         raise UserError(f"--plot {path} should end in .png, or in one of .{', .'.join(formats)}")

@@ -11,6 +11,7 @@ import torch
 
 from backbones.common.errors import UserError, first_line
 from backbones.common.files import printable
+from backbones.common.recipes import Recipes
 
 _NAMED = 20  # files that are printed where a JSON file has all
 
@@ -19,8 +20,9 @@ _ERRORS = (ValueError, OSError, ImportError, torch.OutOfMemoryError)
 
 
 def make_parser(prog: str, doc: str | None) -> argparse.ArgumentParser:
-    """The parser of the command ``prog``, with the help of :func:`explain`."""
-    parser = argparse.ArgumentParser(prog=prog)
+    """The parser of ``prog``, or of the script that is run, with the help of :func:`explain`."""
+    called = Path(sys.argv[0])
+    parser = argparse.ArgumentParser(prog=prog if called.suffix else called.name)
     explain(parser, doc)
     return parser
 
@@ -31,23 +33,31 @@ def explain(parser: argparse.ArgumentParser, doc: str | None) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # lines stay as they are
 
 
-def config_parser(prog: str, doc: str | None, recipes: str) -> argparse.ArgumentParser:
+def config_parser(prog: str, doc: str | None, recipes: Recipes) -> argparse.ArgumentParser:
     """:func:`make_parser` for a command that takes a recipe and overrides of it.
 
     Its options are ``config`` and ``overrides``. Parse with ``parse_intermixed_args``, so that
     overrides may stand between options.
 
     Args:
-        recipes: the folder of the recipes.
+        recipes: those that may be named; ``--config list`` prints them and ends.
     """
+
+    def config(text: str) -> str:
+        if text == "list":
+            print(*recipes.files(), sep="\n")
+            parser.exit()
+        return text
+
     parser = make_parser(prog, doc)
     parser.add_argument(
         "--config",
         "--config-file",
         dest="config",
         required=True,
+        type=config,
         metavar="FILE",
-        help=f"the recipe: a file under {recipes}, or the config.yaml of a run",
+        help="a recipe by name, a file, or the config.yaml of a run; list prints the names",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the recipe")
     return parser

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -13,6 +14,10 @@ class UserError(ValueError):
 
     The commands print it without a traceback and exit with status 2.
     """
+
+
+class MissingExtra(UserError, ImportError):
+    """A package is not installed; the message names the extra that brings it."""
 
 
 def first_line(error: BaseException) -> str:
@@ -42,13 +47,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near}?" if near else ""
 
 
-def optional_import(module: str, package: str, purpose: str) -> Any:
-    """Import a module that torch does not bring along.
+@contextmanager
+def extra(name: str, purpose: str = "", also: str = "") -> Iterator[None]:
+    """A part that imports what an extra of this package brings, and what ``also`` brings.
 
     Raises:
-        ImportError: it is not installed; the message says what to install.
+        MissingExtra: a module is not installed.
     """
     try:
+        yield
+    except ModuleNotFoundError as error:
+        needs = f"{purpose or name} needs {(error.name or '').partition('.')[0]}"
+        raise MissingExtra(f"{needs}: pip install 'revvit-toolkit[{name}]'{also}") from error
+
+
+def optional_import(module: str, name: str, purpose: str) -> Any:
+    """Import a module within :func:`extra`."""
+    with extra(name, purpose):
         return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{purpose} needs {package}: pip install {package}") from error

@@ -32,12 +32,11 @@ def import_images(module: str) -> Any:
     Raises:
         ImportError: it is not installed, or does not fit the installed torch.
     """
-    package = module.partition(".")[0]
     try:
-        return optional_import(module, package, "working on images (the extra 'images')")
+        return optional_import(module, "images", "working on images")
     except RuntimeError as error:  # torchvision, where its compiled operators were not made for it
         raise ImportError(
-            f"{package} does not fit torch {torch.__version__}: {first_line(error)}"
+            f"{module} does not fit torch {torch.__version__}: {first_line(error)}"
         ) from error
 
 

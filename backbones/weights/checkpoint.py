@@ -93,7 +93,7 @@ def read_checkpoint(path: str | PathLike[str] | Checkpoint, ema: bool = False) -
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
-    safetensors = optional_import("safetensors", "safetensors", f"reading {path}")
+    safetensors = optional_import("safetensors", "weights", f"reading {path}")
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -183,7 +183,7 @@ def _harmless() -> list[Any]:
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file, all of it or nothing."""
-    save = optional_import("safetensors.torch", "safetensors", f"writing {path}").save_file
+    save = optional_import("safetensors.torch", "weights", f"writing {path}").save_file
     # Cloned, because tensors that share a storage cannot be written.
     own = {
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)

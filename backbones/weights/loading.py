@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.common.errors import some_of
+from backbones.models.trunk import Trunk
 from backbones.registry import build
 from backbones.weights.adapting import adapt
 from backbones.weights.checkpoint import (
@@ -248,7 +249,7 @@ def _check_names_and_shapes(
             raise WeightsError(f"{what}: {some_of(sorted(names))}")
 
 
-def load_model(path: str | PathLike[str] | Checkpoint) -> nn.Module:
+def load_model(path: str | PathLike[str] | Checkpoint) -> Trunk:
     """Build the model that :func:`save_weights` wrote to ``path``, and load its weights.
 
     Raises:
@@ -270,7 +271,7 @@ def load_model(path: str | PathLike[str] | Checkpoint) -> nn.Module:
     return build_described(checkpoint, name, arguments)
 
 
-def build_described(checkpoint: Checkpoint, name: str, arguments: dict[str, Any]) -> nn.Module:
+def build_described(checkpoint: Checkpoint, name: str, arguments: dict[str, Any]) -> Trunk:
     """The model that a checkpoint says it is of, with no less than all of its weights."""
     path = checkpoint.path
     try:

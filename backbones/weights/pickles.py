@@ -28,7 +28,7 @@ class _Array:
         self.fill(data, dtype, shape, "F" if fortran else "C")
 
     def fill(self, data: Any, dtype: _DType, shape: tuple[int, ...], order: str) -> None:
-        numpy = optional_import("numpy", "numpy", "reading a pickle of arrays")
+        numpy = optional_import("numpy", "weights", "reading a pickle of arrays")
         kind = numpy.dtype(dtype.text).newbyteorder(dtype.order or "=")
         if kind.kind not in "fiub" or not isinstance(data, bytes):
             raise ValueError(f"it holds an array of {kind}, not of numbers")

@@ -5,15 +5,14 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any
 
-from torch import nn
-
 from backbones.common.errors import optional_import
+from backbones.models.trunk import Trunk
 from backbones.registry import name_of
 from backbones.weights.checkpoint import Checkpoint, WeightsError, read_checkpoint
 from backbones.weights.loading import build_described
 
 
-def from_pyslowfast(path: str | PathLike[str] | Checkpoint) -> nn.Module:
+def from_pyslowfast(path: str | PathLike[str] | Checkpoint) -> Trunk:
     """Build the model of a PySlowFast checkpoint from the cfg inside it, and load its weights.
 
     Unlike the original, the model returns raw logits in eval mode too, without the softmax.
@@ -67,7 +66,7 @@ _EXPECTED: dict[str, object] = {
 
 def _model_of_cfg(cfg: str) -> tuple[str, dict[str, Any]]:
     """A registered name of that kind of model, of whatever size, and all of its arguments."""
-    yaml = optional_import("yaml", "pyyaml", "reading the cfg of a PySlowFast checkpoint")
+    yaml = optional_import("yaml", "weights", "reading the cfg of a PySlowFast checkpoint")
     try:
         tree = yaml.safe_load(cfg)
     except yaml.YAMLError as error:

@@ -136,4 +136,4 @@ def test_without_timm_one_line_says_what_is_missing():
     code = "import sys; sys.modules['timm'] = None; import backbones, backbones.timm"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     last = run.stderr.strip().splitlines()[-1]
-    assert last == "ImportError: backbones.timm needs timm: pip install timm"
+    assert last.endswith("backbones.timm needs timm: pip install 'revvit-toolkit[timm]'")

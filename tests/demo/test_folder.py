@@ -66,7 +66,7 @@ def test_what_is_not_ours_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_missing_photographs_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "skimage.data", None)
     folder.photograph.cache_clear()
-    with pytest.raises(ImportError, match="pip install scikit-image"):
+    with pytest.raises(ImportError, match=r"needs skimage: pip install .*\[dev\]"):
         folder.photograph("coins.png")
 
 
