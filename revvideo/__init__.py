@@ -8,6 +8,10 @@ from backbones.common.errors import extra
 
 def __getattr__(name: str) -> Any:
     # Late, because the commands import this package and answer --help in no time.
+    if name == "load":
+        with extra("video"):
+            from revvideo.prediction.predictor import load
+        return load
     if name == "VideoPathHandler":
         with extra("video"):
             from revvideo.data.pytorchvideo import VideoPathHandler

@@ -6,8 +6,9 @@
     python -m revvideo.scan UCF-101 --split train --annotations trainlist01.txt --layout folders
 
 Files are opened in parallel. Each must hold at least two frames and not be cut off, and its first
-frame must decode. The result, a CSV file, is `DATA/manifest_SPLIT.csv` or `--output`; where there
-is one already, only files that have changed since, or could not be used, are opened again.
+frame must decode; with `--deep` all of them. The result, a CSV file, is `DATA/manifest_SPLIT.csv`
+or `--output`; where there is one already, only files that have changed since, or could not be used,
+are opened again. An interrupted scan goes on where it was.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--annotations", type=Path, help="list or csv of one split")
     add("--layout", choices=get_args(Layout), default="auto", help="how the files lie (auto)")
     add("--workers", type=not_negative, help="processes that open files (one per core)")
+    add("--deep", action="store_true", help="decode every frame of every file")
     add("--output", type=Path, help="manifest of one split (DATA/manifest_SPLIT.csv)")
     return run_command(parser, _scan_all, argv)
 
@@ -49,7 +51,7 @@ def _scan_all(options: argparse.Namespace) -> None:
     one = len(options.data) == 1 and len(options.split or ()) == 1
     if not one and (options.annotations or options.output):
         raise UserError("--annotations and --output go with one DATA and one --split")
-    how = {name: getattr(options, name) for name in ("annotations", "layout", "workers")}
+    how = {name: getattr(options, name) for name in ("annotations", "layout", "workers", "deep")}
     with extra("video"):
         from revvideo.data.scan import scan  # late: --help needs none of it
     for root in options.data:

@@ -48,8 +48,10 @@ class VideoInfo:
     height: int
 
 
-def probe(path: str | os.PathLike[str]) -> VideoInfo:
+def probe(path: str | os.PathLike[str], *, deep: bool = False) -> VideoInfo:
     """Open a video, read through it without decoding, and decode its first frame.
+
+    With ``deep``, all of them.
 
     Raises:
         VideoError: the file is missing or empty, is no video, is cut off, or does not decode.
@@ -57,6 +59,8 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     with Video(path) as video:
         if video.truncated:
             raise VideoError(video.truncated)
+        if deep and (count := video.decode_all()) < len(video):
+            raise VideoError(f"only {count} of {len(video)} frames come out of the decoder")
         return video.info
 
 
@@ -101,8 +105,11 @@ class Video:
                 shown, over, under = self._index.shown, unit.numerator, unit.denominator
                 self.timestamps = [(pts - shown[0]) * over / under for pts in shown]
             elif rate:
-                count = known_frames or self._count_frames()
-                self.timestamps = [float(number / rate) for number in range(count)]
+                count, times = known_frames or self._count_frames(), self._index.times
+                if len(times) == count and unit is not None:
+                    self.timestamps = [float((pts - times[0]) * unit) for pts in times]
+                else:
+                    self.timestamps = [float(number / rate) for number in range(count)]
             else:
                 raise VideoError("has neither timestamps nor a frame rate")
             if not self.timestamps:
@@ -220,6 +227,14 @@ class Video:
                     return pictures
         lost = min(wanted - pictures.keys())
         raise VideoError(f"frame {lost} of {len(self)} does not come out of the decoder")
+
+    def decode_all(self) -> int:
+        """Decode the whole file; the number of frames that came out.
+
+        Raises:
+            VideoError: at the first damage that the decoder reports.
+        """
+        return sum(1 for _ in self._all_frames())
 
     def _count_frames(self) -> int:
         count = 0

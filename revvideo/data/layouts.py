@@ -44,7 +44,8 @@ def find_videos(
       line, relative to a folder of class folders, just those files (UCF101: ``root/class/file`` and
       ``trainlist01.txt``); what follows the path in a line is not used.
     - ``list``: a text file of ``path label`` or ``path,label`` lines (PySlowFast), in
-      ``annotations`` or else ``root/split.csv`` or ``.txt``. Labels count from 0.
+      ``annotations`` or else ``root/split.csv`` or ``.txt``. Labels count from 0, or are names.
+      Quotes around them, and a line of column names, are allowed.
     - ``csv``: the annotations of Kinetics, ``label,youtube_id,time_start,time_end,split``, in
       ``annotations`` or else ``root/split.csv`` or ``root/annotations/split.csv``. Files lie
       anywhere in ``root/split`` (or else ``root``), named ``youtube_id_000010_000020.mp4``.
@@ -71,13 +72,12 @@ def find_videos(
     root = _existing_folder(root)
     file = _annotation_file(root, split, annotations, layout)
     if layout == "auto":
-        layout = "folders" if file is None else _guess_layout(file)
+        layout = "folders" if file is None else _guess_layout(root, split, file)
     if file is None and layout != "folders":
         tried = ", ".join(_candidates(split))
         raise UserError(f"no annotations for split {split!r} in {root}: tried {tried}; name yours")
     if file is not None and layout == "list":
-        entries = _listed(root, split, file, classes)
-        names = list(_names_of(entries) if classes is None else classes)
+        names, entries = _listed(root, split, file, classes)
     else:
         if file is not None and layout == "csv":
             found, named = _kinetics(root, split, file)
@@ -128,11 +128,29 @@ def _annotation_file(
     return next(found, None)
 
 
-def _guess_layout(file: Path) -> Layout:
-    _, first = next(_lines(file), (0, ""))
-    if "youtube_id" in first.split(","):
+def _guess_layout(root: Path, split: str, file: Path) -> Layout:
+    lines = [line for _, line in _lines(file)]
+    if lines and "youtube_id" in lines[0].split(","):
         return "csv"
-    return "list" if re.search(r"[\s,]-?\d+$", first) else "folders"
+    rows = [_row(line) for line in lines]
+    if not any(rows[:2]):  # the first line may name the columns
+        return "folders"
+    # UCF101's lists: each label, counted from 1, is a folder of its own, which names the class.
+    folders = {(label, Path(path).parts[0]) for path, label in filter(None, rows)}
+    labels, named = ({pair[i] for pair in folders} for i in (0, 1))
+    base = root / split if _subfolders(root / split) else root
+    if "0" not in labels and len(labels) == len(named) == len(folders):
+        return "folders" if named <= set(_subfolders(base)) else "list"
+    return "list"
+
+
+def _row(line: str) -> tuple[str, str] | None:
+    """Path and label of a line of a list; None if it has no label."""
+    number = re.fullmatch(r"(.*?)(?:\s+|\s*,\s*)\"?(-?\d+)\"?", line)
+    name = re.fullmatch(rf"\"?({_VIDEO_NAME.pattern})\"?(?:\s+|\s*,\s*)(?P<label>.+)", line, re.I)
+    if found := number or name:
+        return found[1].strip('" '), (found[2] if number else found["label"]).strip('" ')
+    return None
 
 
 def _existing_folder(root: str | os.PathLike[str]) -> Path:
@@ -164,7 +182,13 @@ def _labels_by_name(names: Sequence[str], found: Collection[str], where: Path) -
 
 
 def _files(folder: Path) -> Iterator[Path]:
+    seen = set()
     for where, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(where)
+        if (status.st_dev, status.st_ino) in seen:  # links that lead back
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if name[0] != ".")
         yield from (Path(where, name) for name in sorted(files) if name[0] != ".")
 
@@ -231,20 +255,56 @@ def _canonical(split: str) -> str:
     return _SPLIT_NAMES.get(split.lower(), split.lower())
 
 
-def _listed(root: Path, split: str, file: Path, classes: Sequence[str] | None) -> Entries:
-    entries = []
-    for number, line in _lines(file):
-        where = f"{file}, line {number}"
-        match = re.fullmatch(r"(.*?)(?:\s+|\s*,\s*)(-?\d+)", line)
-        if match is None or int(match[2]) < -1:
-            raise UserError(f"{where}: {line!r} is not `path label`, labels counting from 0")
-        path, label = match[1], int(match[2])
-        if classes is not None and label >= len(classes):
+def _listed(
+    root: Path, split: str, file: Path, classes: Sequence[str] | None
+) -> tuple[list[str], Entries]:
+    lines = list(_lines(file))
+    rows = [(f"{file}, line {number}", line, _row(line)) for number, line in lines]
+    if rows and (rows[0][2] is None or not _is_number(rows[0][2][1])) and _is_header(rows[0][1]):
+        _logger.info("%s: the first line, %r, is taken for the names of columns", *rows.pop(0)[:2])
+    numbers = [row is not None and _is_number(row[1]) for *_, row in rows]
+    for (where, line, row), number in zip(rows, numbers, strict=True):
+        if row is None or number != numbers[0] or (number and int(row[1]) < -1):
+            raise UserError(
+                f"{where}: {line!r} is not `path label`, labels counting from 0 or names"
+            )
+    named = [(_place(root, split, row[0]), row[1]) for *_, row in rows if row is not None]
+    if not all(numbers):
+        found = {name for _, name in named}
+        names = list(sorted(found, key=_order) if classes is None else classes)
+        labels = _labels_by_name(names, found, file)
+        return names, [(path, labels[name]) for path, name in named]
+    entries = [(path, int(label)) for path, label in named]
+    if classes is None:
+        names = _names_of(entries)
+        if without := sorted(set(range(len(names))) - {label for _, label in entries}):
+            _logger.warning(
+                "%s: no video has the label %s: it is a class that is never seen; labels count "
+                "from 0, to %d here",
+                file,
+                some_of([str(label) for label in without]),
+                len(names) - 1,
+            )
+        return names, entries
+    for (where, _, _), (_, label) in zip(rows, entries, strict=True):
+        if label >= len(classes):
             raise UserError(f"{where}: label {label} with the {len(classes)} classes of the model")
-        if not (root / path).exists() and (root / split / path).exists():
-            path = os.path.join(split, path)
-        entries.append((path, label))
-    return entries
+    return list(classes), entries
+
+
+def _is_number(label: str) -> bool:
+    return re.fullmatch(r"-?\d+", label) is not None
+
+
+def _is_header(line: str) -> bool:
+    """Whether a line holds words alone, none of which could be a path."""
+    return re.fullmatch(r"[\w\s,\"-]*[a-z][\w\s,\"-]*", line, re.IGNORECASE) is not None
+
+
+def _place(root: Path, split: str, path: str) -> str:
+    if not (root / path).exists() and (root / split / path).exists():
+        return os.path.join(split, path)
+    return path
 
 
 def _names_of(entries: Entries) -> list[str]:

@@ -19,8 +19,13 @@ from av.video.stream import VideoStream
 from backbones.common.errors import error_line
 from revvideo.errors import VideoError
 
-# Of these one packet is one frame, and every frame carries the timestamp of its packet.
-_ONE_FRAME_PER_PACKET = frozenset({"h264", "hevc", "vp9", "av1"})
+# Of these one packet is one frame, and every frame carries the timestamp of its packet; but for
+# frames of VP8 that are never shown, and those of MPEG-4 that stand for the one before.
+_ONE_FRAME_PER_PACKET = frozenset(
+    {"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg", "prores", "ffv1"}
+)
+_DIVX_PACKED = re.compile(rb"DivX\d+(b|Build)\d+p")  # a packet may then hold two frames
+_NOT_CODED = 16  # bytes; such a small packet of MPEG-4 is no picture
 _KEEP_BYTES = 32 * 2**20
 
 # PyAV 18 fails on metadata that are no UTF-8 unless told not to; 19 does not, and takes no word.
@@ -40,6 +45,7 @@ class PacketIndex:
         shown: the pts of the frames that a player shows, ascending.
         numbers: of each pts in ``shown``: its place there.
         reliable: whether a frame can be found by its pts. If not, the lists above mean nothing.
+        times: the pts of all packets, ascending, where they can be told apart; else empty.
         data: the packets themselves, so that a small file is read once; empty for a large file.
         truncated: why the file is taken to be cut off; "" if it is whole.
     """
@@ -50,6 +56,7 @@ class PacketIndex:
     shown: Sequence[int]
     numbers: dict[int | None, int]
     reliable: bool
+    times: Sequence[int]
     data: Sequence[Packet[VideoStream]]
     truncated: str
 
@@ -131,22 +138,31 @@ def read_index(container: InputContainer, stream: VideoStream) -> PacketIndex:
     data: list[Packet[VideoStream]] = []
     size = latest = end = 0
     codec = stream.codec_context
-    reliable = codec.codec.canonical_name in _ONE_FRAME_PER_PACKET
-    broken = False
+    name = codec.codec.canonical_name
+    reliable = name in _ONE_FRAME_PER_PACKET
+    if name == "mpeg4":
+        reliable = not _DIVX_PACKED.search(codec.extradata or b"")
+    timed, broken = True, False
     try:
         for packet in container.demux(stream):
             if not packet.size:
                 continue
-            if packet.is_corrupt:  # usually the last one of a file that was cut off
-                broken = True
+            # Usually the last one of a file that was cut off. In the middle, bytes were lost.
+            broken = packet.is_corrupt
+            if broken:
                 continue
-            reliable = reliable and packet.pts is not None and not broken
+            timed = timed and packet.pts is not None
             pts = packet.pts or 0
-            if packet.is_keyframe:
+            start = memoryview(packet)[:1].tolist()[0]
+            if name == "mpeg4" and (packet.size < _NOT_CODED or _packed(packet, len(packets))):
+                reliable = False
+            if packet.is_keyframe and not (name == "vp8" and start & 1):
                 keyframes.append(len(packets))
             if packet.dts is not None:
                 dts.append(packet.dts)
-            if not packet.is_discard:  # what an edit list hides is decoded, but not shown
+            hidden = name == "vp8" and not start & 16  # RFC 6386, 9.1: show_frame
+            # What an edit list hides is decoded, but not shown.
+            if not (packet.is_discard or hidden):
                 shown.append(pts)
             packets.append(pts)
             size += packet.size
@@ -157,10 +173,14 @@ def read_index(container: InputContainer, stream: VideoStream) -> PacketIndex:
     except av.error.FFmpegError:
         broken = True
     places: dict[int | None, int] = {pts: place for place, pts in enumerate(packets)}
-    reliable = (
-        reliable
+    timed = (
+        timed
         and len(places) == len(packets) > 0
         and all(earlier < later for earlier, later in pairwise(dts))
+    )
+    reliable = (
+        reliable
+        and timed
         and keyframes[:1] == [0]
         and packets[0] == min(packets)
         # Frames are reordered, but their times are not: these are made up, as in avi.
@@ -175,9 +195,14 @@ def read_index(container: InputContainer, stream: VideoStream) -> PacketIndex:
         shown=shown,
         numbers={pts: number for number, pts in enumerate(shown)},
         reliable=reliable,
+        times=sorted(packets) if timed else [],
         data=data if size <= _KEEP_BYTES else [],
         truncated=_what_is_missing(container, stream, len(packets), broken, latest, end),
     )
+
+
+def _packed(packet: Packet[VideoStream], number: int) -> bool:
+    return number == 0 and _DIVX_PACKED.search(bytes(packet)[:4096]) is not None
 
 
 def _what_is_missing(

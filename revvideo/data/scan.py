@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import cast
 
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from backbones.common.errors import UserError, error_line
+from backbones.common.files import make_folder
 from revvideo.data.decode import probe
 from revvideo.data.layouts import Entries, Layout, find_videos
 from revvideo.data.manifest import Manifest, VideoRecord, load_manifest
 from revvideo.errors import VideoError
 
+_SAVE_EVERY = 30.0  # seconds
 _FILES_PER_WORKER = 32  # with fewer, starting a process takes longer than opening the files
 
 
@@ -29,6 +33,7 @@ def scan(
     classes: Sequence[str] | None = None,
     workers: int | None = None,
     manifest_path: str | os.PathLike[str] | None = None,
+    deep: bool = False,
 ) -> Manifest:
     """Find the videos of a split, and open each.
 
@@ -36,7 +41,9 @@ def scan(
         root, split, annotations, layout, classes: as for ``find_videos``.
         workers: processes that open files; None for one per core.
         manifest_path: where to write the manifest. If it is there already, it says which files
-            need not be opened again: readable ones of the same size and time of change.
+            need not be opened again: readable ones of the same size and time of change. A scan
+            that was interrupted leaves what it has found out beside it, for the next one.
+        deep: decode every frame of every file, also of those that are known.
 
     Returns:
         The manifest; videos in the order in which ``find_videos`` gives them.
@@ -46,19 +53,33 @@ def scan(
     """
     names, entries = find_videos(root, split, annotations, layout, classes)
     known: dict[str, VideoRecord] = {}
-    if manifest_path is not None and Path(manifest_path).exists():
-        before = load_manifest(manifest_path)
-        if before.root == Path(root).absolute():
-            known = {record.path: record for record in before.readable}
-    files = _Files(Path(root).absolute(), entries, known)
+    unfinished = None
+    if manifest_path is not None:
+        manifest_path = Path(manifest_path)
+        make_folder(str(manifest_path.parent), "the folder of the manifest")
+        unfinished = manifest_path.with_name(f"{manifest_path.name}.unfinished")
+        for file in (manifest_path, unfinished):
+            if file.exists() and not deep:
+                known |= {record.path: record for record in load_manifest(file).readable}
+    files = _Files(Path(root).absolute(), entries, known, deep)
     most = (os.cpu_count() or 1) if workers is None else workers
     workers = min(most, len(files) // _FILES_PER_WORKER)
     loader: DataLoader[VideoRecord] = DataLoader(files, batch_size=None, num_workers=workers)
-    records = list(tqdm(loader, desc=f"scanning {split}", unit="file", disable=None))
-    manifest = Manifest(files.root, names, records)
+    manifest, saved = Manifest(files.root, names, []), time.monotonic()
+    try:
+        for record in tqdm(loader, desc=f"scanning {split}", unit="file", disable=None):
+            manifest.records.append(record)
+            if unfinished and not deep and time.monotonic() - saved > _SAVE_EVERY:
+                manifest.save(unfinished)
+                saved = time.monotonic()
+    except BaseException:
+        if unfinished and not deep:
+            manifest.save(unfinished)
+        raise
     if manifest_path is not None:
         try:
             manifest.save(manifest_path)
+            cast(Path, unfinished).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
                 f"the manifest {manifest_path} cannot be written ({error_line(error)}): choose "
@@ -70,10 +91,13 @@ def scan(
 class _Files(Dataset[VideoRecord]):
     """The record of each file, made by opening it unless ``known`` has one that still holds."""
 
-    def __init__(self, root: Path, entries: Entries, known: dict[str, VideoRecord]) -> None:
+    def __init__(
+        self, root: Path, entries: Entries, known: dict[str, VideoRecord], deep: bool
+    ) -> None:
         self.root = root
         self.entries = entries
         self.known = known
+        self.deep = deep
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -89,7 +113,7 @@ class _Files(Dataset[VideoRecord]):
         if known and (known.size, known.mtime_ns) == (record.size, record.mtime_ns):
             return replace(known, label=label)
         try:
-            info = probe(path)
+            info = probe(path, deep=self.deep)
         except VideoError as error:
             return replace(record, problem=error.reason)
         problem = "has a single frame" if info.frames < 2 else ""

@@ -17,6 +17,8 @@ from matplotlib.axes import Axes
 from revvideo.data.decode import Video
 from revvideo.prediction.predictor import Windows
 
+matplotlib.rcParams["text.parse_math"] = False  # a `$` in the name of a class starts no formula
+
 CURVES = 6  # classes in a plot over time: those with the highest peaks
 Picture = np.ndarray  # uint8 (H, W, 3), RGB
 Clip = Sequence[tuple[float, Picture]]  # pictures with their times in seconds
@@ -48,7 +50,8 @@ def draw_strip(clip: Clip, best: Sequence[tuple[str, float]], output: Path) -> N
     ``best`` has their names and scores in [0, 1], the highest first.
     """
     height, width = clip[0][1].shape[:2]
-    widths = [*([width / height] * len(clip)), 0.05, 1.6]
+    shape = min(max(width / height, 0.3), 3.0)  # of a frame in the picture, however long it is
+    widths = [*([shape] * len(clip)), 0.05, 1.6]
     figure, axes = plt.subplots(
         *(1, len(widths)),
         figsize=(1.06 * sum(widths), 1.45),

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from backbones.common.console import try_device
+from revvideo.config import load_config
 from revvideo.data.clips import (
     KINETICS_FPS,
     ClipDataset,
@@ -24,12 +26,31 @@ from revvideo.data.decode import Video
 from revvideo.data.loader import TestBatches
 from revvideo.data.manifest import VideoRecord
 from revvideo.data.transforms import TestTransform
+from revvideo.errors import VideoError
 from revvideo.models import AUTOCAST, TOP_K
 from revvideo.settings import Config
+from revvideo.training.checkpoint import LAST
 from revvideo.training.weights import load_run
 
 LONG = 3.0  # clip lengths; scores over time say nothing about a video that is no longer
 MOST_WINDOWS = 240
+
+
+def load(run: str | Path, *, checkpoint: str = "", device: str = "auto") -> Predictor:
+    """The classifier that a run has trained, on a video: ``revvideo.load(RUN)("clip.mp4")``.
+
+    Args:
+        run: its ``train.output_dir``.
+        checkpoint: a file in the place of the newest one.
+        device: ``cuda``, ``cpu``, …; ``auto``: a GPU where there is one.
+
+    Raises:
+        UserError: the folder holds no run, or its checkpoint cannot be read.
+    """
+    config = load_config(Path(run) / "config.yaml")
+    file = checkpoint or str(Path(run) / "checkpoints" / LAST)
+    on = try_device(device, f"device={device}", "try cpu")
+    return Predictor(config, file, device=on, batch_size=16)
 
 
 class Windows(NamedTuple):
@@ -71,6 +92,17 @@ class Predictor:
             {"class": self.classes[label], "score": round(value, 6)}
             for value, label in zip(values.tolist(), labels.tolist(), strict=True)
         ]
+
+    def __call__(self, path: str | Path) -> list[dict[str, Any]]:
+        """The best classes of a video, the likeliest first.
+
+        Raises:
+            VideoError: it cannot be read.
+        """
+        ((_, scores, problem),) = self.videos([Path(path)], workers=0)
+        if scores is None:
+            raise VideoError(problem)
+        return self.best(scores)
 
     @torch.no_grad()
     def score(self, clips: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ RATE = 30
 MILLISECOND = Fraction(1, 1000)
 OPEN_GOP = {"x264-params": "open-gop=1:keyint=10:min-keyint=10:scenecut=0"}
 HEVC = {"x265-params": "keyint=10:min-keyint=10:log-level=none"}  # groups are open, too
+ALTREF = {"auto-alt-ref": "1", "lag-in-frames": "16", "g": "24", "cpu-used": "8", "b": "200k"}
 INDEX_FIRST = {"movflags": "faststart"}
 
 
@@ -38,6 +39,7 @@ def encode(
     rotation: int = 0,
     mirrored: bool = False,
     sound: bool = False,
+    pix_fmt: str = "yuv420p",
 ) -> Path:
     """Write a video and return its path.
 
@@ -58,7 +60,7 @@ def encode(
         same = {"mbtree": "0", "sc_threshold": "0"} if codec == "libx264" else {}
         stream = container.add_stream(codec, rate=RATE, options={**same, **(options or {})})
         stream.height, stream.width = shown[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = pix_fmt
         if rotation or mirrored:
             stream.set_display_rotation(rotation, hflip=mirrored)
         if times is not None:
@@ -195,4 +197,12 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "hevc.mp4": lambda path: encode(path, codec="libx265", options=HEVC),
     "vp9.webm": lambda path: encode(path, codec="libvpx-vp9", options={"g": "15", "cpu-used": "8"}),
     "vp8.webm": lambda path: encode(path, codec="libvpx", options={"cpu-used": "8"}),
+    "hidden_frames.webm": lambda path: encode(
+        path, 60, "libvpx", times=[40 * i + i * i for i in range(60)], options=ALTREF
+    ),
+    "mpeg4.mp4": lambda path: encode(path, codec="mpeg4", options={"bf": "2", "g": "9"}),
+    "mjpeg.mov": lambda path: encode(path, 12, "mjpeg", pix_fmt="yuvj420p"),
+    "prores.mov": lambda path: encode(path, 8, "prores_ks", pix_fmt="yuv422p10le"),
+    "ffv1.mkv": lambda path: encode(path, 12, "ffv1", times=IRREGULAR_TIMES[:12]),
+    "wmv2.wmv": lambda path: encode(path, codec="wmv2", times=IRREGULAR_TIMES),
 }

@@ -28,7 +28,7 @@ DECODED_FROM_START = {
     "intra_refresh.mp4",
     "mpeg4.avi",
     "times_of_decoding.mp4",
-    "vp8.webm",
+    "wmv2.wmv",
     # The encoder announces frames out of order, but there are too few for that.
     "three_frames.mov",
     "rotated_90.mov",
@@ -112,7 +112,7 @@ def test_one_thread_inside_a_worker(make, name):
     torch.testing.assert_close(frames, read(0)[1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["variable_rate.mp4", "variable_rate.mkv"])
+@pytest.mark.parametrize("name", ["variable_rate.mp4", "variable_rate.mkv", "wmv2.wmv"])
 def test_times_of_a_variable_rate(make, name):
     expected = [(t - IRREGULAR_TIMES[0]) / 1000 for t in IRREGULAR_TIMES]
     with Video(make(name)) as video:
@@ -182,11 +182,9 @@ def test_part_of_a_transport_stream_is_lost(tmp_path):
     path = tmp_path / "lost.ts"
     middle = len(whole) // 188 // 2 * 188  # these streams are made of pieces of 188 bytes
     path.write_bytes(whole[:middle] + whole[middle + 188 :])
-    with pytest.raises(VideoError, match="is cut off or damaged after 39 frames"):
-        probe(path)
-    shown = full_decode(path)
+    assert probe(path).frames == 39  # the other one is damaged
     with Video(path) as video:
-        assert_frames(video, list(range(len(shown))), shown)
+        assert_frames(video, [*range(10)], full_decode(tmp_path / "whole.ts"))
 
 
 def test_bad_index(make):

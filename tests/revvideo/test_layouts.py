@@ -89,6 +89,40 @@ def test_names_of_a_list_whose_folders_are_not_classes(tmp_path):
     assert classes == ["0", "1", "2"] and [label for _, label in entries] == [0, 2, 2, -1]
 
 
+def test_lists_with_quotes_names_and_a_line_of_columns(tmp_path):
+    for text in (
+        'path,label\n"a/1, 2.mp4","long jump"\nb/3.mp4,dive\n',
+        "video label\na/1, 2.mp4 long jump\nb/3.mp4\tdive\n",
+    ):
+        (tmp_path / "train.csv").write_text(text)
+        names, entries = find_videos(tmp_path, "train")
+        assert names == ["dive", "long jump"] and entries == [("a/1, 2.mp4", 1), ("b/3.mp4", 0)]
+    assert find_videos(tmp_path, "train", classes=["x", "dive", "long jump"])[1][0][1] == 2
+    refused("class 'dive' in .* is none of the 1 classes", tmp_path, "train", classes=["long jump"])
+    (tmp_path / "val.csv").write_text('video_id,label\n"c 1.mp4" 0\n')
+    assert find_videos(tmp_path, "val")[1] == [("c 1.mp4", 0)]
+
+
+def test_labels_that_no_video_has_are_said(tmp_path, caplog):
+    (tmp_path / "train.csv").write_text("v/1.mp4 1\nv/2.mp4 4\n")
+    assert len(find_videos(tmp_path, "train")[0]) == 5
+    assert "no video has the label 0, 2, 3" in caplog.text
+
+
+def test_the_lists_of_ucf101_name_folders(tmp_path):
+    touch(tmp_path, "Archery/v_1.avi", "Bowling/v_2.avi", "Curling/v_3.avi")
+    (tmp_path / "train.txt").write_text("Archery/v_1.avi 1\nBowling/v_2.avi 2\n")
+    names, entries = find_videos(tmp_path, "train", "train.txt")
+    assert names == ["Archery", "Bowling", "Curling"] and [label for _, label in entries] == [0, 1]
+
+
+def test_links_that_lead_back_are_followed_once(tmp_path):
+    touch(tmp_path, "train/a/1.mp4", "train/b/2.mp4")
+    (tmp_path / "train/a/loop").symlink_to(tmp_path / "train/a")
+    (tmp_path / "train/b/up").symlink_to(tmp_path / "train/b", target_is_directory=True)
+    assert len(find_videos(tmp_path, "train")[1]) == 2
+
+
 @pytest.mark.parametrize("line", ["a/1.mp4 x", "a/1.mp4", "a/1.mp4 -2", "a/1.mp4 1.5"])
 def test_bad_list(tmp_path, line):
     (tmp_path / "train.txt").write_text(f"a/0.mp4 0\n{line}\n")

@@ -59,6 +59,14 @@ def test_a_strip_shows_frames_and_the_best_classes(tmp_path, figure):
         assert (np.abs(drawn.astype(int) - colour).sum(-1) < 6).sum() > 3000
 
 
+@pytest.mark.parametrize("height, width", [(1200, 16), (16, 1200), (1, 1)])
+def test_no_size_and_no_name_is_too_odd_for_a_strip(tmp_path, height, width):
+    clip = [(t, np.zeros((height, width, 3), np.uint8)) for t in (0.0, 1.0)]
+    draw_strip(clip, [("pay $x^{2$", 0.6), ("$\\frac$", 0.4)], tmp_path / "strip.png")
+    with Image.open(tmp_path / "strip.png") as picture:
+        assert max(picture.size) < 3000 and min(picture.size) > 50
+
+
 def test_a_curve_draws_the_classes_that_matter(tmp_path, figure):
     times = [0.5, 1.5, 2.5, 3.5]
     scores = np.full((4, 10), 0.01)

@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import DataLoader, SequentialSampler
 
 import revvideo
+from backbones.common.errors import UserError
 from revvideo import hub
 from revvideo.errors import VideoError
 from revvideo.predict import main as predict
@@ -90,7 +91,12 @@ def test_a_model_of_the_hub_trains_tests_and_predicts(run, videos, tmp_path):
     given = ["--config", str(tmp_path / "run" / "config.yaml"), "--workers", "0", "--no-drawings"]
     given += ["--input", str(videos / "val" / "dark"), "--output", str(tmp_path / "out")]
     assert predict([*given, "--weights", f"{tmp_path}/run/checkpoints/last.ckpt"]) == 0
-    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == 2
+    (entry, _) = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert revvideo.load(tmp_path / "run", device="cpu")(entry["path"]) == entry["top"]
+    with pytest.raises(VideoError, match="missing"):
+        revvideo.load(tmp_path / "run", device="cpu")("gone.mp4")
+    with pytest.raises(UserError, match=r"config\.yaml' does not exist"):
+        revvideo.load(tmp_path)
 
 
 class Lab(PathHandler):

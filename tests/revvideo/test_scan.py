@@ -14,7 +14,7 @@ from revvideo.data import scan as scan_module
 from revvideo.data.manifest import Manifest, VideoRecord, describe, load_manifest
 from revvideo.data.scan import scan
 from revvideo.scan import main
-from tests.revvideo.make_videos import BAD, encode, make_bad
+from tests.revvideo.make_videos import BAD, damage, encode, make_bad
 
 GOOD = ["train/a/good.mp4", "train/a/short.mkv", "train/b/good.avi"]
 PROBLEMS = {f"train/b/{name}": reason for name, reason in BAD.items()}
@@ -40,7 +40,9 @@ def opened(monkeypatch) -> list[str]:
     """The names of the files that a scan in this process has opened."""
     names: list[str] = []
     probe = scan_module.probe
-    monkeypatch.setattr(scan_module, "probe", lambda path: names.append(path.name) or probe(path))
+    monkeypatch.setattr(
+        scan_module, "probe", lambda path, **how: names.append(path.name) or probe(path, **how)
+    )
     return names
 
 
@@ -94,6 +96,36 @@ def test_opens_only_what_has_changed(root, tmp_path, opened):
     finally:
         video.write_bytes(content)
     assert_complete(scan(root, "train", workers=0, manifest_path=path))
+
+
+def test_an_interrupted_scan_goes_on_and_moved_videos_stay_known(tmp_path, opened, monkeypatch):
+    for number in range(6):
+        encode(tmp_path / f"set/train/a/{number}.mp4", 3)
+    path, probe = tmp_path / "manifest.csv", scan_module.probe
+
+    def interrupted(file: Path, **how):
+        if len(opened) == 4:
+            raise KeyboardInterrupt
+        return probe(file, **how)
+
+    monkeypatch.setattr(scan_module, "probe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        scan(tmp_path / "set", "train", workers=0, manifest_path=path)
+    assert not path.exists()
+    monkeypatch.setattr(scan_module, "probe", probe)
+    (tmp_path / "set").rename(tmp_path / "moved")
+    moved = scan(tmp_path / "moved", "train", workers=0, manifest_path=path)
+    assert opened == [f"{number}.mp4" for number in range(6)] and len(moved.readable) == 6
+    assert moved.root == tmp_path / "moved" and [*tmp_path.glob("*.unfinished")] == []
+
+
+def test_a_deep_scan_finds_damage_behind_the_first_frame(root, tmp_path):
+    path = encode(tmp_path / "train/a/v.mp4", 40, options={"g": "10"})
+    damage(path, 20)
+    manifest = tmp_path / "m.csv"
+    assert len(scan(tmp_path, "train", workers=0, manifest_path=manifest).readable) == 1
+    (record,) = scan(tmp_path, "train", workers=0, manifest_path=manifest, deep=True).records
+    assert re.match("decoding fails after|only [0-9]+ of 40 frames", record.problem)
 
 
 def test_labels_follow_the_classes_also_of_known_files(root, tmp_path):
