@@ -95,8 +95,11 @@ def has_other_checksum(path: Path) -> bool | None:
 
 def checksum_of(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def make_folder(path: str, setting: str) -> None:

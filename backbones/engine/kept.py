@@ -7,7 +7,7 @@ the gradients are made of the same inputs and weights as without.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
@@ -86,15 +86,24 @@ class Kept:
             yield
 
 
+def counted() -> dict[Any, Callable[..., int]]:
+    """The operators that torch can count operations of, each with its formula."""
+    from torch.utils.flop_counter import flop_registry  # here, because it imports triton
+
+    known, attention = {**flop_registry}, "_scaled_dot_product_flash_attention"
+    for way in ("", "_backward"):  # as a CPU runs it, which torch 2.11 does not count
+        on_cpu, on_gpu = (getattr(torch.ops.aten, attention + at + way) for at in ("_for_cpu", ""))
+        known.setdefault(on_cpu, known[on_gpu])
+    return known
+
+
 class _Products(TorchDispatchMode):
     """Puts a function in the place of matrix products, convolutions and attention."""
 
     def __init__(self, instead: Any) -> None:
-        from torch.utils.flop_counter import flop_registry  # here, because it imports triton
-
         super().__init__()
         self._instead = instead
-        self._known = flop_registry
+        self._known = counted()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from backbones.engine.kept import counted
+
 
 def nbytes(tensor: Tensor) -> int:
     """The bytes of the whole storage that ``tensor`` is a view of."""
@@ -33,8 +35,6 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore
     """
 
     def __init__(self, parts: Sequence[str], fake: FakeTensorMode) -> None:
-        from torch.utils.flop_counter import flop_registry  # here, because it imports triton
-
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self.part = parts[0]
         self.live = dict.fromkeys(parts, 0)
@@ -44,7 +44,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore
         self.products: dict[Any, tuple[int, int]] = {}
         self.timeline: list[tuple[int, int]] = []
         self._fake = fake
-        self._count_of = flop_registry
+        self._count_of = counted()
         self._total = self._highest = 0
         self._part_of: dict[int, str] = {}
         self._references: dict[int, weakref.ref[Any]] = {}

@@ -8,6 +8,7 @@ ever loaded with ``weights_only=True``, which refuses everything but tensors and
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import pickle
 import re
@@ -176,8 +177,9 @@ def _harmless() -> list[Any]:
     """What lies beside the weights in people's files and can do nothing: options, plain numbers."""
     known: list[Any] = [argparse.Namespace]
     if numpy := sys.modules.get("numpy"):  # torch has imported it where it is installed
-        known += [numpy.dtype, (numpy._core.multiarray.scalar, "numpy.core.multiarray.scalar")]
-        known += [numpy._core.multiarray.scalar, *map(type, map(numpy.dtype, "fdlqi?"))]
+        scalar = importlib.import_module("numpy._core.multiarray").scalar
+        known += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+        known += [numpy.dtype, *map(type, map(numpy.dtype, "fdlqi?"))]
     return known
 
 

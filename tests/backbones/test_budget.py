@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.profiler import profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import MemoryPolicy, create_model, fit_memory, set_memory
 from backbones.commands.real_steps import Trial
@@ -22,6 +21,7 @@ from backbones.engine.policies import Keep, blocks_of
 from backbones.memory.budget import fastest_that_fits, parse_budget, predict_memory
 from backbones.memory.simulation import Simulation
 from backbones.models.layers import ResidualBlock
+from tests.backbones.helpers import count_operations
 from tests.backbones.saved_bytes import saved_bytes
 
 # Small, but with activations and a working set that are no trifle beside the parameters.
@@ -223,7 +223,7 @@ def test_the_speed_is_that_of_the_operations() -> None:
     model(x)  # in which blocks are observed
 
     def operations() -> int:
-        with FlopCounterMode(display=False) as counter:
+        with count_operations() as counter:
             model(x).square().sum().backward()
         return counter.get_total_flops()
 

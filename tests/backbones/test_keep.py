@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import flop_registry
 
 import backbones
 from backbones import MemoryPolicy, set_memory
@@ -16,6 +16,7 @@ from backbones.engine.policies import blocks_of
 from tests.backbones.helpers import (
     assert_grads_near,
     assert_same_step,
+    count_operations,
     make_sequence,
     make_streams,
     train_step,
@@ -110,7 +111,7 @@ def test_models(policy: MemoryPolicy, name: str) -> None:
 
 
 def operations(sequence: nn.Module) -> int:
-    with FlopCounterMode(display=False) as count:
+    with count_operations() as count:
         y1, y2 = sequence(*make_streams())
         (y1.sum() + y2.sum()).backward()
     return count.get_total_flops()

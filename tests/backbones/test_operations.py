@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import MemoryPolicy, ReversibleSequence, set_memory
-from tests.backbones.helpers import DIM, loss_of, make_sequence
+from tests.backbones.helpers import DIM, count_operations, loss_of, make_sequence
 
 DEPTH = 6
 BATCH, LENGTH = 2, 7
@@ -26,9 +25,9 @@ def operations(sequence: ReversibleSequence, policy: MemoryPolicy, k: int = 0) -
     """Floating-point operations of the matrix products, forward and backward."""
     set_memory(sequence, policy, k)
     inputs = streams(requires_grad=True)
-    with FlopCounterMode(display=False) as forward:
+    with count_operations() as forward:
         loss = loss_of(*sequence(*inputs))
-    with FlopCounterMode(display=False) as backward:
+    with count_operations() as backward:
         loss.backward()
     return forward.get_total_flops(), backward.get_total_flops()
 
@@ -72,7 +71,7 @@ def test_a_frozen_start_is_not_recomputed() -> None:
     for policy in ("store", "reversible"):
         set_memory(sequence, policy)
         loss = loss_of(*sequence(*streams(requires_grad=False)))
-        with FlopCounterMode(display=False) as backward:
+        with count_operations() as backward:
             loss.backward()
         counts[policy] = backward.get_total_flops()
     assert counts["reversible"] == counts["store"] + (DEPTH - 2) * ONE_BLOCK
@@ -80,6 +79,6 @@ def test_a_frozen_start_is_not_recomputed() -> None:
 
 def test_no_recomputation_without_gradients() -> None:
     sequence = make_sequence(DEPTH)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with count_operations() as counter, torch.no_grad():
         sequence(*streams(requires_grad=False))
     assert counter.get_total_flops() == DEPTH * ONE_BLOCK
