@@ -23,6 +23,7 @@ from backbones.common.settings import (
     unknown_key,
     verbatim,
 )
+from revvideo.data.stills import IMAGES
 from revvideo.settings import RECIPES, Config
 
 BASE = "base"
@@ -131,6 +132,11 @@ def _check_together(config: Config) -> None:
         value = getattr(config.augment, name)
         if len(value) != 2 or not 0 < value[0] <= value[1]:
             raise UserError(f"augment.{name}={value}: give two numbers, the smaller one first")
+    if config.data.layout == IMAGES:
+        one = {"data.num_frames": config.data.num_frames, "test.clips": config.test.clips}
+        for name, value in {**one, "test.crops": config.test.crops}.items():
+            if value != 1:
+                raise UserError(f"data.layout=images: an image is one frame, set {name}=1")
     views, given = config.test.views, (config.test.clips, config.test.crops)
     if views == "published" and given != (5, 1):
         raise UserError(

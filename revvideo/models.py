@@ -9,7 +9,9 @@ from torch import nn
 
 import backbones
 from backbones.common.errors import UserError
+from backbones.registry import input_shape
 from revvideo import hub
+from revvideo.data.stills import IMAGES, squeeze_frame
 from revvideo.settings import Config
 
 # Of so many classes, the best ones, predictions have names and scores.
@@ -40,8 +42,9 @@ def build_model(config: Config, num_classes: int = 0) -> nn.Module:
             return hub.build(config, outputs)
         except (TypeError, ValueError, AssertionError) as error:
             raise UserError(f"{settings.name} cannot be built: {error}") from error
+    images = config.data.layout == IMAGES
     arguments: dict[str, Any] = {
-        "num_frames": config.data.num_frames,
+        **({} if images else {"num_frames": config.data.num_frames}),
         "img_size": config.data.crop_size,
         "drop_rate": settings.drop_rate,
         "drop_path_rate": settings.drop_path_rate,
@@ -58,4 +61,8 @@ def build_model(config: Config, num_classes: int = 0) -> nn.Module:
         if "takes no argument 'num_frames'" in reason:
             reason = f"{settings.name} is for images; for clips, use an mvit_* or rev_mvit_*"
         raise UserError(f"the model cannot be built: {reason}") from error
+    if images:
+        if len(input_shape(model)) == 4:
+            raise UserError(f"data.layout=images needs a model of images, {settings.name} is not")
+        model.register_forward_pre_hook(squeeze_frame)
     return model

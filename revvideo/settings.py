@@ -25,8 +25,9 @@ class DataConfig:
     root: str = key("", "folder of the videos; what lists name is found relative to it")
     layout: str = key(
         "auto",
-        "folders: SPLIT/CLASS/FILE; list: lines `path label`; csv: Kinetics' annotations",
-        choices=("auto", "folders", "list", "csv"),
+        "folders: SPLIT/CLASS/FILE; list: lines `path label`; csv: Kinetics' annotations; images: "
+        "SPLIT/CLASS/IMAGE, for models of images, by ImageNet's mean and deviation",
+        choices=("auto", "folders", "list", "csv", "images"),
     )
     annotations: str = key("", "the list or csv of a split, with {split} for its name; '': found")
     train_split: str = key("train", "the split to train on")
@@ -56,7 +57,9 @@ class AugmentConfig:
     ratio: list[float] = key([0.75, 1.3333], "width over height of the random crop")  # noqa: RUF009
     flip: float = key(0.5, "probability of a horizontal flip", low=0, high=1)
     rand_augment: str = key("", "RandAugment in timm's words: rand-m7-n4-mstd0.5-inc1; '': none")
-    color_jitter: float = key(0.0, "brightness, contrast and saturation vary by this", low=0)
+    color_jitter: float = key(
+        0.0, "brightness, contrast and saturation vary by this; not beside rand_augment", low=0
+    )
     erase: float = key(0.0, "probability that a box is filled with noise", low=0, high=1)
     mixup: float = key(0.0, "alpha of mixup; 0: none", low=0)
     cutmix: float = key(0.0, "alpha of cutmix; 0: none. With both, each batch draws one", low=0)
@@ -135,7 +138,9 @@ class TestConfig:
     )
     clips: int = key(5, "clips of a video, evenly spread", low=1)
     crops: int = key(1, "crops of a clip: 1 (centre) or 3 (along the longer side)", low=1, high=3)
-    short_side: int = key(256, "the shorter side before cropping, in pixels", low=8)
+    short_side: int = key(
+        256, "shorter side before cropping, in pixels; images: 8/7 of the crop", low=8
+    )
     batch_size: int = key(8, "videos that a process tests at a time", low=1)
     published_top1: float = key(0.0, "of the paper, printed beside the own one; 0: none", low=0)
 

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from backbones.common.seeds import seed_of
 from revvideo.data.decode import Video
 from revvideo.data.manifest import VideoRecord
+from revvideo.data.stills import IMAGES, Still
 from revvideo.errors import VideoError
 from revvideo.settings import AugmentConfig, DataConfig, TestConfig
 
@@ -189,6 +190,11 @@ def test_clips(data: DataConfig, test: TestConfig) -> Clips:
     return Clips(frames, stride, test.views, (clips,))
 
 
+def opened_as(data: DataConfig) -> type[Video | Still]:
+    """What the files of a layout are."""
+    return Still if data.layout == IMAGES else Video
+
+
 def test_short_side(data: DataConfig, test: TestConfig) -> int | None:
     """To which shorter side test videos are decoded; None: as they are."""
     return None if test.views == "published" else data.decode_short_side or None
@@ -232,6 +238,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             several crops. May draw from the global generators of torch, Python and NumPy.
         short_side: shrink frames to this many pixels on their shorter side while decoding.
         seed: of the run.
+        opened: what a file is opened as.
 
     A sample is a dict: ``video``, float (V, 3, T, H, W), V being all clips times all crops, or None
     if the file broke after the scan; ``label`` and ``index`` (of the record), int; ``path``; and
@@ -247,6 +254,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         *,
         short_side: int | None = None,
         seed: int = 0,
+        opened: type[Video | Still] = Video,
     ) -> None:
         # Arrays, not objects: touching an object in a worker copies its page of memory.
         self._paths = np.array([os.fsencode(record.path) for record in records])
@@ -257,6 +265,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self.transform = transform
         self.short_side = short_side
         self.seed = seed
+        self.opened = opened
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -278,7 +287,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         return {"video": video, "label": label, "index": index, "path": path, "problem": problem}
 
     def _views(self, path: str, index: int) -> Tensor:
-        with Video(path, known_frames=int(self._frames[index])) as video:
+        with self.opened(path, known_frames=int(self._frames[index])) as video:
             if video.truncated:
                 raise VideoError(video.truncated)
             clips = self.clips(video.timestamps, video.rate)

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Literal
 
 from backbones.common.errors import UserError, near_names, some_of
+from revvideo.data.stills import IMAGES, find_stills
 
-Layout = Literal["auto", "folders", "list", "csv"]
+Layout = Literal["auto", "folders", "list", "csv", "images"]
 Entries = list[tuple[str, int]]  # path and label
 _Named = list[tuple[str, str]]  # path and class
 
@@ -49,6 +50,7 @@ def find_videos(
     - ``csv``: the annotations of Kinetics, ``label,youtube_id,time_start,time_end,split``, in
       ``annotations`` or else ``root/split.csv`` or ``root/annotations/split.csv``. Files lie
       anywhere in ``root/split`` (or else ``root``), named ``youtube_id_000010_000020.mp4``.
+    - ``images``: as ``folders``, of images; see :func:`revvideo.data.stills.find_stills`.
     - ``auto``: ``folders`` if ``root/split`` holds folders with no ``annotations`` given, else what
       the first line of the annotations looks like.
 
@@ -70,6 +72,8 @@ def find_videos(
             ``classes``.
     """
     root = _existing_folder(root)
+    if layout == IMAGES:
+        return find_stills(root, split, classes)
     file = _annotation_file(root, split, annotations, layout)
     if layout == "auto":
         layout = "folders" if file is None else _guess_layout(root, split, file)

@@ -128,10 +128,10 @@ def describe(manifest: Manifest, most: int | None = None) -> str:
     """
     readable, unreadable = manifest.readable, manifest.unreadable
     hours = sum(record.duration for record in readable) / 3600
-    lines = [
-        f"{len(readable):,} of {len(manifest.records):,} videos can be used: "
-        f"{len(manifest.classes)} classes, {hours:.2f} hours"
-    ]
+    count, classes = f"{len(readable):,} of {len(manifest.records):,}", len(manifest.classes)
+    lines = [f"{count} images can be used: {classes} classes"]
+    if hours or not readable:
+        lines = [f"{count} videos can be used: {classes} classes, {hours:.2f} hours"]
     named = unreadable[:most]
     lines += [f"  {record.path}: {record.problem}" for record in named]
     if len(named) < len(unreadable):

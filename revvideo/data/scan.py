@@ -18,6 +18,7 @@ from backbones.common.files import make_folder
 from revvideo.data.decode import probe
 from revvideo.data.layouts import Entries, Layout, find_videos
 from revvideo.data.manifest import Manifest, VideoRecord, load_manifest
+from revvideo.data.stills import IMAGES, probe_still
 from revvideo.errors import VideoError
 
 _SAVE_EVERY = 30.0  # seconds
@@ -61,7 +62,7 @@ def scan(
         for file in (manifest_path, unfinished):
             if file.exists() and not deep:
                 known |= {record.path: record for record in load_manifest(file).readable}
-    files = _Files(Path(root).absolute(), entries, known, deep)
+    files = _Files(Path(root).absolute(), entries, known, deep, layout == IMAGES)
     most = (os.cpu_count() or 1) if workers is None else workers
     workers = min(most, len(files) // _FILES_PER_WORKER)
     loader: DataLoader[VideoRecord] = DataLoader(files, batch_size=None, num_workers=workers)
@@ -92,12 +93,18 @@ class _Files(Dataset[VideoRecord]):
     """The record of each file, made by opening it unless ``known`` has one that still holds."""
 
     def __init__(
-        self, root: Path, entries: Entries, known: dict[str, VideoRecord], deep: bool
+        self,
+        root: Path,
+        entries: Entries,
+        known: dict[str, VideoRecord],
+        deep: bool,
+        images: bool,
     ) -> None:
         self.root = root
         self.entries = entries
         self.known = known
         self.deep = deep
+        self.images = images
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -113,8 +120,8 @@ class _Files(Dataset[VideoRecord]):
         if known and (known.size, known.mtime_ns) == (record.size, record.mtime_ns):
             return replace(known, label=label)
         try:
-            info = probe(path, deep=self.deep)
+            info = (probe_still if self.images else probe)(path, deep=self.deep)
         except VideoError as error:
             return replace(record, problem=error.reason)
-        problem = "has a single frame" if info.frames < 2 else ""
+        problem = "has a single frame" if info.frames < 2 and not self.images else ""
         return replace(record, **asdict(info), problem=problem)

@@ -19,6 +19,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from backbones.common.errors import UserError
+from backbones.common.images import IMAGENET_MEAN, IMAGENET_STD, eval_transform
+from revvideo.data.stills import IMAGES
 from revvideo.settings import AugmentConfig, DataConfig, TestConfig
 
 
@@ -29,13 +31,13 @@ class _RandAugment:
     the same seed before each frame.
     """
 
-    def __init__(self, recipe: str) -> None:
+    def __init__(self, recipe: str, **more: Any) -> None:
         try:
             from timm.data.auto_augment import rand_augment_transform  # takes a second or two
         except ImportError as error:
             raise UserError("augment.rand_augment needs timm: pip install timm") from error
         bicubic = {"interpolation": Image.Resampling.BICUBIC}
-        self._augment = rand_augment_transform(recipe, bicubic)
+        self._augment = rand_augment_transform(recipe, bicubic | more)
 
     def __call__(self, clip: tv_tensors.Video) -> tv_tensors.Video:
         seed = int(torch.randint(2**31, ()))
@@ -50,23 +52,29 @@ class _RandAugment:
 class TrainTransform(v2.Compose):
     """RandAugment, a random crop of random size, flip, colour jitter and random erasing.
 
-    RandAugment sees whole frames, as in SlowFast's ``slowfast/datasets/kinetics.py``. Takes a clip,
-    uint8 (T, 3, H, W), to float32 (3, T, crop_size, crop_size). Draws from torch's RNG; with
-    RandAugment those of Python and NumPy are seeded anew.
+    RandAugment sees whole frames, as in SlowFast's ``slowfast/datasets/kinetics.py``; of images the
+    crop, resized bicubically, and fills with ImageNet's mean, as in its ``imagenet.py`` and timm.
+    In both it takes the place of colour jitter. Takes a clip, uint8 (T, 3, H, W), to float32
+    (3, T, crop_size, crop_size). Draws from torch's RNG; with RandAugment those of Python and NumPy
+    are seeded anew.
 
     Args:
         augment, data: the sections of the config.
     """
 
     def __init__(self, augment: AugmentConfig, data: DataConfig) -> None:
+        images = data.layout == IMAGES
+        by = v2.InterpolationMode.BICUBIC if images else v2.InterpolationMode.BILINEAR
+        size, scale, ratio = data.crop_size, tuple(augment.scale), tuple(augment.ratio)
         steps: list[Any] = [
             tv_tensors.Video,
-            v2.RandomResizedCrop(data.crop_size, tuple(augment.scale), tuple(augment.ratio)),
+            v2.RandomResizedCrop(size, scale, ratio, interpolation=by),
             v2.RandomHorizontalFlip(augment.flip),
         ]
-        if augment.rand_augment:
-            steps.insert(1, _RandAugment(augment.rand_augment))
-        if jitter := augment.color_jitter:
+        if recipe := augment.rand_augment:
+            fill = {"img_mean": tuple(round(255 * x) for x in IMAGENET_MEAN)} if images else {}
+            steps.insert(len(steps) if images else 1, _RandAugment(recipe, **fill))
+        elif jitter := augment.color_jitter:
             steps.append(v2.ColorJitter(jitter, jitter, jitter))
         steps += _to_float(data)
         if augment.erase:
@@ -90,6 +98,7 @@ class TestTransform:
 
     def __init__(self, test: TestConfig, data: DataConfig, crops: int | None = None) -> None:
         self._size = data.crop_size
+        self._of_image = eval_transform(self._size, self._size) if data.layout == IMAGES else None
         crops = crops or test.crops
         # How far along the longer side.
         self._places = [index / (crops - 1) for index in range(crops)] if crops > 1 else [0.5]
@@ -101,6 +110,9 @@ class TestTransform:
 
     def __call__(self, clip: Tensor) -> Tensor:
         """uint8 (T, 3, H, W) -> float32 (crops, 3, T, crop_size, crop_size)."""
+        if self._of_image is not None:  # exactly as python -m backbones evaluate
+            image: Tensor = self._of_image(F.to_pil_image(clip[0]))
+            return image[None, :, None]
         video: Any = tv_tensors.Video(clip)
         for step in self._before:
             video = step(video)
@@ -118,10 +130,10 @@ class TestTransform:
 
 
 def _to_float(data: DataConfig) -> list[Any]:
-    return [
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize([data.mean] * 3, [data.std] * 3),
-    ]
+    mean, std = [data.mean] * 3, [data.std] * 3
+    if data.layout == IMAGES:
+        mean, std = [*IMAGENET_MEAN], [*IMAGENET_STD]
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
 
 
 def _channels_first(video: tv_tensors.Video) -> Tensor:

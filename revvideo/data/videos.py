@@ -18,6 +18,7 @@ from revvideo.data.clips import (
     ClipDataset,
     Clips,
     collate,
+    opened_as,
     test_clips,
     test_short_side,
     train_clips,
@@ -180,7 +181,8 @@ class VideoData(pl.LightningDataModule):
         self, manifest: Manifest, clips: Clips, transform: Any, short_side: int | None
     ) -> ClipDataset:
         videos, root, seed = manifest.usable, manifest.root, self.config.train.seed
-        return ClipDataset(videos, root, clips, transform, short_side=short_side, seed=seed)
+        how: dict[str, Any] = {"short_side": short_side, "opened": opened_as(self.config.data)}
+        return ClipDataset(videos, root, clips, transform, seed=seed, **how)
 
     def _train_sampler(self) -> ResumableSampler:
         videos = self.loader_batch_size * self.config.optim.accumulate

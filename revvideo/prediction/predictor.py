@@ -19,6 +19,7 @@ from revvideo.data.clips import (
     ClipDataset,
     UniformClips,
     collate,
+    opened_as,
     test_clips,
     test_short_side,
 )
@@ -130,6 +131,7 @@ class Predictor:
             test_clips(data, test),
             TestTransform(test, data),
             short_side=test_short_side(data, test),
+            opened=opened_as(data),
         )
         views = test.clips * test.crops
         loader: DataLoader[Any] = DataLoader(

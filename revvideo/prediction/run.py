@@ -16,6 +16,7 @@ from backbones.common.files import find_files, printable
 from revvideo.config import load_config
 from revvideo.data.decode import Video
 from revvideo.data.layouts import has_video_extension
+from revvideo.data.stills import IMAGES
 from revvideo.errors import VideoError
 from revvideo.prediction.media import frame_labels, write_labelled
 from revvideo.prediction.pictures import draw_curve, draw_strip, some_frames
@@ -33,6 +34,11 @@ def run(args: argparse.Namespace) -> None:
     """
     _check_options(args)
     config = load_config(args.config, args.overrides)
+    if config.data.layout == IMAGES:
+        raise UserError(
+            f"{args.config} is of images: python -m backbones predict IMAGES "
+            f"--model {config.model.name} --weights {args.weights}"
+        )
     output = Path(args.output)
     paths = find_files(args.input, has_video_extension, "video", passed_over=output)
     name = args.device or config.train.device

@@ -45,21 +45,22 @@ class Accuracy:
         top1, top5: in percent; top5 is of as many classes as there are, if they are fewer.
         videos: how many were tested.
         of: how many the set should have.
+        what: they are.
     """
 
     top1: float
     top5: float
     videos: int
     of: int
+    what: str = "videos"
 
     def __str__(self) -> str:
-        return (
-            f"{self.top1:.1f} top-1, {self.top5:.1f} top-5 on {self.videos:,} of {self.of:,} videos"
-        )
+        scores = f"{self.top1:.1f} top-1, {self.top5:.1f} top-5"
+        return f"{scores} on {self.videos:,} of {self.of:,} {self.what}"
 
 
-def accuracy(label: Tensor, scores: Tensor, of: int) -> Accuracy:
+def accuracy(label: Tensor, scores: Tensor, of: int, what: str = "videos") -> Accuracy:
     """Of (N,) labels and (N, num_classes) scores. NaN where there is no video."""
     best = scores.topk(min(TOP_K, scores.shape[1])).indices == label[:, None]
     top1, top5 = (100 * hits.float().mean().item() for hits in (best[:, 0], best.any(dim=1)))
-    return Accuracy(top1, top5, len(label), of)
+    return Accuracy(top1, top5, len(label), of, what)

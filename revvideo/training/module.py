@@ -17,6 +17,7 @@ import backbones
 from backbones.common.errors import UserError
 from backbones.common.seeds import seed_of
 from revvideo.data.mixing import Mixing
+from revvideo.data.stills import IMAGES
 from revvideo.data.videos import VideoData
 from revvideo.hub import classifier_of
 from revvideo.models import AUTOCAST, build_model
@@ -200,7 +201,8 @@ class VideoModule(pl.LightningModule):
     def _conclude(self) -> None:
         self.predictions = _, label, scores = join_scores(self._scores)
         self._scores.clear()
-        self.accuracy = accuracy(label, scores, of=self.data.val_total)
+        what = "images" if self.config.data.layout == IMAGES else "videos"
+        self.accuracy = accuracy(label, scores, self.data.val_total, what)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optim, per_epoch = self.config.optim, self.data.steps_per_epoch

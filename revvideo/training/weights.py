@@ -74,11 +74,11 @@ def load_pretrained(model: nn.Module, weights: Weights) -> LoadReport:
         return hub.load(model, weights.checkpoint, weights.source)
     inflated: dict[str, str] = {}
     try:
-        tensors = convert_state_dict(weights.checkpoint.tensors, model)
-        inflated = _inflate(tensors, model)
         checkpoint = weights.checkpoint
-        if inflated:
-            checkpoint = replace(checkpoint, tensors=tensors)
+        if "pos_embed.temporal" in model.state_dict():  # a model of clips
+            tensors = convert_state_dict(checkpoint.tensors, model)
+            if inflated := _inflate(tensors, model):
+                checkpoint = replace(checkpoint, tensors=tensors)
         report = load_checkpoint(model, checkpoint, weights.source)
     except WeightsError as error:
         raise UserError(f"{error}{_OF_IMAGES if inflated else ''}") from error
