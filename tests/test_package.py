@@ -179,3 +179,13 @@ def test_an_extra_lists_what_is_imported_and_nothing_else(extra: str, package: s
     if extra == "detection":
         theirs |= set(imported(Path(importlib.import_module("detectron2").__file__ or "").parent))
     assert listed <= ours | theirs | FOR_US
+
+
+def test_every_set_of_versions_is_pinned_and_tried() -> None:
+    rows = re.findall(r"^(\S+) +(3\.\d+) +\S+$", (ROOT / "scripts/matrix.sh").read_text(), re.M)
+    pinned = {path.stem for path in (ROOT / "constraints").iterdir()}
+    assert {name for name, _ in rows} == pinned | {"py311-newest"}  # whose set is constraints.txt
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
+    tried = re.findall(r"\{set: (\S+), python: \"(\S+)\"\}", workflow)
+    assert set(tried) == {(name, python) for name, python in rows if name in pinned}
+    assert "http" not in workflow

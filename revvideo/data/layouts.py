@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Literal
 
 from backbones.common.errors import UserError, near_names, some_of
-from revvideo.data.stills import IMAGES, find_stills
 
 Layout = Literal["auto", "folders", "list", "csv", "images"]
 Entries = list[tuple[str, int]]  # path and label
@@ -72,7 +71,9 @@ def find_videos(
             ``classes``.
     """
     root = _existing_folder(root)
-    if layout == IMAGES:
+    if layout == "images":
+        from revvideo.data.stills import find_stills  # late, for what scan --help need not have
+
         return find_stills(root, split, classes)
     file = _annotation_file(root, split, annotations, layout)
     if layout == "auto":
