@@ -91,6 +91,12 @@ class DatasetConfig:
     train_images: str = key("", "folder that its file names start from")
     val_json: str = key("", "annotation file to evaluate on; the same one, if there is no other")
     val_images: str = key("", "folder that its file names start from")
+    val_fraction: float = key(
+        0.0,
+        "evaluate on this part of train_json, drawn by train.seed; the rest trains",
+        low=0,
+        high=0.9,
+    )
     skip_broken: bool = key(False, "leave out what is broken, and count it, in place of stopping")
     categories: list[Any] = key([], "id and name of each class: the run fills them in")  # noqa: RUF009
 

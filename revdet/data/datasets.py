@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,9 @@ from detectron2.data.datasets import register_coco_instances
 from omegaconf import DictConfig
 
 from backbones.common.errors import UserError
+from backbones.common.files import write_json
 from backbones.common.paths import local_path
+from revdet.data.annotations import read_coco
 
 # What the user's own data are called, in loaders and in results: dataset.train_json and val_json.
 OWN = {"own_train": "train", "own_val": "val"}
@@ -59,7 +62,14 @@ def name_own_data(cfg: DictConfig) -> None:
             raise UserError(f"dataset.{there[0]} is set, but not dataset.{keys[0]}: set both")
         if there:
             loader.dataset.names = name
-    if given.train_json and not given.val_json:
+    if given.val_fraction and (given.val_json or not given.train_json):
+        raise UserError(
+            f"dataset.val_fraction={given.val_fraction} splits dataset.train_json: set that, and "
+            "not dataset.val_json"
+        )
+    if given.val_fraction:
+        cfg.dataloader.test.dataset.names = "own_val"
+    elif given.train_json and not given.val_json:
         raise UserError(
             "dataset.train_json is set, but not dataset.val_json: set dataset.val_json and "
             "dataset.val_images too, to the training data if there is no other"
@@ -83,7 +93,10 @@ def sources(cfg: DictConfig, *, evaluation_only: bool = False) -> dict[str, Sour
     register_datasets()
     found = {}
     for name in dataset_names(cfg, evaluation_only=evaluation_only):
-        if split := OWN.get(name):
+        if name in OWN and cfg.dataset.val_fraction:
+            folder = local_path(cfg.dataset.train_images, "dataset.train_images")
+            files: tuple[str, ...] = (str(split_of(cfg, name)), folder)
+        elif split := OWN.get(name):
             keys = f"{split}_json", f"{split}_images"
             files = tuple(local_path(cfg.dataset[key], f"dataset.{key}") for key in keys)
         elif name in DatasetCatalog.list():
@@ -97,6 +110,38 @@ def sources(cfg: DictConfig, *, evaluation_only: bool = False) -> dict[str, Sour
             raise UserError(f"dataset {name!r} is not registered{hint}")
         found[name] = Source(*map(Path, files))
     return found
+
+
+def split_of(cfg: DictConfig, name: str) -> Path:
+    """The part of ``dataset.train_json`` that is ``own_train`` or ``own_val``, by image.
+
+    Written once into ``OUTPUT_DIR/dataset``, where a resumed run finds it again.
+    """
+    given, folder = cfg.dataset, Path(cfg.train.output_dir) / "dataset"
+    file = folder / f"split_{OWN[name]}.json"
+    if not file.is_file():
+        content = read_coco(Path(local_path(given.train_json, "dataset.train_json")))
+        order = sorted(range(len(content["images"])))
+        random.Random(cfg.train.seed).shuffle(order)
+        count = max(1, round(given.val_fraction * len(order)))
+        if count >= len(order):
+            raise UserError(f"dataset.val_fraction={given.val_fraction}: no image is left to train")
+        parts = {"own_val": sorted(order[:count]), "own_train": sorted(order[count:])}
+        for part, numbers in parts.items():
+            images = [content["images"][number] for number in numbers]
+            ids = {_id(image.get("id")) for image in images}
+            kept = [a for a in content["annotations"] if _id(a.get("image_id")) in ids]
+            new = {**content, "images": images, "annotations": kept}
+            write_json(folder / f"split_{OWN[part]}.json", new, indent=None)
+    return file
+
+
+def _id(value: Any) -> str:
+    """The same text for 1, 1.0 and "1"."""
+    try:
+        return str(float(value))
+    except (OverflowError, TypeError, ValueError):
+        return str(value)
 
 
 def file_of(cfg: DictConfig, name: str) -> Path:

@@ -13,12 +13,16 @@ import torch
 from detectron2.config import instantiate
 from detectron2.structures import Instances
 from omegaconf import DictConfig
+from PIL import Image
 from torch.utils.data import Dataset
 
+from backbones.common.console import try_device
 from backbones.common.errors import UserError, error_line
 from backbones.common.images import read_image
+from revdet.config import load_config
+from revdet.data.classes import categories_of
 from revdet.models import build_model
-from revdet.training.checkpoint import Checkpointer
+from revdet.training.checkpoint import Checkpointer, checkpoint_to_resume
 
 
 @dataclass
@@ -108,6 +112,65 @@ class Detector:
             ) from error
         found = [output["instances"].to("cpu") for output in outputs]
         return [instances[instances.scores >= self.threshold] for instances in found]
+
+
+class Loaded:
+    """A trained detector as a function of a picture; :func:`load` makes it.
+
+    Attributes:
+        classes: their names, in the order of ``pred_classes``.
+    """
+
+    def __init__(self, detector: Detector, classes: Sequence[str]) -> None:
+        self.detector = detector
+        self.classes = list(classes)
+
+    def __call__(self, image: str | Path | Image.Image | np.ndarray) -> Instances:
+        """What is in a picture: its path, a PIL image, or uint8 (H, W, 3) in RGB.
+
+        Returns:
+            Detectron2's ``Instances``, the likeliest first: ``pred_boxes`` (x0, y0, x1, y1 in
+            pixels), ``scores``, ``pred_classes``, ``pred_masks`` (N, H, W) if the model has masks,
+            and ``names``, of the classes.
+
+        Raises:
+            UserError: a file that cannot be read, or an array of another kind.
+        """
+        if isinstance(image, str | Path):
+            try:
+                image = read_image(image, upright=True)
+            except Exception as error:  # a damaged file fails in any way
+                raise UserError(f"{image} cannot be read: {error_line(error)}") from error
+        pixels = np.array(image.convert("RGB") if isinstance(image, Image.Image) else image)
+        if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
+            raise UserError(f"a picture is uint8 (H, W, 3), got {pixels.dtype} {pixels.shape}")
+        (found,) = self.detector([self.detector.prepare(0, pixels)])
+        found.names = [self.classes[label] for label in found.pred_classes.tolist()]
+        return found
+
+
+def load(
+    run: str | Path, *, checkpoint: str = "", device: str = "auto", threshold: float = 0.5
+) -> Loaded:
+    """The detector that a run has trained: ``revdet.load(RUN)("photo.jpg")``.
+
+    Args:
+        run: its ``train.output_dir``.
+        checkpoint: a file in the place of ``model_final.pth``, or of the newest one before the end.
+        device: ``cuda``, ``cpu``, …; ``auto``: a GPU where there is one.
+        threshold: lower scores are left out, 0 to 1.
+
+    Raises:
+        UserError: the folder holds no run with a checkpoint, or that cannot be read.
+    """
+    cfg = load_config(str(Path(run) / "config.yaml"))
+    final = Path(run) / "model_final.pth"
+    file = checkpoint or (final if final.is_file() else checkpoint_to_resume(Path(run)))
+    if file is None:
+        raise UserError(f"{run} holds no checkpoint yet")
+    on = try_device(device, f"device={device}", "try cpu")
+    detector = Detector(cfg, str(file), device=str(on), threshold=threshold)
+    return Loaded(detector, [category["name"] for category in categories_of(cfg, str(file))])
 
 
 def batches(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:

@@ -1,0 +1,149 @@
+"""Make a COCO-format file of the files that labelling tools write: YOLO, Pascal VOC, LabelMe.
+
+    python -m revdet.convert labels/ train.json --images photos/          # YOLO: NAME.txt per image
+    python -m revdet.convert annotations/ train.json --images photos/     # VOC: NAME.xml
+    python -m revdet.convert labelled/ train.json                         # LabelMe: NAME.json
+
+YOLO's boxes and polygons, VOC's boxes, LabelMe's polygons and rectangles. The images lie in
+--images (SOURCE, if it is not given) under the names of their label files. YOLO's numbers get names
+from `classes.txt` or `data.yaml` in SOURCE or above it. A file that cannot be read is left out,
+counted and named; so are images without a label file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from backbones.common.console import make_parser, name_unreadable, run_command
+from backbones.common.errors import UserError, error_line
+from backbones.common.files import write_json
+from backbones.common.images import header_size, image_suffixes
+
+Shape = tuple[str, list[float]]  # a class and a polygon x, y, x, y, …; of a box, its four numbers
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns the exit status: 2 for what the user can fix."""
+    parser = make_parser("python -m revdet.convert", __doc__)
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="folder of label files, searched in depth")
+    add("output", type=Path, metavar="OUT.json", help="COCO-format file")
+    add("--images", type=Path, metavar="FOLDER", help="where the images are (SOURCE)")
+    return run_command(parser, _convert, argv)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    folder = args.images or args.source
+    for given in (args.source, folder):
+        if not given.is_dir():
+            raise UserError(f"{given} is no folder: give the one of the labels, and --images")
+    kinds = {".xml": _voc, ".json": _labelme, ".txt": _yolo(args.source)}
+    every, notes = sorted(args.source.rglob("*")), {"classes.txt", args.output.name}
+    labels = [file for file in every if file.suffix in kinds and file.name not in notes]
+    if not labels:
+        formats = ".txt (YOLO), .xml (VOC) or .json (LabelMe)"
+        raise UserError(f"{args.source} holds no label file: {formats}")
+    suffixes = image_suffixes()
+    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in suffixes]
+    there = {file.relative_to(folder).with_suffix(""): file for file in files}
+    images: list[dict[str, Any]] = []
+    found: list[tuple[int, Shape]] = []
+    unreadable: dict[str, str] = {}
+    for file in labels:
+        path = there.get(file.relative_to(args.source).with_suffix(""))
+        try:
+            if path is None:
+                raise ValueError(f"no image of this name in {folder}")
+            width, height = header_size(path)
+            if not width:
+                raise ValueError(f"{path} is no image")
+            shapes = list(kinds[file.suffix](file, width, height))
+        except Exception as error:  # a damaged file fails in any way
+            unreadable[str(file)] = error_line(error)
+            continue
+        name = path.relative_to(folder).as_posix()
+        images.append({"id": len(images) + 1, "file_name": name, "width": width, "height": height})
+        found += [(len(images), shape) for shape in shapes]
+    names = sorted({name for _, (name, _) in found})
+    ids = {name: number for number, name in enumerate(names, 1)}
+    annotations = [
+        {"id": number, "image_id": image, "category_id": ids[name], **_geometry(points)}
+        for number, (image, (name, points)) in enumerate(found, 1)
+    ]
+    categories = [{"id": number, "name": name} for name, number in ids.items()]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    if not annotations:
+        name_unreadable(unreadable, None)
+        raise UserError(f"no object in the {len(labels)} label files of {args.source}")
+    write_json(args.output, content, indent=None)
+    what = f"{len(images)} images, {len(annotations)} objects of {', '.join(names)}"
+    print(f"{what} -> {args.output}")
+    used = {str(there.get(file.relative_to(args.source).with_suffix(""))) for file in labels}
+    unreadable |= {str(file): "has no label file" for file in files if str(file) not in used}
+    name_unreadable(unreadable, None)
+
+
+def _geometry(points: list[float]) -> dict[str, Any]:
+    """Box, area and, of a polygon, segmentation."""
+    xs, ys = points[0::2], points[1::2]
+    left, top, width, height = min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
+    shape: dict[str, Any] = {
+        "bbox": [left, top, width, height],
+        "area": width * height,
+        "iscrowd": 0,
+    }
+    if len(points) > 4:
+        turned = zip(xs, ys, [*xs[1:], xs[0]], [*ys[1:], ys[0]], strict=True)
+        shape["area"] = abs(sum(x * v - u * y for x, y, u, v in turned)) / 2
+        shape["segmentation"] = [points]
+    return shape
+
+
+def _voc(file: Path, width: int, height: int) -> Iterator[Shape]:
+    for thing in ElementTree.parse(file).getroot().iter("object"):
+        box = [float(thing.findtext(f"bndbox/{k}", "")) for k in ("xmin", "ymin", "xmax", "ymax")]
+        yield thing.findtext("name", "").strip(), [box[0] - 1, box[1] - 1, box[2], box[3]]
+
+
+def _labelme(file: Path, width: int, height: int) -> Iterator[Shape]:
+    for shape in json.loads(file.read_bytes())["shapes"]:
+        points = [float(value) for point in shape["points"] for value in point]
+        if len(points) < 6 and shape.get("shape_type") != "rectangle":
+            raise ValueError(f"a {shape.get('shape_type')} has no area: label it as a polygon")
+        yield str(shape["label"]), points
+
+
+def _yolo(source: Path) -> Any:
+    names: list[str] | dict[Any, str] = []
+    for folder in (source, *source.resolve().parents[:2]):
+        if (file := folder / "classes.txt").is_file():
+            names = file.read_text(encoding="utf-8-sig").splitlines()
+        elif (file := folder / "data.yaml").is_file():
+            import yaml
+
+            names = yaml.safe_load(file.read_text(encoding="utf-8"))["names"]
+        if names:
+            break
+
+    def read(file: Path, width: int, height: int) -> Iterator[Shape]:
+        for line in filter(None, file.read_text(encoding="utf-8-sig").splitlines()):
+            label, *numbers = line.split()
+            values = [float(x) * (height if i % 2 else width) for i, x in enumerate(numbers)]
+            if len(values) == 4:
+                x, y, w, h = values
+                values = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
+            elif len(values) < 6 or len(values) % 2:
+                raise ValueError(f"{line!r} is no `class x y w h` and no polygon")
+            yield str(names[int(label)]) if names else label, values
+
+    return read
+
+
+if __name__ == "__main__":
+    sys.exit(main())
