@@ -21,7 +21,7 @@ from backbones.weights.formats import convert_state_dict
 from backbones.weights.loading import LoadReport, load_model, load_weights, save_weights
 from backbones.weights.pyslowfast import from_pyslowfast
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DriftReport",
