@@ -22,7 +22,8 @@ _ERRORS = (ValueError, OSError, ImportError, torch.OutOfMemoryError)
 def make_parser(prog: str, doc: str | None) -> argparse.ArgumentParser:
     """The parser of ``prog``, or of the script that is run, with the help of :func:`explain`."""
     called = Path(sys.argv[0])
-    parser = argparse.ArgumentParser(prog=prog if called.suffix else called.name)
+    ours = called.name.startswith(("backbones", "revdet", "revvideo")) and not called.suffix
+    parser = argparse.ArgumentParser(prog=called.name if ours else prog)
     explain(parser, doc)
     return parser
 
