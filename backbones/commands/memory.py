@@ -8,8 +8,8 @@ examples:
       --budget 16GB --plot memory.png
 
 'store' keeps all activations, 'checkpoint' the input of each block, 'reversible' rebuilds them.
-A budget adds the mixture that backbones.fit_memory chooses: as many of the last blocks stored
-as fit.
+A budget adds what backbones.fit_memory chooses: the products that the blocks keep, or how many
+of the last ones are stored. The picture shows what speed can be had for which bytes.
 
 The rows, at the moment of the peak: stem, stages and head are what these made in the forward
 pass and is still alive; 'working set' is what the backward pass and the optimizer need for the
@@ -108,9 +108,12 @@ def run(options: argparse.Namespace) -> None:
             f"  backbones.set_memory(model, {saving!r}, {plan.stored_blocks}, keep={plan.keep!r})"
         )
     if options.plot:
-        from backbones.commands.memory_plot import plot
+        from backbones.commands.memory_plot import frontier, plot
 
-        plot(steps, title, budget, options.plot)
+        show_progress("counting what a byte buys")
+        curves = frontier(simulation)
+        show_progress("")
+        plot(steps, title, budget, options.plot, curves)
 
 
 def _check_plot(path: Path) -> None:

@@ -6,29 +6,75 @@ from collections.abc import Mapping
 from typing import Any
 
 from backbones.memory.budget import readable
-from backbones.memory.simulation import StepMemory
+from backbones.memory.frontier import keeps_by_worth
+from backbones.memory.simulation import Simulation, StepMemory
+
+Curves = dict[str, list[tuple[int, float]]]  # peaks in bytes, and speeds beside "store"
+
+_POINTS = 10  # of a curve
 
 
-def plot(steps: Mapping[str, StepMemory], title: str, budget: int | None, path: str) -> None:
-    """Write a picture of training steps: the parts of each peak, and the bytes over each step.
+def frontier(simulation: Simulation) -> Curves:
+    """Peak and speed by operation count of what ``fit_memory`` chooses from, and of what else
+    there is: whole blocks stored, checkpointed blocks, and these with their products kept (torch's
+    selective checkpointing)."""
+    policy, blocks = simulation.saving_policy, simulation.blocks
+    fastest = simulation.step("store").operations
+
+    def point(*setting: Any) -> tuple[int, float]:
+        step = simulation.step(*setting)
+        return step.peak_bytes, fastest / step.operations
+
+    keeps = keeps_by_worth(simulation)
+    some = sorted({round(i * (len(keeps) - 1) / _POINTS) for i in range(_POINTS + 1)})
+    counts = sorted({round(i * blocks / _POINTS) for i in range(_POINTS + 1)})
+    return {
+        "products kept": [point(policy, 0, keeps[i]) for i in some],
+        "whole blocks stored": [point(policy, count, ()) for count in counts],
+        "checkpoint": [point("checkpoint", 0, ())],
+        "selective checkpoint": [point("checkpoint", 0, keeps[-1])],
+        "store": [point("store", 0, ())],
+    }
+
+
+def plot(
+    steps: Mapping[str, StepMemory], title: str, budget: int | None, path: str, curves: Curves
+) -> None:
+    """Write a picture of training steps: the parts of each peak, the bytes over each step, and
+    what speed can be had for which bytes.
 
     Args:
+        curves: of :func:`frontier`.
         steps: by the name of the policy; one of them is ``"store"``.
         budget: in bytes, drawn as a line.
         path: of the file; its suffix decides the format.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12.0, 4.8), layout="constrained")
-    of_parts, of_time = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(17.0, 4.8), layout="constrained")
+    of_parts, of_time, of_speed = figure.subplots(1, 3)
+    of_time.sharey(of_parts)
     for axes in (of_parts, of_time):
         axes.spines[["top", "right"]].set_visible(False)
         if budget is not None:
             axes.axhline(budget / 1e9, color="black", linestyle="--", linewidth=1, label="budget")
     _draw_parts(of_parts, steps)
     _draw_time(of_time, steps)
+    _draw_curves(of_speed, curves, budget)
     figure.suptitle(f"Memory of a training step: {title}")
     figure.savefig(path, dpi=150)
+
+
+def _draw_curves(axes: Any, curves: Curves, budget: int | None) -> None:
+    for name, points in curves.items():
+        size, speed = zip(*points, strict=True)
+        axes.plot([x / 1e9 for x in size], speed, "o-" if len(points) > 1 else "D", label=name)
+    if budget is not None:
+        axes.axvline(budget / 1e9, color="black", linestyle="--", linewidth=1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlabel="GB at the peak", ylabel='speed, "store" being 1, by operation count')
+    axes.set_title("what a byte buys", loc="left")
+    axes.legend(frameon=False, fontsize=8)
 
 
 def _draw_parts(axes: Any, steps: Mapping[str, StepMemory]) -> None:

@@ -13,6 +13,7 @@ import torch
 from backbones import RevViT
 from backbones.__main__ import main
 from backbones.commands import memory
+from backbones.commands.memory_plot import frontier
 from backbones.memory.budget import parse_budget
 from backbones.registry import MODELS, ModelRecord
 from tests.backbones.helpers import Capture, refused
@@ -78,6 +79,14 @@ def test_a_picture(capsys: Capture, tmp_path: Path) -> None:
     picture = tmp_path / "memory.png"
     run(capsys, "--budget", "11MB", "--plot", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
+    # What fit_memory chooses from is never behind whole blocks, nor behind checkpointing.
+    curves = frontier(memory._simulate("small", (16, 3, 64, 64), torch.device("cuda"), None))
+    best = curves.pop("products kept")
+    assert best == sorted(best) and len(best) > 5
+    assert [len(points) for points in curves.values()] == [4, 1, 1, 1]
+    for size, speed in (p for name in ("whole blocks stored", "store") for p in curves[name]):
+        affordable = [fast for bytes_, fast in best if bytes_ <= size * 1.02]
+        assert max(affordable) >= speed - 0.03
 
 
 def test_the_speed_is_measured_on_request(capsys: Capture) -> None:
