@@ -24,7 +24,7 @@ from backbones.common.settings import (
     verbatim,
 )
 from revvideo.data.stills import IMAGES
-from revvideo.settings import RECIPES, Config
+from revvideo.settings import RECIPES, Config, DataConfig
 
 BASE = "base"
 Tree = dict[str, Any]  # as YAML has it: sections, or what stands in their place
@@ -137,6 +137,11 @@ def _check_together(config: Config) -> None:
         for name, value in {**one, "test.crops": config.test.crops}.items():
             if value != 1:
                 raise UserError(f"data.layout=images: an image is one frame, set {name}=1")
+        if (config.data.mean, config.data.std) != (DataConfig().mean, DataConfig().std):
+            raise UserError(
+                f"data.mean={config.data.mean} data.std={config.data.std} are of videos: images "
+                "are normalised by ImageNet's, leave both out"
+            )
     views, given = config.test.views, (config.test.clips, config.test.crops)
     if views == "published" and given != (5, 1):
         raise UserError(

@@ -37,7 +37,7 @@ class DataConfig:
     stride: int = key(4, "from one to the next, in frames at 30 per second; 0: a still", low=0)
     crop_size: int = key(224, "height and width of what the model sees, in pixels", low=8)
     decode_short_side: int = key(0, "shrink to this shorter side while decoding; 0: no", low=0)
-    mean: float = key(0.45, "subtracted from pixels in [0, 1] …")
+    mean: float = key(0.45, "of videos: subtracted from pixels in [0, 1] …")
     std: float = key(0.225, "… which are then divided by this", low=1e-6)
     workers: int = key(8, "loader processes of each training process", low=0)
 

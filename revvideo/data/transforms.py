@@ -6,6 +6,7 @@ all its frames.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from typing import Any, cast
@@ -22,6 +23,8 @@ from backbones.common.errors import UserError
 from backbones.common.images import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 from revvideo.data.stills import IMAGES
 from revvideo.settings import AugmentConfig, DataConfig, TestConfig
+
+_logger = logging.getLogger("revvideo")
 
 
 class _RandAugment:
@@ -74,6 +77,8 @@ class TrainTransform(v2.Compose):
         if recipe := augment.rand_augment:
             fill = {"img_mean": tuple(round(255 * x) for x in IMAGENET_MEAN)} if images else {}
             steps.insert(len(steps) if images else 1, _RandAugment(recipe, **fill))
+            if augment.color_jitter:
+                _logger.info("augment.color_jitter gives way to augment.rand_augment")
         elif jitter := augment.color_jitter:
             steps.append(v2.ColorJitter(jitter, jitter, jitter))
         steps += _to_float(data)

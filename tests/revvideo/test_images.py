@@ -122,6 +122,7 @@ def test_recipes_build_and_step(recipe):
     [
         (["data.num_frames=2"], ["data.num_frames=1"]),
         (["test.clips=3"], ["test.clips=1"]),
+        (["data.mean=0.5"], ["data.mean=0.5", "ImageNet's"]),
         (["model.name=rev_mvit_base_16x4", "model.arguments={}"], ["a model of images"]),
         (["data.val_split=none"], ["holds no folders of classes with images"]),
     ],
