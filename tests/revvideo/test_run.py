@@ -34,7 +34,7 @@ def test_a_run_leaves_its_results_and_tests_the_same_again(videos, tmp_path, cap
     output = tmp_path / "run"
     assert main(arguments(videos, output, "test.clips=2")) == 0
     first = results(output)
-    assert first["test"].keys() == {"top1", "top5", "videos", "of", "clips", "crops"}
+    assert first["test"].keys() == {*("top1", "top5", "videos", "of", "what", "clips", "crops")}
     assert (first["test"]["videos"], first["test"]["of"]) == (7, 7)
     assert first["run"]["steps"] == 8 and first["run"]["memory"] == "reversible"
     assert 0 <= first["run"]["data_wait"] <= 1
