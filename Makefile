@@ -4,7 +4,7 @@ PY = $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test lint format bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,6 +37,10 @@ bench: setup ## run every benchmark that needs no GPU, then write docs/benchmark
 	done
 	$(PY) -m benchmarks.report
 
+docs: setup ## build the pages of docs/ into site/
+	$(PY) -m pip install -q -e '.[docs]' -c constraints.txt
+	$(PY) -m mkdocs build --strict
+
 clean: ## remove what runs wrote (output/, outputs/, lightning_logs/), builds and caches; keeps .venv and datasets
-	rm -rf output outputs lightning_logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf site output outputs lightning_logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find $(wildcard backbones revdet revvideo demo configs tests benchmarks) -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -2,10 +2,11 @@
 
     python -m benchmarks.bench_keep                  # about five minutes on one CPU core
 
-Between reversed blocks, which keep nothing, and stored ones: chosen linear layers, all products, or
-half of the blocks stored; beside torch's checkpointing of each block, plain and selective. All in
-turn on the same parameters and images (see `benchmarks.measuring`), on one thread and by the clock
-of the processor, so that what else the machine does counts little.
+Between reversed blocks, which keep nothing, and stored ones: chosen linear layers, all products,
+half of the blocks stored, or what `fit_memory` chooses within half of the bytes; beside
+torch's checkpointing of each block, plain and selective. All in turn on the same parameters and
+images (see `benchmarks.measuring`), on one thread and by the clock of the processor, so that what
+else the machine does counts little.
 """
 
 from __future__ import annotations
@@ -14,34 +15,18 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
-from backbones import create_model, set_memory
+from backbones import create_model
 from backbones.common.files import write_json
 from benchmarks.bench_speed import compare
-from benchmarks.contestants import EAGER, Contestant, torch_checkpoint
+from benchmarks.contestants import EAGER, KEEPING, Contestant, fitted, torch_checkpoint
 from benchmarks.measuring import RESULTS, Json, Trainer, facts, parser_of, sharing, slug
-
-
-def keeping(keep: Any) -> Contestant:
-    """Reversed blocks that keep the outputs of these layers."""
-
-    def apply(model: nn.Module) -> None:
-        set_memory(model, "reversible", keep=keep)
-
-    return apply
-
 
 CONTESTANTS: dict[str, Contestant] = {
     "store": EAGER["store"],
-    "nothing kept": keeping(()),
-    "g.mlp.fc2 kept": keeping(["g.mlp.fc2"]),
-    "g.mlp.fc2, g.mlp.fc1 kept": keeping(["g.mlp.fc2", "g.mlp.fc1"]),
-    "g.mlp.fc2, g.mlp.fc1, f.attn.qkv kept": keeping(["g.mlp.fc2", "g.mlp.fc1", "f.attn.qkv"]),
-    "products kept": keeping("products"),
+    **KEEPING,
     "half of the blocks stored": EAGER["reversible, half stored"],
     "torch's checkpoint": torch_checkpoint,
     "torch's selective checkpoint, products": EAGER["selective checkpoint"],
@@ -53,8 +38,9 @@ def run(args: argparse.Namespace) -> dict[str, Json]:
     model = create_model(args.model, num_classes=0, depth=args.depth, img_size=args.img_size)
     shape = (args.batch, 3, args.img_size, args.img_size)
     trainer = Trainer(shape, torch.device("cpu"), clock=time.process_time)
-    result = compare(model.train(), trainer, CONTESTANTS, args.rounds)
-    for name, apply in CONTESTANTS.items():
+    contestants = CONTESTANTS | {"fitted into half of the bytes": fitted(torch.zeros(shape))}
+    result = compare(model.train(), trainer, contestants, args.rounds)
+    for name, apply in contestants.items():
         own = sharing(model)
         apply(own)
         result[name]["held"] = trainer.held(own)

@@ -11,15 +11,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
 
-from backbones import compile_blocks, set_memory
+from backbones import compile_blocks, fit_memory, set_memory
 from backbones.engine.policies import blocks_of
+from backbones.memory.budget import predict_memory
 
 Contestant = Callable[[nn.Module], None]
 
@@ -102,4 +103,46 @@ COMPILED: dict[str, Contestant] = {
     "reversible, compiled": _policy("reversible", compiled=True),
     "reversible, half stored, compiled": _policy("reversible", 0.5, compiled=True),
 }
-ALL = EAGER | COMPILED
+
+
+def keeping(keep: Any) -> Contestant:
+    """Reversed blocks that keep the outputs of these layers."""
+
+    def apply(model: nn.Module) -> None:
+        set_memory(model, "reversible", keep=keep)
+
+    return apply
+
+
+KEEPING: dict[str, Contestant] = {
+    "nothing kept": keeping(()),
+    "g.mlp.fc2 kept": keeping(["g.mlp.fc2"]),
+    "g.mlp.fc2, g.mlp.fc1 kept": keeping(["g.mlp.fc2", "g.mlp.fc1"]),
+    "g.mlp.fc2, g.mlp.fc1, f.attn.qkv kept": keeping(["g.mlp.fc2", "g.mlp.fc1", "f.attn.qkv"]),
+    "products kept": keeping("products"),
+}
+
+
+def fitted(images: Tensor) -> Contestant:
+    """`fit_memory`, with the largest budget of which it holds half of what ``"store"`` holds.
+
+    Held is what is alive between forward and backward pass, to within a hundredth.
+    """
+
+    def apply(model: nn.Module) -> None:
+        low, high = (predict_memory(model, images, policy) for policy in ("reversible", "store"))
+        enough, too_much = low.peak_bytes, high.peak_bytes + 1
+        while too_much - enough > high.held_bytes // 100:
+            budget = (enough + too_much) // 2
+            plan = fit_memory(model, images, budget)
+            held = predict_memory(model, images, plan.policy, plan.stored_blocks, keep=plan.keep)
+            if held.held_bytes <= high.held_bytes / 2:
+                enough = budget
+            else:
+                too_much = budget
+        fit_memory(model, images, enough)
+
+    return apply
+
+
+ALL = EAGER | COMPILED | {name: KEEPING[name] for name in list(KEEPING)[1:]}

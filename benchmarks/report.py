@@ -185,6 +185,18 @@ def _decode(results: Json) -> Iterator[str]:
     )
     rows = [[name, f"{rate:.1f}"] for name, rate in found["clips_per_second_per_core"].items()]
     yield table(["dataset", "clips"], rows)
+    yield (
+        f"Written again by `python -m revvideo.transcode`, the files decode "
+        f"{found['transcoded_relative_to_not']:.1f} times as fast, at "
+        f"{found['transcoded_bytes']} times the bytes and {found['transcoded_psnr']} dB."
+    )
+    yield f"{results['videos_by_codec']} videos of other codecs; –: cannot read them:"
+    names = [*dict.fromkeys(name for rates in results["codecs"].values() for name in rates)]
+    rows = [
+        [codec, *(f"{rates[name]:.1f}" if name in rates else "–" for name in names)]
+        for codec, rates in results["codecs"].items()
+    ]
+    yield table(["codec", *names], rows)
     yield origin(results)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from backbones.common.settings import describe, key
 
+LOGGERS = ("tensorboard", "wandb", "mlflow")
 POLICIES = ("store", "checkpoint", "reversible")
 
 
@@ -79,6 +80,7 @@ class TrainConfig:
     checkpointer: CheckpointerConfig = field(default_factory=CheckpointerConfig)
     eval_period: int = key(5000, "iterations between evaluations; 0: at the end only", low=0)
     log_period: int = key(20, "iterations between two lines of metrics.json", low=1)
+    loggers: list[str] = key(["tensorboard"], "of tensorboard, wandb, mlflow", choices=LOGGERS)  # noqa: RUF009
     check_data: bool = key(True, "decode every image before training starts")
     pictures: int = key(8, "validation images drawn with their predictions at the end", low=0)
 

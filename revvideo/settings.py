@@ -11,6 +11,7 @@ from backbones.common.settings import describe, key
 
 RECIPES = Recipes(Path(__file__).parent, ("video", "image"), ".yaml")
 
+_LOGGERS = ("tensorboard", "wandb", "mlflow")
 _STRATEGIES = ("auto", "ddp", "fsdp")
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 _SAMPLERS = ("exact", "random", "random_multi")
@@ -119,6 +120,7 @@ class TrainConfig:
     )
     memory_slices: int = key(1, "parts of the batch in which the other blocks run", low=1)
     memory_budget: str = key("", "'12GB', or 'auto' on a GPU: chooses all four by what fits")
+    loggers: list[str] = key(["tensorboard"], "of tensorboard, wandb, mlflow", choices=_LOGGERS)  # noqa: RUF009
     log_every: int = key(20, "steps between two lines of metrics.csv", low=1)
     checkpoint_every: int = key(500, "steps between two checkpoints", low=1)
     val_every: int = key(1, "epochs between two validations (one clip, one crop)", low=1)

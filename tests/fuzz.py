@@ -1,6 +1,6 @@
 """Broken input of several kinds, through the project's own functions; from the project's root:
 
-    python -m tests.fuzz images|coco|configs|checkpoints [--count N] [--seed N]
+    python -m tests.fuzz videos|images|coco|configs|checkpoints [--count N] [--seed N]
 
 Each case changes a good file at random, the same ones for the same seed, and runs in a forked child
 with a watchdog and a limit on its memory. It may be taken, or refused by an error of the project.
@@ -134,6 +134,85 @@ def damaged(raw: bytes, rnd: random.Random) -> bytes:
             at = rnd.randrange(length)
             data[at:at] = data[at : at + 500]
     return bytes(data)
+
+
+class Videos:
+    """Files of several containers and codecs, their packets, boxes and tables changed."""
+
+    def __init__(self, folder: Path) -> None:
+        import av
+
+        from revvideo.config import load_config
+        from tests.revvideo.make_videos import encode
+
+        av.logging.set_level(None)
+        self.config = load_config(ROOT / "configs/video/demo/motion.yaml")
+        kinds: dict[str, dict[str, Any]] = {
+            "v.mp4": {"sound": True, "rotation": 90},
+            "v.mov": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
+            "v.mkv": {"times": [0, 3, 4, 9, *range(10, 26)], "frames": 20},
+            "v.webm": {"codec": "libvpx", "options": {"cpu-used": "8"}},
+            "v.avi": {"codec": "mpeg4", "options": {"bf": "2"}},
+            "v.ts": {},
+        }
+        for name, how in kinds.items():
+            encode(folder / name, **how)
+        self.sources = [(folder / name).read_bytes() for name in kinds]
+        self.endings = [Path(name).suffix for name in kinds]
+        self.read(folder / "v.mp4")  # here, so that the children need not import what it takes
+
+    def case(self, rnd: random.Random, path: Path) -> Callable[[], Any]:
+        number = rnd.randrange(len(self.sources))
+        raw, ending = self.sources[number], self.endings[number]
+        match rnd.choice(["bytes", "bytes", "splice", "boxes", "ending"]):
+            case "bytes":
+                raw = damaged(raw, rnd)
+            case "splice":
+                other = rnd.choice(self.sources)
+                raw = raw[: rnd.randrange(len(raw))] + other[rnd.randrange(len(other)) :]
+            case "boxes":
+                raw = self.boxes(raw, rnd)
+            case "ending":
+                ending = rnd.choice([*self.endings, ".mpg", ""])
+        path = path.with_suffix(ending)
+        path.write_bytes(raw)
+        return lambda: self.read(path)
+
+    def boxes(self, raw: bytes, rnd: random.Random) -> bytes:
+        """Numbers in the tables of an mp4 file, and the sizes of these."""
+        data = bytearray(raw)
+        names = (
+            b"stts stsz stco stsc ctts elst mdhd mvhd tkhd stss avcC stsd moov trak mdat".split()
+        )
+        found = [place for place in map(raw.find, names) if place > 0]
+        numbers = [0, 1, 2**32 - 1, 2**31 - 1, 2**31, 10**9, 65536]
+        for _ in range(rnd.choice([1, 2, 4]) if found else 0):
+            at = rnd.choice(found) + rnd.choice([-4, *range(4, 44, 4)])
+            data[at : at + 4] = rnd.choice(numbers).to_bytes(4, "big")
+        return bytes(data)
+
+    def read(self, path: Path) -> Any:
+        from revdet.prediction.media import UnreadableError, VideoReader
+        from revvideo.data.clips import ClipDataset, collate, test_clips, train_clips
+        from revvideo.data.decode import probe
+        from revvideo.data.manifest import VideoRecord
+        from revvideo.data.transforms import TestTransform, TrainTransform
+
+        data, augment, test = self.config.data, self.config.augment, self.config.test
+        problems = []
+        for clips, transform in (
+            (test_clips(data, test), TestTransform(test, data)),
+            (train_clips(data, augment), TrainTransform(augment, data)),
+        ):
+            record = VideoRecord(str(path), 0)
+            dataset = ClipDataset([record], "", clips, transform, short_side=80)
+            problems += collate([dataset[0, 0]])["problems"]
+        with contextlib.suppress(UnreadableError), VideoReader(path) as reader:
+            for number, _ in enumerate(reader):
+                if number > 400:
+                    break
+        probe(path, deep=True)
+        return problems[0][1] if problems else None
 
 
 class Images:
@@ -539,7 +618,13 @@ def arrays_in(tree: Any, rnd: random.Random) -> Any:
     return array
 
 
-KINDS = {"images": Images, "coco": Coco, "configs": Configs, "checkpoints": Checkpoints}
+KINDS = {
+    "videos": Videos,
+    "images": Images,
+    "coco": Coco,
+    "configs": Configs,
+    "checkpoints": Checkpoints,
+}
 
 
 def fuzz(name: str, count: int, seed: int) -> dict[str, str]:

@@ -91,7 +91,8 @@ def check_values(settings: Any, section: type, prefix: str = "") -> None:
         for part in entry.path.split("."):
             value = getattr(value, part)
         rules, where = entry.rules, f"{prefix}.{entry.path}={value}".lstrip(".")
-        if rules["choices"] and value not in rules["choices"]:
+        values = value if typing.get_origin(entry.kind) is list else [value]
+        if rules["choices"] and not set(values) <= set(rules["choices"]):
             raise UserError(f"{where}: choose one of {', '.join(rules['choices'])}")
         # Written so that NaN is refused too.
         if rules["low"] is not None and not value >= rules["low"]:

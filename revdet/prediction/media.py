@@ -58,7 +58,7 @@ class VideoReader:
         options = {"metadata_errors": "ignore"} if old else {}
         try:
             self._container = self._av.open(str(path), **options)
-        except (OSError, ValueError) as error:  # PyAV's errors are both
+        except (self._av.error.FFmpegError, OSError, ValueError) as error:
             raise UnreadableError(error_line(error)) from error
         if not self._container.streams.video:
             self._container.close()
@@ -85,7 +85,7 @@ class VideoReader:
                 pixels = frame.to_ndarray(format="rgb24")
                 turns = round(frame.rotation / 90) % 4  # counterclockwise, as np.rot90 turns
                 yield np.ascontiguousarray(np.rot90(pixels, turns)), last
-        except (OSError, ValueError) as error:
+        except (self._av.error.FFmpegError, OSError, ValueError) as error:
             self.error = error_line(error)
 
     def __enter__(self) -> VideoReader:

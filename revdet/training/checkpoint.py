@@ -80,7 +80,16 @@ class Checkpointer(DetectionCheckpointer):
                 then untouched.
         """
         self._path = str(fetch_weights(path))
-        result: dict[str, Any] = super().load(self._path, *args, **kwargs)
+        try:
+            result: dict[str, Any] = super().load(self._path, *args, **kwargs)
+        except UserError:
+            raise
+        except ValueError as error:  # by the optimizer
+            raise UserError(
+                f"the state of the optimizer in {path} is of other groups of parameters "
+                f"({first_line(error)}): resume with the optimizer.params, such as layer_decay, "
+                "that are in its config.yaml"
+            ) from error
         return result
 
     def _load_file(self, filename: str) -> dict[str, Any]:

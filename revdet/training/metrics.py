@@ -14,6 +14,21 @@ from backbones.common.files import cut_lines, set_aside
 logger = logging.getLogger("revdet")
 
 
+class NewScalars:
+    """Called, the scalars put into the event storage since the last call, by iteration."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, int] = {}
+
+    def __call__(self) -> dict[int, dict[str, float]]:
+        lines: dict[int, dict[str, float]] = {}
+        for key, (value, iteration) in get_event_storage().latest().items():
+            if self._known.get(key) != iteration:
+                self._known[key] = iteration
+                lines.setdefault(iteration, {})[key] = value
+        return dict(sorted(lines.items()))
+
+
 class MetricsWriter(EventWriter):
     """Append to ``metrics.json`` what is new since the last write, one line for each iteration.
 
@@ -36,17 +51,12 @@ class MetricsWriter(EventWriter):
             rows = [row for row in read_metrics(aside) if row["iteration"] < start_iter]
             path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
         self._file = path.open("a", encoding="utf-8")
-        self._written: dict[str, int] = {}
+        self._new = NewScalars()
 
     def write(self) -> None:
         """Write the scalars that have been put into the event storage since the last call."""
-        lines: dict[int, dict[str, float]] = {}
-        for key, (value, iteration) in get_event_storage().latest().items():
-            if self._written.get(key) != iteration:
-                self._written[key] = iteration
-                lines.setdefault(iteration, {})[key] = value
-        for iteration in sorted(lines):
-            line = {**lines[iteration], "iteration": iteration}
+        for iteration, values in self._new().items():
+            line = {**values, "iteration": iteration}
             self._file.write(json.dumps(line, sort_keys=True) + "\n")
         self._file.flush()
 

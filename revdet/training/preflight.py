@@ -17,6 +17,7 @@ from backbones.memory.budget import parse_budget
 from revdet.data.normalise import normalise
 from revdet.training import hardware
 from revdet.training.checkpoint import checkpoint_to_resume, holds_a_run
+from revdet.training.trackers import check_loggers
 from revdet.training.weights import fetch_weights
 
 
@@ -31,6 +32,7 @@ def preflight(cfg: DictConfig, args: argparse.Namespace, held: ExitStack) -> str
     train = cfg.train
     device = hardware.resolve_device(train.device, args.num_gpus)
     _check_budget(train)
+    check_loggers(train.loggers)
     _check_processes(device, args)
     if args.eval_only:
         args.weights = _weights_to_evaluate(cfg, args)

@@ -16,7 +16,7 @@ from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import CommonMetricPrinter, TensorboardXWriter
+from detectron2.utils.events import CommonMetricPrinter
 from omegaconf import DictConfig
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -35,6 +35,7 @@ from revdet.training.optim import build_optimizer
 from revdet.training.preflight import log_to
 from revdet.training.results import finish
 from revdet.training.saving import Evaluating, Saving, was_evaluated
+from revdet.training.trackers import trackers
 from revdet.training.trainer import Trainer
 
 logger = logging.getLogger("revdet")
@@ -238,7 +239,7 @@ def _reporting(
     writers = [
         CommonMetricPrinter(settings.max_iter),  # with the time left, and the memory of a GPU
         metrics,
-        TensorboardXWriter(settings.output_dir, purge_step=start_iter),
+        *trackers(cfg, start_iter),
     ]
     return [
         hooks.CallbackHook(before_step=evaluations.set_iteration),

@@ -12,8 +12,10 @@ import os
 import random
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from backbones.common.seeds import seed_of
 from revvideo.data.decode import Video
 from revvideo.data.manifest import VideoRecord
 from revvideo.data.stills import IMAGES, Still
+from revvideo.data.transforms import Erased
 from revvideo.errors import VideoError
 from revvideo.settings import AugmentConfig, DataConfig, TestConfig
 
@@ -234,15 +237,16 @@ class ClipDataset(Dataset[dict[str, Any]]):
         records: the readable videos of a manifest.
         root: the folder that their paths start from.
         clips: which frames to take: one of the above, or a function like them.
-        transform: from a clip, uint8 (T, 3, H, W), to float (3, T, H, W), or (V, 3, T, H, W) for
-            several crops. May draw from the global generators of torch, Python and NumPy.
+        transform: from a clip, uint8 (T, 3, H, W), to (3, T, H, W), or (V, 3, T, H, W) for several
+            crops; or to a clip and which box of it is to be erased, or None. May draw from the
+            global generators of torch, Python and NumPy.
         short_side: shrink frames to this many pixels on their shorter side while decoding.
         seed: of the run.
         opened: what a file is opened as.
 
-    A sample is a dict: ``video``, float (V, 3, T, H, W), V being all clips times all crops, or None
-    if the file broke after the scan; ``label`` and ``index`` (of the record), int; ``path``; and
-    ``problem``: "", or why there is no video.
+    A sample is a dict: ``video``, (V, 3, T, H, W), V being all clips times all crops, or None if
+    the file broke after the scan; ``erased``, boxes by their number among these; ``label`` and
+    ``index`` (of the record), int; ``path``; and ``problem``: "", or why there is no video.
     """
 
     def __init__(
@@ -250,7 +254,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         records: Sequence[VideoRecord],
         root: str | os.PathLike[str],
         clips: FrameSampler,
-        transform: Callable[[Tensor], Tensor],
+        transform: Callable[[Tensor], Tensor | tuple[Tensor, Erased | None]],
         *,
         short_side: int | None = None,
         seed: int = 0,
@@ -260,6 +264,11 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self._paths = np.array([os.fsencode(record.path) for record in records])
         self._labels = np.array([record.label for record in records], dtype=np.int64)
         self._frames = np.array([record.frames for record in records], dtype=np.int64)
+        self._indices = {
+            number: (record.index, (record.size, record.mtime_ns))
+            for number, record in enumerate(records)
+            if record.index
+        }
         self.root = os.fspath(root)
         self.clips = clips
         self.transform = transform
@@ -273,7 +282,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         index, position = key
         path = os.fsdecode(self._paths[index])
-        video, label, problem = None, int(self._labels[index]), ""
+        video, problem = None, ""
+        erased: dict[int, Erased] = {}
         seed = seed_of(self.seed, position)
         with isolate_rng(include_cuda=False):
             # Not torch.manual_seed, which would seed the generators of the GPUs as well.
@@ -281,32 +291,47 @@ class ClipDataset(Dataset[dict[str, Any]]):
             random.seed(seed)
             np.random.seed(seed)
             try:  # in here: an error that leaves isolate_rng would pass its end by
-                video = self._views(os.path.join(self.root, path), index)
+                video, erased = self._views(os.path.join(self.root, path), index)
             except VideoError as error:
                 problem = error.reason
-        return {"video": video, "label": label, "index": index, "path": path, "problem": problem}
+        sample = {"video": video, "erased": erased, "label": int(self._labels[index])}
+        return {**sample, "index": index, "path": path, "problem": problem}
 
-    def _views(self, path: str, index: int) -> Tensor:
-        with self.opened(path, known_frames=int(self._frames[index])) as video:
+    def _views(self, path: str, index: int) -> tuple[Tensor, dict[int, Erased]]:
+        text, scanned = self._indices.get(index, ("", ()))
+        with suppress(OSError):  # opening it says so
+            status = os.stat(path) if text else None
+            if status and (status.st_size, status.st_mtime_ns) != scanned:
+                text = ""
+        frames = int(self._frames[index])
+        with self.opened(path, known_frames=frames, known_index=text) as video:
             if video.truncated:
                 raise VideoError(video.truncated)
             clips = self.clips(video.timestamps, video.rate)
-            frames = video.frames([number for clip in clips for number in clip], self.short_side)
-        views = [self.transform(clip) for clip in frames.split([len(clip) for clip in clips])]
-        views = [view if view.dim() == 5 else view[None] for view in views]
-        return torch.cat(views) if len(views) > 1 else views[0]
+            numbers = [number for clip in clips for number in clip]
+            decoded = video.frames(numbers, self.short_side)
+        views, erased = [], {}
+        for number, clip in enumerate(decoded.split([len(clip) for clip in clips])):
+            made = self.transform(clip)
+            view, box = made if isinstance(made, tuple) else (made, None)
+            views.append(view if view.dim() == 5 else view[None])
+            if box is not None:
+                erased[number] = box
+        return torch.cat(views) if len(views) > 1 else views[0], erased
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Join samples of a ``ClipDataset`` to a batch; of those that broke only the problem is kept.
 
     Returns:
-        ``video``: float (N, 3, T, H, W), N being the views of all videos; ``label``, ``index``:
-        int64 (N,); ``problems``: a list of (path, reason). If no video is left, N is 0, and
-        ``video`` has the shape (0,).
+        ``video``: (N, 3, T, H, W), N being the views of all videos; ``erased``: boxes by their
+        number among these; ``label``, ``index``: int64 (N,); ``problems``: a list of (path,
+        reason). If no video is left, N is 0, and ``video`` has the shape (0,).
     """
     good = [sample for sample in samples if sample["video"] is not None]
     views = torch.tensor([len(sample["video"]) for sample in good], dtype=torch.int64)
+
+    firsts = accumulate(views.tolist(), initial=0)
 
     def repeated(key: str) -> Tensor:
         values = torch.tensor([sample[key] for sample in good], dtype=torch.int64)
@@ -314,6 +339,11 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     return {
         "video": torch.cat([sample["video"] for sample in good]) if good else torch.empty(0),
+        "erased": {
+            first + number: box
+            for first, sample in zip(firsts, good, strict=False)
+            for number, box in sample.get("erased", {}).items()
+        },
         "label": repeated("label"),
         "index": repeated("index"),
         "problems": [(s["path"], s["problem"]) for s in samples if s["video"] is None],

@@ -8,9 +8,10 @@ rotation, and hides the decoder's errors.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from itertools import chain
 from typing import Literal, cast
@@ -26,7 +27,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from revvideo.data.packets import open_video, read_index
+from revvideo.data.packets import index_from_text, open_video, read_index
 from revvideo.errors import VideoError
 
 
@@ -39,6 +40,7 @@ class VideoInfo:
         duration: in seconds.
         fps: frames per second, the mean.
         width, height: of a frame in pixels, rotated as the file asks for.
+        index: of the packets of a long file, for ``Video``; else "".
     """
 
     frames: int
@@ -46,6 +48,7 @@ class VideoInfo:
     fps: float
     width: int
     height: int
+    index: str = ""
 
 
 def probe(path: str | os.PathLike[str], *, deep: bool = False) -> VideoInfo:
@@ -80,9 +83,11 @@ class Video:
         path: of the file.
         known_frames: how many frames a scan has found. Saves decoding a file whose timestamps
             cannot be relied upon once more, to count them; not used for others.
+        known_index: what a scan has noted of this very file; saves reading through it.
 
     Attributes:
         timestamps: when each frame is shown, in seconds after the first one, ascending.
+        unit: of which they are whole multiples, in seconds.
         rate: frames per second as the file states them, or else the mean.
         truncated: why the file is taken to be cut off; "" if it is whole.
 
@@ -90,17 +95,28 @@ class Video:
         VideoError: the file is missing or empty, is no video, or has no frames.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, known_frames: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        known_frames: int | None = None,
+        known_index: str = "",
+    ) -> None:
         self._path = path
         self._threads = 1 if get_worker_info() is not None else 0
         self._converter = VideoReformatter()
         self._container, self._stream = open_video(path, self._threads)
         self._codec = self._stream.codec_context
         try:
-            self._index = read_index(self._container, self._stream)
+            self._index = (
+                index_from_text(known_index)
+                if known_index
+                else read_index(self._container, self._stream)
+            )
             self.truncated = self._index.truncated
             rate = self._stream.average_rate or self._stream.guessed_rate
             unit = self._stream.time_base
+            self.unit = unit or Fraction(1)
             if self._index.reliable and unit is not None:
                 shown, over, under = self._index.shown, unit.numerator, unit.denominator
                 self.timestamps = [(pts - shown[0]) * over / under for pts in shown]
@@ -110,6 +126,7 @@ class Video:
                     self.timestamps = [float((pts - times[0]) * unit) for pts in times]
                 else:
                     self.timestamps = [float(number / rate) for number in range(count)]
+                    self.unit = 1 / rate
             else:
                 raise VideoError("has neither timestamps nor a frame rate")
             if not self.timestamps:
@@ -143,7 +160,8 @@ class Video:
         """
         height, width = self.frames([0]).shape[-2:]
         duration = round(len(self) / self._fps, 3)
-        return VideoInfo(len(self), duration, round(self._fps, 3), width, height)
+        fps, index = round(self._fps, 3), self._index.to_text()
+        return VideoInfo(len(self), duration, fps, width, height, index)
 
     def frames(self, indices: Sequence[int], short_side: int | None = None) -> Tensor:
         """Decode frames.
@@ -219,14 +237,29 @@ class Video:
 
     def _decode_from_start(self, wanted: set[int], short_side: int | None) -> dict[int, np.ndarray]:
         pictures: dict[int, np.ndarray] = {}
-        for count, frame in enumerate(self._all_frames()):
-            number = self._index.numbers.get(frame.pts) if self._index.reliable else count
-            if number in wanted:
-                pictures[number] = self._picture(frame, short_side)
-                if len(pictures) == len(wanted):
-                    return pictures
+        for number, picture in self.pictures(short_side, wanted):
+            pictures[number] = picture
+            if len(pictures) == len(wanted):
+                return pictures
         lost = min(wanted - pictures.keys())
         raise VideoError(f"frame {lost} of {len(self)} does not come out of the decoder")
+
+    def pictures(
+        self, short_side: int | None = None, wanted: Collection[int] | None = None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Number and picture, uint8 (H, W, 3), of each frame that comes out of the decoder.
+
+        Args:
+            short_side: as of :meth:`frames`.
+            wanted: the numbers of some frames; None for all.
+
+        Raises:
+            VideoError: at the first damage that the decoder reports.
+        """
+        for count, frame in enumerate(self._all_frames()):
+            number = self._index.numbers.get(frame.pts) if self._index.reliable else count
+            if number is not None and (wanted is None or number in wanted):
+                yield number, self._picture(frame, short_side)
 
     def decode_all(self) -> int:
         """Decode the whole file; the number of frames that came out.

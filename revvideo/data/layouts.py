@@ -75,7 +75,7 @@ def find_videos(
         from revvideo.data.stills import find_stills  # late, for what scan --help need not have
 
         return find_stills(root, split, classes)
-    file = _annotation_file(root, split, annotations, layout)
+    file = annotation_file(root, split, annotations, layout)
     if layout == "auto":
         layout = "folders" if file is None else _guess_layout(root, split, file)
     if file is None and layout != "folders":
@@ -109,7 +109,7 @@ def splits_of(root: str | os.PathLike[str]) -> list[str]:
     """
     root = _existing_folder(root)
     usual = ("train", "val", "test")
-    found = [s for s in usual if _subfolders(root / s) or _annotation_file(root, s, None)]
+    found = [s for s in usual if _subfolders(root / s) or annotation_file(root, s, None)]
     if not found:
         raise UserError(f"{root} holds none of the splits {', '.join(usual)}: name yours, --split")
     return found
@@ -119,9 +119,10 @@ def _candidates(split: str) -> list[str]:
     return [f"{folder}{split}.{ext}" for folder in ("", "annotations/") for ext in ("csv", "txt")]
 
 
-def _annotation_file(
+def annotation_file(
     root: Path, split: str, annotations: str | os.PathLike[str] | None, layout: Layout = "auto"
 ) -> Path | None:
+    """The file that ``find_videos`` would read; None: folders alone say what there is."""
     if annotations is not None:
         for file in (Path(annotations), root / annotations):
             if file.is_file():
@@ -216,7 +217,7 @@ def _folders(root: Path, split: str, file: Path | None) -> tuple[Collection[str]
             name = Path(path).parts[0]
             if name not in found:
                 raise UserError(f"{file}, line {number}: {base} has no folder {name!r} for {path}")
-            named.append((os.path.relpath(base / path, root), name))
+            named.append((_place(root, split, os.path.relpath(base / path, root)), name))
         return found, named
     others: Counter[str] = Counter()
     for name in found:
@@ -307,8 +308,11 @@ def _is_header(line: str) -> bool:
 
 
 def _place(root: Path, split: str, path: str) -> str:
-    if not (root / path).exists() and (root / split / path).exists():
-        return os.path.join(split, path)
+    """Where a listed file is; also as mp4 instead, as ``revvideo.transcode`` writes it."""
+    for name in (path, str(Path(path).with_suffix(".mp4"))):
+        for place in (name, os.path.join(split, name)):
+            if (root / place).exists():
+                return place
     return path
 
 

@@ -28,6 +28,7 @@ class VideoRecord:
         width, height: in pixels, upright.
         problem: why the file cannot be used; "" if it can.
         size, mtime_ns: of the file when it was scanned, in bytes and nanoseconds; -1 if absent.
+        index: where the frames of a long file lie, as ``Video`` takes it; else "".
     """
 
     path: str
@@ -40,6 +41,7 @@ class VideoRecord:
     problem: str = ""
     size: int = -1
     mtime_ns: int = -1
+    index: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
                 raise ValueError(f"its format is {header['format']!r}, not {_FORMAT!r}")
             kinds = get_type_hints(VideoRecord).items()
             records = [
-                VideoRecord(**{name: kind(row[name]) for name, kind in kinds})
+                VideoRecord(**{name: kind(row[name]) for name, kind in kinds if name in row})
                 for row in csv.DictReader(file)
             ]
             return Manifest(Path(header["root"]), list(header["classes"]), records)

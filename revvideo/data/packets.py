@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import csv
 import os
 import re
+import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
@@ -27,6 +31,7 @@ _ONE_FRAME_PER_PACKET = frozenset(
 _DIVX_PACKED = re.compile(rb"DivX\d+(b|Build)\d+p")  # a packet may then hold two frames
 _NOT_CODED = 16  # bytes; such a small packet of MPEG-4 is no picture
 _KEEP_BYTES = 32 * 2**20
+_LONG = 5000  # packets; an index of so many is worth writing down
 
 # PyAV 18 fails on metadata that are no UTF-8 unless told not to; 19 does not, and takes no word.
 _OPTIONS: dict[str, Any] = {}
@@ -69,6 +74,37 @@ class PacketIndex:
             if self.packets[keyframe] <= self.packets[place]:
                 return keyframe
         raise AssertionError("a reliable index starts with a keyframe that is shown first")
+
+    def to_text(self) -> str:
+        """For :func:`index_from_text`; "" of a short file, which is quickly read, and where it is
+        not reliable or does not fit a field of a csv file."""
+        if not self.reliable or self.truncated or len(self.packets) < _LONG:
+            return ""
+        hidden = [place for place, pts in enumerate(self.packets) if pts not in self.numbers]
+        parts = [np.diff(self.packets, prepend=0), np.diff(self.keyframes, prepend=0), hidden]
+        sizes = [len(self.packets), len(self.keyframes)]
+        numbers = np.concatenate([sizes, *parts]).astype("<i8")
+        text = base64.b64encode(zlib.compress(numbers.tobytes())).decode()
+        return text if len(text) < csv.field_size_limit() else ""
+
+
+def index_from_text(text: str) -> PacketIndex:
+    """What a scan has written down about a file that has not changed since."""
+    numbers = np.frombuffer(zlib.decompress(base64.b64decode(text)), "<i8")
+    first, second = 2 + numbers[0], 2 + numbers[:2].sum()
+    packets = np.cumsum(numbers[2:first])
+    shown = np.sort(np.delete(packets, numbers[second:])).tolist()
+    return PacketIndex(
+        packets=packets.tolist(),
+        places={pts: place for place, pts in enumerate(packets.tolist())},
+        keyframes=np.cumsum(numbers[first:second]).tolist(),
+        shown=shown,
+        numbers={pts: number for number, pts in enumerate(shown)},
+        reliable=True,
+        times=(),
+        data=(),
+        truncated="",
+    )
 
 
 def open_video(path: str | os.PathLike[str], threads: int) -> tuple[InputContainer, VideoStream]:

@@ -30,7 +30,7 @@ class Still:
     rate = 1.0
     truncated = ""
 
-    def __init__(self, path: str | os.PathLike[str], *, known_frames: int | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], **known: object) -> None:
         self._path = os.fspath(path)
 
     def __enter__(self) -> Still:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import random
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -52,14 +53,26 @@ class _RandAugment:
         return tv_tensors.Video(torch.stack(frames))
 
 
+class Erased(NamedTuple):
+    """A box of a clip that is filled with noise once its pixels are normalised.
+
+    Attributes:
+        top, left: its corner.
+        noise: float32 (3, height, width), the same for all frames.
+    """
+
+    top: int
+    left: int
+    noise: Tensor
+
+
 class TrainTransform(v2.Compose):
     """RandAugment, a random crop of random size, flip, colour jitter and random erasing.
 
     RandAugment sees whole frames, as in SlowFast's ``slowfast/datasets/kinetics.py``; of images the
     crop, resized bicubically, and fills with ImageNet's mean, as in its ``imagenet.py`` and timm.
-    In both it takes the place of colour jitter. Takes a clip, uint8 (T, 3, H, W), to float32
-    (3, T, crop_size, crop_size). Draws from torch's RNG; with RandAugment those of Python and NumPy
-    are seeded anew.
+    In both it takes the place of colour jitter. Draws from torch's RNG; with RandAugment those of
+    Python and NumPy are seeded anew.
 
     Args:
         augment, data: the sections of the config.
@@ -81,10 +94,17 @@ class TrainTransform(v2.Compose):
                 _logger.info("augment.color_jitter gives way to augment.rand_augment")
         elif jitter := augment.color_jitter:
             steps.append(v2.ColorJitter(jitter, jitter, jitter))
-        steps += _to_float(data)
-        if augment.erase:
-            steps.append(v2.RandomErasing(augment.erase, value="random"))
-        super().__init__([*steps, _channels_first])
+        super().__init__(steps)
+        self._erase = v2.RandomErasing(augment.erase, value="random") if augment.erase else None
+
+    def __call__(self, clip: Tensor) -> tuple[Tensor, Erased | None]:
+        """uint8 (T, 3, H, W) -> uint8 (3, T, crop_size, crop_size), for :func:`normalised`."""
+        video, erased = super().__call__(clip), None
+        if self._erase and float(torch.rand(1)) < self._erase.p:
+            box = self._erase.make_params([video])
+            if box["v"] is not None:  # one of the proportions asked for was found
+                erased = Erased(box["i"], box["j"], box["v"])
+        return _channels_first(video), erased
 
 
 class TestTransform:
@@ -109,36 +129,52 @@ class TestTransform:
         self._places = [index / (crops - 1) for index in range(crops)] if crops > 1 else [0.5]
         published = test.views == "published"
         self._round = math.ceil if published else round
-        resize, to_float = v2.Resize(test.short_side, antialias=not published), _to_float(data)
-        self._before = [*to_float, resize] if published else [resize]
-        self._after = [] if published else to_float  # where there are fewer pixels
+        self._data = data if published else None
+        self._resize = v2.Resize(test.short_side, antialias=not published)
 
     def __call__(self, clip: Tensor) -> Tensor:
-        """uint8 (T, 3, H, W) -> float32 (crops, 3, T, crop_size, crop_size)."""
+        """uint8 (T, 3, H, W) -> (crops, 3, T, crop_size, crop_size), for :func:`normalised`.
+
+        uint8; of published views and of images float32, normalised already.
+        """
         if self._of_image is not None:  # exactly as python -m backbones evaluate
             image: Tensor = self._of_image(F.to_pil_image(clip[0]))
             return image[None, :, None]
-        video: Any = tv_tensors.Video(clip)
-        for step in self._before:
-            video = step(video)
+        if self._data is not None:
+            clip = normalised(clip.transpose(0, 1), self._data).transpose(0, 1)
+        video = self._resize(tv_tensors.Video(clip))
         height, width = video.shape[-2:]
         crops = []
         for place in self._places:
             down, right = (0.5, place) if width >= height else (place, 0.5)
             top = self._round(down * (height - self._size))
             left = self._round(right * (width - self._size))
-            crop: Any = F.crop(video, top, left, self._size, self._size)
-            for step in self._after:
-                crop = step(crop)
-            crops.append(_channels_first(crop))
+            crops.append(_channels_first(F.crop(video, top, left, self._size, self._size)))
         return torch.stack(crops)
 
 
-def _to_float(data: DataConfig) -> list[Any]:
-    mean, std = [data.mean] * 3, [data.std] * 3
-    if data.layout == IMAGES:
-        mean, std = [*IMAGENET_MEAN], [*IMAGENET_STD]
-    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+def normalised(video: Tensor, data: DataConfig, erased: Mapping[int, Erased] = {}) -> Tensor:
+    """What the model sees of clips, made where they are: until then they are a quarter as large.
+
+    Args:
+        video: (…, 3, T, H, W), uint8; float ones are left as they are.
+        data: that section of the config.
+        erased: of clips (N, 3, T, H, W), by their numbers.
+
+    Returns:
+        float32, of the same shape.
+    """
+    if video.dtype == torch.uint8:
+        mean, std = [data.mean] * 3, [data.std] * 3
+        if data.layout == IMAGES:
+            mean, std = [*IMAGENET_MEAN], [*IMAGENET_STD]
+        scale = torch.tensor([mean, std]).to(video.device, non_blocking=True)[..., None, None, None]
+        video = F.to_dtype(video, torch.float32, scale=True).sub_(scale[0]).div_(scale[1])
+    for number, box in erased.items():
+        height, width = box.noise.shape[-2:]
+        rows, columns = slice(box.top, box.top + height), slice(box.left, box.left + width)
+        video[number, :, :, rows, columns] = box.noise[:, None].to(video)
+    return video
 
 
 def _channels_first(video: tv_tensors.Video) -> Tensor:

@@ -26,7 +26,7 @@ from revvideo.data.clips import (
 from revvideo.data.decode import Video
 from revvideo.data.loader import TestBatches
 from revvideo.data.manifest import VideoRecord
-from revvideo.data.transforms import TestTransform
+from revvideo.data.transforms import TestTransform, normalised
 from revvideo.errors import VideoError
 from revvideo.models import AUTOCAST, TOP_K
 from revvideo.settings import Config
@@ -107,12 +107,13 @@ class Predictor:
 
     @torch.no_grad()
     def score(self, clips: Tensor) -> Tensor:
-        """Clips, float (N, 3, T, H, W), to scores (N, classes), on the CPU."""
+        """Clips (N, 3, T, H, W), as ``TestTransform`` gives them, to scores (N, classes)."""
         dtype = AUTOCAST[self.config.train.precision]
         scores = []
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             for part in clips.split(self.batch_size):
-                logits = self._model(part.to(self.device, non_blocking=True))
+                part = part.to(self.device, non_blocking=True)
+                logits = self._model(normalised(part, self.config.data))
                 scores.append(logits.float().softmax(dim=1).cpu())
         return torch.cat(scores)
 

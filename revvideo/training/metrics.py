@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from backbones.common.errors import optional_import
 from backbones.common.files import cut_lines, replacing
 
 _STEP = "step"  # the first column
@@ -73,3 +75,30 @@ def cut_metrics(path: Path, step: int) -> None:
         return first == _STEP or float(first) < step
 
     cut_lines(path, stays)
+
+
+def trackers(names: Sequence[str], output_dir: Path, start_step: int) -> list[Logger]:
+    """Lightning's loggers of ``train.loggers``.
+
+    Raises:
+        MissingExtra: the library of one is not installed.
+    """
+    made: dict[str, Callable[[], Logger]] = {
+        "tensorboard": lambda: TensorBoardLogger(
+            output_dir, name="tensorboard", version="", purge_step=start_step or None
+        ),
+        "wandb": lambda: WandbLogger(
+            name=output_dir.name, save_dir=output_dir, project="revvideo", resume="allow"
+        ),
+        "mlflow": lambda: MLFlowLogger(
+            experiment_name="revvideo",
+            run_name=output_dir.name,
+            tracking_uri=os.environ.get(
+                "MLFLOW_TRACKING_URI", f"sqlite:///{output_dir.absolute() / 'mlflow.db'}"
+            ),
+        ),
+    }
+    for name in names:
+        if name != "tensorboard":
+            optional_import(name, "trackers", f"train.loggers=[{name}]")
+    return [made[name]() for name in names]

@@ -18,6 +18,7 @@ from backbones.common.errors import UserError
 from backbones.common.seeds import seed_of
 from revvideo.data.mixing import Mixing
 from revvideo.data.stills import IMAGES
+from revvideo.data.transforms import normalised
 from revvideo.data.videos import VideoData
 from revvideo.hub import classifier_of
 from revvideo.models import AUTOCAST, build_model
@@ -157,6 +158,7 @@ class VideoModule(pl.LightningModule):
             video, label, repeats = self._blank_clip(), label.new_zeros(1), 1
         # Clips are mixed with their neighbours, which would be clips of the same video.
         order = torch.arange(len(label)).view(-1, repeats).T.flatten()
+        video = normalised(video, self.config.data, {} if empty else batch["erased"])
         video, target = self._mix(video[order], label[order])
         loss = F.cross_entropy(
             self(video), target, label_smoothing=self.config.augment.label_smoothing
@@ -180,7 +182,8 @@ class VideoModule(pl.LightningModule):
         self._note(batch["problems"])
         video, label, index = batch["video"], batch["label"], batch["index"]
         # A sharded model gathers its weights in each forward pass, on all processes at once.
-        logits = self(video) if len(label) else self(self._blank_clip())[:0]
+        video = normalised(video, self.config.data) if len(label) else self._blank_clip()
+        logits = self(video)[: len(label)]
         scores = logits.float().softmax(dim=1).view(-1, views, logits.shape[1]).mean(dim=1)
         self._scores.append((index[::views], label[::views], scores))
 

@@ -11,7 +11,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from backbones.common.errors import UserError
 from backbones.common.files import locked, make_folder
@@ -30,7 +29,7 @@ from revvideo.training.hardware import (
     trainer_arguments,
 )
 from revvideo.training.log import ProgressBar, StepLog, set_up_log
-from revvideo.training.metrics import MetricsLogger, cut_metrics
+from revvideo.training.metrics import MetricsLogger, cut_metrics, trackers
 from revvideo.training.module import VideoModule
 from revvideo.training.results import METRICS, write_results
 from revvideo.training.saving import Saving, stopped_at, told_to_stop
@@ -142,9 +141,7 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
         callbacks=callbacks,
         logger=[
             MetricsLogger(output_dir / METRICS),
-            TensorBoardLogger(
-                output_dir, name="tensorboard", version="", purge_step=checkpoints.step or None
-            ),
+            *trackers(settings.loggers, output_dir, checkpoints.step),
         ],
         max_epochs=optim.epochs,
         max_steps=optim.max_steps or -1,

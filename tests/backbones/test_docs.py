@@ -38,7 +38,7 @@ def run(block: tuple[str, int, str]) -> dict[str, Any]:
     return names
 
 
-DOCUMENTS = (HEADS, "README.md", "docs/pretrained.md", "docs/package.md")
+DOCUMENTS = ("README.md", *sorted(f"docs/{page.name}" for page in ROOT.glob("docs/*.md")))
 BLOCKS = [block for document in DOCUMENTS for block in blocks_of(document)]
 
 

@@ -95,6 +95,16 @@ def test_a_file_of_averaged_weights_is_not_resumed_without_them(tmp_path):
         Checkpointer(model, training_model=training_model).load(str(tmp_path / "two.pth"))
 
 
+def test_an_optimizer_of_other_groups_is_not_resumed(tmp_path):
+    """As another layer_decay makes them."""
+    model = nn.Linear(3, 2)
+    one = torch.optim.AdamW(model.parameters())
+    Checkpointer(model, str(tmp_path), optimizer=one).save("one")
+    two = torch.optim.AdamW([{"params": [model.weight]}, {"params": [model.bias]}])
+    with pytest.raises(UserError, match=r"one\.pth is of other groups.*layer_decay"):
+        Checkpointer(model, optimizer=two).load(str(tmp_path / "one.pth"))
+
+
 def test_weights_alone_are_not_what_a_run_resumes_from(tmp_path):
     checkpointer = Checkpointer(nn.Linear(3, 2), str(tmp_path), trainer=nn.Linear(1, 1))
     checkpointer.save("model_0000009")

@@ -136,7 +136,7 @@ def test_a_sample_holds_the_frames_of_its_clips_decoded_at_once(make, monkeypatc
     assert len(calls) == 1
     video = sample.pop("video")
     assert video.shape == (6, 3, 4, 48, 64)
-    assert sample == {"label": 3, "index": 0, "path": name, "problem": ""}
+    assert sample == {"erased": {}, "label": 3, "index": 0, "path": name, "problem": ""}
     for view, clip in zip(video, chosen, strict=True):
         expected = np.stack([shown[i] for i in clip]).transpose(3, 0, 1, 2)
         np.testing.assert_array_equal(view.numpy(), expected)

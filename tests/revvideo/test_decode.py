@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
-from revvideo.data import packets
+from revvideo.data import decode, packets
 from revvideo.data.clips import RandomClip, UniformClips
 from revvideo.data.decode import Video, probe
 from revvideo.errors import VideoError
@@ -57,13 +57,22 @@ def assert_frames(video: Video, indices: list[int], shown: list[np.ndarray]) -> 
     )
 
 
-@pytest.mark.parametrize("keep", [True, False], ids=["kept", "sought"])
+@pytest.mark.parametrize("how", ["kept", "sought", "known"])
 @pytest.mark.parametrize("name", KINDS)
-def test_frames_of_a_full_decode(make, monkeypatch, name, keep):
-    if not keep:
+def test_frames_of_a_full_decode(make, monkeypatch, name, how):
+    monkeypatch.setattr(packets, "_LONG", 0)
+    index = ""
+    if how == "known":
+        with Video(make(name)) as video:
+            index, timestamps = video.info.index, video.timestamps
+        assert index or name in DECODED_FROM_START
+    elif how == "sought":
         monkeypatch.setattr(packets, "_KEEP_BYTES", 0)
     shown = full_decode(make(name))
-    with Video(make(name)) as video:
+    if index:
+        monkeypatch.setattr(decode, "read_index", None)
+    with Video(make(name), known_index=index) as video:
+        assert not index or video.timestamps == timestamps
         assert len(video) == len(video.timestamps) == len(shown)
         assert video.truncated == ""
         assert video.timestamps[0] == 0 and video.timestamps == sorted(video.timestamps)

@@ -11,7 +11,7 @@ import torch
 import backbones
 from backbones.registry import MODELS
 from revvideo.config import load_config, save_config
-from revvideo.data.transforms import TestTransform, TrainTransform
+from revvideo.data.transforms import TestTransform, TrainTransform, normalised
 from revvideo.models import build_model
 from revvideo.run import main
 from tests.revvideo.tiny_set import CLASSES, SHRINK, TINY, losses, results
@@ -96,7 +96,7 @@ def test_a_recipe_gives_a_model_and_clips_that_fit_it(recipe, tmp_path):
     with torch.device("meta"):
         model = build_model(config, 101)
     frames = torch.randint(0, 256, (config.data.num_frames, 3, 60, 80), dtype=torch.uint8)
-    clip = TrainTransform(config.augment, config.data)(frames)
+    clip = normalised(TrainTransform(config.augment, config.data)(frames)[0], config.data)
     size = config.data.crop_size
     assert clip.shape == (3, config.data.num_frames, size, size)
     assert TestTransform(config.test, config.data)(frames).shape == (config.test.crops, *clip.shape)

@@ -6,11 +6,15 @@ import csv
 import re
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from backbones.common.errors import UserError
+from revvideo.data import decode, packets
 from revvideo.data import scan as scan_module
+from revvideo.data.clips import ClipDataset, UniformClips
 from revvideo.data.manifest import Manifest, VideoRecord, describe, load_manifest
 from revvideo.data.scan import scan
 from revvideo.scan import main
@@ -77,6 +81,26 @@ def test_manifest_is_read_as_it_was_written(root, tmp_path):
     odd = replace(manifest.records[0], path='a,"b"\n ü.mp4', problem="x, y")
     replace(manifest, records=[odd], classes=["ü", 'q"']).save(path)
     assert load_manifest(path).records == [odd] and load_manifest(path).classes == ["ü", 'q"']
+
+
+def test_where_the_frames_of_long_files_lie_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(packets, "_LONG", 30)
+    encode(tmp_path / "train" / "a" / "long.mp4", 40)
+    encode(tmp_path / "train" / "a" / "short.mp4", 20)
+    path = tmp_path / "manifest.csv"
+    scan(tmp_path, "train", workers=0, manifest_path=path)
+    records = load_manifest(path).records
+    assert [bool(record.index) for record in records] == [True, False]
+    dataset = ClipDataset(records, tmp_path, UniformClips(4, 2), lambda clip: clip)
+    before = dataset[0, 0]["video"]
+    read = Mock(wraps=decode.read_index)
+    monkeypatch.setattr(decode, "read_index", read)
+    assert torch.equal(dataset[0, 0]["video"], before) and not read.called
+    # A manifest from before there was one, and a file that is another than was scanned.
+    path.write_text(path.read_text().replace(",index", "").replace(f",{records[0].index}\n", "\n"))
+    assert [record.index for record in load_manifest(path).records] == ["", ""]
+    encode(tmp_path / "train" / "a" / "long.mp4", 20)
+    assert len(dataset[0, 0]["video"]) == 1 and read.called
 
 
 def test_opens_only_what_has_changed(root, tmp_path, opened):

@@ -12,7 +12,7 @@ from timm.data.auto_augment import rand_augment_transform
 from torchvision import tv_tensors
 
 from revvideo.data.mixing import Mixing
-from revvideo.data.transforms import TestTransform, TrainTransform, _RandAugment
+from revvideo.data.transforms import TestTransform, TrainTransform, _RandAugment, normalised
 from revvideo.settings import AugmentConfig, DataConfig, TestConfig
 
 DATA = DataConfig(crop_size=24)
@@ -27,6 +27,13 @@ def clip(frames: int = 5, height: int = 40, width: int = 56) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     frame = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
     return frame.expand(frames, -1, -1, -1).contiguous()
+
+
+def seen(transform: TrainTransform | TestTransform, clip: torch.Tensor, data=DATA) -> torch.Tensor:
+    """What the model gets to see."""
+    made = transform(clip)
+    video, erased = made if isinstance(made, tuple) else (made, None)
+    return normalised(video[None], data, {} if erased is None else {0: erased})[0]
 
 
 @pytest.mark.parametrize(
@@ -45,14 +52,16 @@ def test_all_frames_of_a_clip_are_treated_alike(augment):
     different = set()
     for seed in range(12):
         torch.manual_seed(seed)
-        out = transform(clip())
+        assert transform(clip())[0].dtype == torch.uint8
+        torch.manual_seed(seed)
+        out = seen(transform, clip())
         assert out.shape == (3, 5, 24, 24) and out.dtype == torch.float32 and out.is_contiguous()
         assert type(out) is torch.Tensor
         assert torch.equal(out, out[:, :1].expand_as(out))
         different.add(out.sum().item())
     assert len(different) == 12
     torch.manual_seed(11)
-    assert torch.equal(transform(clip()), out)  # the generator decides
+    assert torch.equal(seen(transform, clip()), out)  # the generator decides
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
@@ -60,7 +69,7 @@ def test_nothing_is_random_where_nothing_is_asked_for(flip):
     plain = AugmentConfig(scale=[1.0, 1.0], ratio=[1.0, 1.0], flip=flip)
     square = clip(height=24, width=24)
     expected = ((square.float() / 255 - DATA.mean) / DATA.std).transpose(0, 1)
-    out = TrainTransform(plain, DATA)(square)
+    out = seen(TrainTransform(plain, DATA), square)
     torch.testing.assert_close(out, expected.flip(-1) if flip else expected)
 
 
@@ -83,26 +92,27 @@ def test_rand_augment_is_that_of_timm():
 @pytest.mark.parametrize("upright", [False, True])
 def test_crops_lie_along_the_longer_side(upright):
     ramp = RAMP[..., :24, :].transpose(2, 3) if upright else RAMP[..., :24, :]
-    three = TestTransform(TestConfig(short_side=24), AS_IT_IS, crops=3)(ramp)
+    three = seen(TestTransform(TestConfig(short_side=24), AS_IT_IS, crops=3), ramp, AS_IT_IS)
     assert three.shape == (3, 3, 2, 24, 24)
     ends = [(round(float(crop.min())), round(float(crop.max()))) for crop in three]
     assert ends == [(0, 23), (12, 35), (24, 47)]
-    one = TestTransform(TestConfig(short_side=24), AS_IT_IS)(ramp)
+    one = seen(TestTransform(TestConfig(short_side=24), AS_IT_IS), ramp, AS_IT_IS)
     assert torch.equal(one[0], three[1])
 
 
 def test_crops_of_a_square_lie_side_by_side():
     transform = TestTransform(TestConfig(short_side=48), AS_IT_IS, crops=3)
-    crops = transform(RAMP.transpose(2, 3))
+    crops = seen(transform, RAMP.transpose(2, 3), AS_IT_IS)
     assert torch.equal(crops[0], crops[2])  # the columns are alike: only the rows could differ
-    assert [round(float(crop.min())) for crop in transform(RAMP)] == [0, 12, 24]
+    assert [round(float(crop.min())) for crop in seen(transform, RAMP, AS_IT_IS)] == [0, 12, 24]
 
 
 def test_the_short_side_is_resized_before_the_crop():
     video = clip(height=80, width=112)
-    out = TestTransform(TestConfig(short_side=40), DATA)(video)  # half the size: noise averages out
+    half = TestTransform(TestConfig(short_side=40), DATA)
+    out = seen(half, video)  # half the size: noise averages out
     assert out.shape == (1, 3, 5, 24, 24)
-    assert out.std() < 0.75 * TestTransform(TestConfig(short_side=80), DATA)(video).std()
+    assert out.std() < 0.75 * seen(TestTransform(TestConfig(short_side=80), DATA), video).std()
 
 
 def test_published_pixels_are_normalised_then_resized_then_cropped():
@@ -112,7 +122,7 @@ def test_published_pixels_are_normalised_then_resized_then_cropped():
     x = torch.nn.functional.interpolate(x, (41, 123 * 41 // 70), mode="bilinear")
     top, left = 9, 24  # of 17 and 48, what is odd goes before the crop
     expected = x[..., top : top + 24, left : left + 24].transpose(0, 1)
-    torch.testing.assert_close(TestTransform(test, DATA)(video)[0], expected)
+    torch.testing.assert_close(seen(TestTransform(test, DATA), video)[0], expected)
 
 
 CLASSES = 6

@@ -1,0 +1,247 @@
+"""Videos written again for training, by PyAV."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.frame import VideoFrame
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from backbones.common.errors import UserError, error_line
+from backbones.common.files import make_folder, replacing
+from revvideo.data.decode import Video
+from revvideo.data.layouts import Layout, annotation_file, find_videos
+from revvideo.errors import VideoError
+
+_COMPARED = 8  # frames of a file whose PSNR is taken
+_BEST_PSNR = 99.0  # dB, where nothing is lost
+_FINEST = 1_000_000  # parts of a second in which mp4 can count
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How videos are written.
+
+    Attributes:
+        short_side: to which frames are shrunk, in pixels; smaller ones stay as they are.
+        crf: the constant rate factor of x264, 0 to 51.
+        keyframes: frames from one to the next.
+    """
+
+    short_side: int = 256
+    crf: int = 23
+    keyframes: int = 16
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.crf <= 51:
+            raise UserError(f"crf={self.crf} is none of x264's: 0 to 51")
+
+    @property
+    def options(self) -> dict[str, str]:
+        """As the encoder takes them.
+
+        Three of four frames are such as no other refers to, so that of clips that take one frame in
+        four the decoder has only those between to pass through: see ``Video.frames``.
+        """
+        fixed = "bframes=3:b-adapt=0:b-pyramid=none:weightb=0:scenecut=0"
+        return {
+            "crf": str(self.crf),
+            "g": str(self.keyframes),
+            "preset": "fast",
+            "tune": "fastdecode",
+            "x264-params": fixed,
+        }
+
+
+@dataclass
+class Outcome:
+    """What became of the videos of a split.
+
+    Attributes:
+        videos: how many there were.
+        written, left: how many were written now, and stood there already.
+        before, after: bytes of these together.
+        psnr: of each that was written now, in dB, by its path.
+        problems: why others could not be written, by their paths.
+    """
+
+    videos: int
+    written: int = 0
+    left: int = 0
+    before: int = 0
+    after: int = 0
+    psnr: dict[str, float] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.written:,} of {self.videos:,} videos written, {self.left:,} stood there "
+            f"already; {self.before / 1e6:,.1f} MB became {self.after / 1e6:,.1f} MB"
+        )
+        if not self.psnr:
+            return text
+        worst = min(self.psnr, key=self.psnr.__getitem__)
+        mean = sum(self.psnr.values()) / len(self.psnr)
+        return f"{text}; PSNR {mean:.1f} dB, lowest {self.psnr[worst]:.1f} dB of {worst}"
+
+
+def transcode(
+    root: str | os.PathLike[str],
+    to: str | os.PathLike[str],
+    split: str,
+    encoding: Encoding,
+    annotations: str | os.PathLike[str] | None = None,
+    layout: Layout = "auto",
+    workers: int | None = None,
+) -> Outcome:
+    """Write the videos of a split again, below the folder ``to``.
+
+    Args:
+        root, split, annotations, layout: as for ``find_videos``.
+        workers: processes; None for one per core.
+
+    Raises:
+        UserError: as ``find_videos``; ``to`` is ``root`` or lies in it; no video can be written.
+    """
+    source, target = Path(root).absolute(), Path(to).absolute()
+    if target.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{to} lies in {root}: write to a folder outside")
+    _, entries = find_videos(source, split, annotations, layout)
+    make_folder(str(target), "the folder to write to")
+    files = _Files(source, target, [path for path, _ in entries], encoding)
+    workers = min((os.cpu_count() or 1) if workers is None else workers, len(files))
+    loader: DataLoader[_Written] = DataLoader(files, batch_size=None, num_workers=workers)
+    outcome = Outcome(len(files))
+    for done in tqdm(loader, desc=f"transcoding {split}", unit="file", disable=None):
+        if done.problem:
+            outcome.problems[done.path] = done.problem
+            continue
+        outcome.before, outcome.after = outcome.before + done.before, outcome.after + done.after
+        if done.psnr is None:
+            outcome.left += 1
+        else:
+            outcome.written, outcome.psnr[done.path] = outcome.written + 1, done.psnr
+    if len(outcome.problems) == len(files):
+        path, why = next(iter(outcome.problems.items()))
+        raise UserError(f"none of the {len(files)} videos can be written, such as {path}: {why}")
+    listed = annotation_file(source, split, annotations, layout)
+    if listed and listed.resolve().is_relative_to(source.resolve()):
+        copy = target / listed.resolve().relative_to(source.resolve())
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(listed, copy)
+    return outcome
+
+
+@dataclass(frozen=True)
+class _Written:
+    path: str
+    problem: str = ""
+    before: int = 0
+    after: int = 0
+    psnr: float | None = None
+
+
+class _Files(Dataset[_Written]):
+    """Each file is written as it is asked for, by the process that asks."""
+
+    def __init__(
+        self, source: Path, target: Path, paths: Sequence[str], encoding: Encoding
+    ) -> None:
+        self.source, self.target, self.paths, self.encoding = source, target, paths, encoding
+        self.first: dict[Path, str] = {}
+        for path in paths:
+            self.first.setdefault(Path(path).with_suffix(".mp4"), path)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> _Written:
+        path = self.paths[index]
+        new = Path(path).with_suffix(".mp4")
+        if new.is_absolute() or ".." in new.parts:
+            return _Written(path, "lies outside of the folder of the videos")
+        if self.first[new] != path:
+            return _Written(path, f"would become {new}, as {self.first[new]} does: rename one")
+        try:
+            return self._write(path, self.source / path, self.target / new)
+        except VideoError as error:
+            return _Written(path, error.reason)
+        except (OSError, av.error.FFmpegError) as error:
+            return _Written(path, f"cannot be written ({error_line(error)})")
+
+    def _write(self, path: str, source: Path, target: Path) -> _Written:
+        if not source.is_file():
+            raise VideoError("file is missing")
+        status = source.stat()
+        made_of = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+        note = json.dumps({"revvideo transcode": 1, **asdict(self.encoding), **made_of})
+        psnr = None
+        if _note_in(target) != note:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with Video(source) as video, replacing(target) as partial:
+                if video.truncated:
+                    raise VideoError(video.truncated)
+                psnr = _check(video, partial, _encode(video, partial, self.encoding, note))
+        return _Written(path, "", status.st_size, target.stat().st_size, psnr)
+
+
+def _encode(video: Video, path: Path, encoding: Encoding, note: str) -> dict[int, np.ndarray]:
+    """Write ``path``; give back some of the pictures that went into it, by their numbers."""
+    step = max(1, len(video) // _COMPARED)
+    compared: dict[int, np.ndarray] = {}
+    unit = video.unit if video.unit.denominator <= _FINEST else Fraction(1, _FINEST)
+    with av.open(str(path), "w", format="mp4") as container:
+        container.metadata["comment"] = note
+        rate = Fraction(video.rate).limit_denominator(1001)
+        stream = container.add_stream("libx264", rate=rate, options=encoding.options)
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = unit
+        stream.codec_context.thread_count = 1
+        for number, picture in video.pictures(encoding.short_side):
+            height, width = (max(2, side - side % 2) for side in picture.shape[:2])
+            picture = np.ascontiguousarray(picture[:height, :width])
+            if not number:
+                stream.height, stream.width = height, width
+            if (stream.height, stream.width) != (height, width):
+                raise VideoError("has frames of several sizes")
+            if number % step == 0:
+                compared[number] = picture
+            frame = VideoFrame.from_ndarray(picture, "rgb24")
+            frame.pts = round(Fraction(video.timestamps[number]) / unit)
+            frame.time_base = unit
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return compared
+
+
+def _check(video: Video, path: Path, compared: dict[int, np.ndarray]) -> float:
+    """The PSNR of a file, in dB, all of whose frames come out of the decoder at their times."""
+    with Video(path) as new:
+        count = new.decode_all()
+        if not len(video) == len(new) == count:
+            raise VideoError(f"{count} of its {len(video)} frames could be written")
+        if any(abs(a - b) > 1e-3 for a, b in zip(video.timestamps, new.timestamps, strict=True)):
+            raise VideoError("its frames would be shown at other times")
+        numbers = list(compared)
+        frames = new.frames(numbers).permute(0, 2, 3, 1).numpy()
+    errors = frames.astype(np.float64) - np.stack([compared[number] for number in numbers])
+    with np.errstate(divide="ignore"):
+        psnr = 10 * np.log10(255**2 / np.square(errors).mean())
+    return round(min(float(psnr), _BEST_PSNR), 2)
+
+
+def _note_in(path: Path) -> str:
+    """What a file says about what it was made of; nothing where there is no such file."""
+    with suppress(OSError, av.error.FFmpegError), av.open(str(path)) as container:
+        return container.metadata.get("comment", "")
+    return ""
