@@ -13,6 +13,7 @@ from typing import Any
 from backbones.common.settings import describe, key
 
 LOGGERS = ("tensorboard", "wandb", "mlflow")
+STRATEGIES = ("ddp", "fsdp")
 POLICIES = ("store", "checkpoint", "reversible")
 
 
@@ -76,6 +77,9 @@ class TrainConfig:
         0.0, "evaluate and keep averaged weights, by such as 0.9999; 0: no", low=0, high=0.999999
     )
     deterministic: bool = key(False, "the same bits in every run; what cannot is an error")
+    strategy: str = key(
+        "ddp", "of several processes; fsdp: each holds a part of the weights", choices=STRATEGIES
+    )
     ddp: DdpConfig = field(default_factory=DdpConfig)
     checkpointer: CheckpointerConfig = field(default_factory=CheckpointerConfig)
     eval_period: int = key(5000, "iterations between evaluations; 0: at the end only", low=0)

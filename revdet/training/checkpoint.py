@@ -19,6 +19,7 @@ from backbones.common.files import (
     replacing,
     write_checksum,
 )
+from backbones.common.sharding import gathered, is_sharded, spread
 from backbones.weights.checkpoint import Checkpoint, read_checkpoint
 from backbones.weights.loading import load_checkpoint
 from revdet.models import find_trunk
@@ -39,7 +40,10 @@ class Checkpointer(DetectionCheckpointer):
     """
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``<name>.pth``, whole or not at all, and make it the one to resume from."""
+        """Write ``<name>.pth``, whole or not at all, and make it the one to resume from.
+
+        Of a sharded model, all processes call this and the other one, and the main one writes.
+        """
         states = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
         if self._write(name, {**kwargs, **states}):
             self.tag_last_checkpoint(f"{name}.pth")
@@ -49,13 +53,16 @@ class Checkpointer(DetectionCheckpointer):
         self._write(name, facts)
 
     def _write(self, name: str, content: dict[str, Any]) -> bool:
+        content = {"model": self.model.state_dict(), **content}
+        if is_sharded(self.model):
+            content = gathered(content, keep=self.save_to_disk)
         if not self.save_dir or not self.save_to_disk:
             return False
         path = Path(self.save_dir) / f"{name}.pth"
         self.logger.info(f"Saving checkpoint to {path}")
         try:
             with replacing(path) as partial:
-                torch.save({"model": self.model.state_dict(), **content}, partial)
+                torch.save(content, partial)
                 checksum = checksum_of(partial)
             write_checksum(path, checksum)
         except (OSError, RuntimeError) as error:  # the latter by torch, on a full disk
@@ -133,7 +140,7 @@ class Checkpointer(DetectionCheckpointer):
                 f"checkpoint {path} is of another architecture: {'; '.join(counts)}. Use the "
                 "config it was trained with (config.yaml beside it)"
             )
-        fitting = {key: value for key, value in theirs.items() if key not in anew}
+        fitting = {k: spread(v, ours[k]) for k, v in theirs.items() if k in ours and k not in anew}
         self.model.load_state_dict(fitting, strict=False)
         if anew:
             self.logger.warning(f"trained anew, for other classes: {', '.join(anew)}")

@@ -18,6 +18,7 @@ from torch import nn
 
 from backbones.common.errors import first_line
 from backbones.common.files import set_aside, write_json
+from backbones.common.sharding import whole
 from backbones.weights.checkpoint import read_checkpoint
 from revdet.training.checkpoint import Checkpointer
 from revdet.training.trainer import Trainer
@@ -102,7 +103,8 @@ class Evaluations:
         """Evaluate, and save the weights if they are better than any before."""
         self.last = evaluate(self.cfg, self.model)
         score = self.last.get("bbox", {}).get("AP", float("nan"))
-        if score > self.best.get(BEST, float("-inf")):  # never true for NaN
+        better = score > self.best.get(BEST, float("-inf"))  # never true for NaN
+        if comm.all_gather(better)[0]:  # only the main process knows the score
             self.best = {"iteration": self.iteration + 1, BEST: score}
             self.checkpointer.save_weights("model_best", **self.best)
         return self.last
@@ -111,5 +113,6 @@ class Evaluations:
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     """COCO metrics on the recipe's test set, in COCO points; empty but on the main process."""
     loader = instantiate(cfg.dataloader.test)
-    metrics = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
+    with whole(model):
+        metrics = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
     return metrics or {}

@@ -33,6 +33,7 @@ def preflight(cfg: DictConfig, args: argparse.Namespace, held: ExitStack) -> str
     device = hardware.resolve_device(train.device, args.num_gpus)
     _check_budget(train)
     check_loggers(train.loggers)
+    _check_strategy(train)
     _check_processes(device, args)
     if args.eval_only:
         args.weights = _weights_to_evaluate(cfg, args)
@@ -77,6 +78,13 @@ def _check_budget(train: DictConfig) -> None:
             parse_budget(train.memory_budget)
         except ValueError as error:
             raise UserError(f"train.memory_budget: {error}") from error
+
+
+def _check_strategy(train: DictConfig) -> None:
+    if train.strategy == "fsdp" and train.ema_decay:
+        raise UserError("train.ema_decay does not go with train.strategy=fsdp: set 0, or ddp")
+    if train.strategy == "fsdp" and train.amp.enabled and train.amp.dtype == "float16":
+        raise UserError("train.amp.dtype=float16 does not go with fsdp: set bfloat16")
 
 
 def _check_processes(device: str, args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import hooks
 from detectron2.engine.defaults import create_ddp_model
@@ -20,13 +21,16 @@ from detectron2.utils.events import CommonMetricPrinter
 from omegaconf import DictConfig
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from backbones.common.errors import UserError
 from backbones.common.files import remove_partials
+from backbones.common.sharding import shard, whole
 from backbones.common.stopping import step_by_step
+from backbones.engine.policies import blocks_of
 from revdet.data.loader import ResumableBatchSampler
 from revdet.data.normalise import use_normalised
-from revdet.models import build_model
+from revdet.models import build_model, find_trunk
 from revdet.training.budget import apply_memory_budget
 from revdet.training.checkpoint import Checkpointer, checkpoint_to_resume, load_initial_weights
 from revdet.training.evaluation import Evaluations, evaluate
@@ -139,7 +143,8 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
         evaluations.set_iteration(trainer)
         metrics = evaluations.run()
         known = {"iterations": start_iter, "best": evaluations.best}
-        finish(cfg, result, metrics, known, trained=False)
+        with whole(result):
+            finish(cfg, result, metrics, known, trained=False)
         return
     sampler = getattr(loader, "batch_sampler", None)
     if isinstance(sampler, ResumableBatchSampler):
@@ -161,17 +166,21 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     }
     if next(model.parameters()).is_cuda:
         facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-    finish(cfg, result, evaluations.last, facts, trained=True)
+    with whole(result):  # of which the main process draws what it finds
+        finish(cfg, result, evaluations.last, facts, trained=True)
 
 
 def _trainer(
     cfg: DictConfig, model: nn.Module, loader: Any, amp_dtype: torch.dtype | None
 ) -> Trainer:
     settings = cfg.train
+    sharded = settings.strategy == "fsdp" and comm.get_world_size() > 1
+    if sharded:
+        _shard(model)
     optimizer, schedule = build_optimizer(cfg, model)
     of_cpu = {} if next(model.parameters()).is_cuda else {"device_ids": None}
     trainer = Trainer(
-        create_ddp_model(model, **settings.ddp, **of_cpu),
+        model if sharded else create_ddp_model(model, **settings.ddp, **of_cpu),
         loader,
         optimizer,
         seed=settings.seed,
@@ -181,6 +190,15 @@ def _trainer(
     )
     trainer.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(scheduler=schedule)])
     return trainer
+
+
+def _shard(model: nn.Module) -> None:
+    """Spread the weights of the first process over all; each block of the trunk is a unit."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        dist.broadcast(tensor.detach(), src=0)
+    mesh = init_device_mesh(next(model.parameters()).device.type, (comm.get_world_size(),))
+    shard(model, blocks_of(find_trunk(model)[1]).values(), mesh)
+    logger.info("every process holds a part of the weights (train.strategy=fsdp)")
 
 
 def _set_length(cfg: DictConfig, images: int) -> None:

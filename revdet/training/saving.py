@@ -11,6 +11,7 @@ from typing import Any
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
+from backbones.common.sharding import is_sharded
 from backbones.common.stopping import Stopped, asked_to_stop, step_by_step
 from revdet.training.checkpoint import Checkpointer, periodic_checkpoints, remove_checkpoint
 from revdet.training.evaluation import BEST, Evaluations
@@ -25,7 +26,7 @@ class Saving(HookBase):
     Told to stop, all processes finish the iteration, save it, and raise :class:`Stopped`.
 
     Args:
-        checkpointer: saves on the main process only.
+        checkpointer: saves on the main process only, or on all of them a sharded model.
         period: iterations between two checkpoints.
         max_to_keep: how many are kept, those of earlier sessions included.
         facts: what goes into every checkpoint, to be compared when it is resumed.
@@ -70,11 +71,12 @@ class Saving(HookBase):
 
     def _save(self, name: str) -> None:
         self._saved = self.trainer.iter
-        if not comm.is_main_process():
-            return
         if self._metrics is not None:
             self._metrics.write()
-        self._checkpointer.save(name, iteration=self.trainer.iter, facts=self._facts)
+        if comm.is_main_process() or is_sharded(self._checkpointer.model):
+            self._checkpointer.save(name, iteration=self.trainer.iter, facts=self._facts)
+        if not comm.is_main_process():
+            return
         kept = periodic_checkpoints(Path(self._checkpointer.save_dir))
         for path in kept[: -self._max_to_keep]:
             remove_checkpoint(path)

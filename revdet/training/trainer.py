@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from backbones.common.errors import UserError, error_line
 from backbones.common.seeds import seed_of
+from backbones.common.sharding import spread
 from backbones.engine.policies import blocks_of
 
 # Of the memory of a GPU, what a budget may plan with: the rest is the driver's and fragments.
@@ -130,10 +131,20 @@ class Trainer(SimpleTrainer):
             return nullcontext()
         return self.model.no_sync()
 
+    def _spread(self, state: dict[str, Any]) -> None:
+        """Give what the optimizer knows of sharded weights their places; in place."""
+        groups = zip(state["param_groups"], self.optimizer.param_groups, strict=False)
+        for theirs, ours in groups:  # others than expected are the optimizer's to refuse
+            for index, param in zip(theirs["params"], ours["params"], strict=False):
+                for name, value in state["state"].get(index, {}).items():
+                    if getattr(value, "shape", None) == param.shape:
+                        state["state"][index][name] = spread(value, param)
+
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "grad_scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._spread(state_dict["optimizer"])
         super().load_state_dict(state_dict)
         if state_dict["grad_scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state_dict["grad_scaler"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,14 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import init_device_mesh
 
+import backbones
 from backbones.common.seeds import seed_of
+from backbones.common.sharding import gathered, is_sharded, shard
+from backbones.engine.policies import blocks_of
 from revdet.training.trainer import Trainer
 from tests.revdet.conftest import detector
 
@@ -33,7 +39,12 @@ MODES: dict[str, tuple[dict[str, bool], int]] = {
     "static_graph": ({"static_graph": True}, 1),
     "accumulate": ({}, 2),
     "static_graph, accumulate": ({"static_graph": True}, 2),
+    "fsdp": ({}, 1),
+    "fsdp, accumulate": ({}, 2),
 }
+
+# Policies of a sharded trunk, and its depths.
+HELD = [("store", 4), ("store", 16), ("reversible", 4), ("reversible", 16)]
 
 OVERRIDES = [
     f"model.backbone.net.model.img_size={SIDE}",
@@ -66,7 +77,8 @@ def batch(iteration: int, index: int, side: int = SIDE) -> list[dict[str, Any]]:
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
+    whole = gathered(dict(model.named_parameters()), keep=True)
+    return {name: value.detach().clone() for name, value in whole.items()}
 
 
 def run(rank: int, folder: str) -> None:
@@ -75,15 +87,25 @@ def run(rank: int, folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD
     )
-    torch.save({mode: train(rank, mode) for mode in MODES}, Path(folder) / f"{rank}.pt")
+    found = {mode: train(rank, mode) for mode in MODES}
+    for policy, depth in HELD:
+        found[policy, depth] = held_by(policy, depth)
+    torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 def train(rank: int, mode: str) -> dict[str, Any]:
     options, accumulate = MODES[mode]
     model, optimizer = build(mode)
-    ddp = create_ddp_model(
-        model, device_ids=None, gradient_as_bucket_view=True, broadcast_buffers=False, **options
+    if "fsdp" in mode:
+        shard(model, blocks_of(model.backbone.net).values(), init_device_mesh("cpu", (WORLD,)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    ddp = (
+        model
+        if "fsdp" in mode
+        else create_ddp_model(
+            model, device_ids=None, gradient_as_bucket_view=True, broadcast_buffers=False, **options
+        )
     )
     reduced: list[int] = []  # how many iterations were over, at each reduction
     steps: list[dict[str, Tensor]] = []
@@ -93,13 +115,41 @@ def train(rank: int, mode: str) -> dict[str, Any]:
         reduced.append(len(steps))
         return allreduce_hook(None, bucket)
 
-    ddp.register_comm_hook(None, reduce)
+    if ddp is not model:
+        ddp.register_comm_hook(None, reduce)
     mine = range(rank * accumulate, (rank + 1) * accumulate)
     loader = (batch(iteration, index) for iteration in count() for index in mine)
     trainer = Trainer(ddp, loader, optimizer, seed=SEED, accumulate=accumulate)
     trainer.register_hooks([CallbackHook(after_step=lambda _: steps.append(snapshot(model)))])
     trainer.train(0, STEPS)
     return {"steps": steps, "reduced": reduced}
+
+
+def held_by(policy: str, depth: int) -> int:
+    """Bytes that a sharded trunk holds between forward and backward, beside those of its weights.
+
+    Of all tensors: those that Python knows, and those that only the graph does.
+    """
+
+    def alive(*of_the_graph: Tensor) -> int:
+        gc.collect()
+        known = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and not is_sharded(o)]
+        storages = [tensor.untyped_storage() for tensor in (*known, *of_the_graph)]
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+    size = {"embed_dim": 48, "num_heads": 3, "img_size": SIDE, "depth": depth}
+    model = backbones.create_model("rev_vit_small", **size)
+    backbones.set_memory(model, policy)
+    shard(model, blocks_of(model).values(), init_device_mesh("cpu", (WORLD,)))
+    images = torch.randn(8, 3, SIDE, SIDE)
+    model(images).sum().backward()
+    model.zero_grad()
+    before, graph = alive(), []
+    with saved_tensors_hooks(lambda tensor: graph.append(tensor) or tensor, lambda tensor: tensor):
+        loss = model(images).sum()
+    after = alive(*graph)
+    loss.backward()
+    return after - before
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +193,13 @@ def test_parameters_are_those_of_one_process(results, mode):
     assert len(still) <= 2 and all(name.startswith("unused") for name in still)
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if "accumulate" in mode])
+def test_a_sharded_reversed_trunk_holds_the_same_at_any_depth(results):
+    held = {key: results[0][key] for key in HELD}
+    assert held["reversible", 16] == pytest.approx(held["reversible", 4], rel=0.05)
+    assert held["store", 16] > 2 * held["store", 4] > 2 * held["reversible", 4]
+
+
+@pytest.mark.parametrize("mode", ["accumulate", "static_graph, accumulate"])
 def test_accumulated_gradients_are_reduced_once(results, mode):
     alone = mode.replace("accumulate", "").strip(", ") or "plain"
     # In the first iterations DistributedDataParallel finds out about graph and buckets.
