@@ -22,6 +22,7 @@ _COMMANDS = {
     "memory": "show where the memory of a training step goes, and what fits a budget",
     "drift": "measure how exactly a model rebuilds its activations",
     "evaluate": "measure top-1 and top-5 accuracy on folders of images",
+    "export": "write a model as a graph of torch.export or ONNX",
     "predict": "print the likeliest classes of images, or save their features",
 }
 

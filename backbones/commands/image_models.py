@@ -70,7 +70,7 @@ def prepare(options: argparse.Namespace, head: bool = True) -> nn.Module:
     # Made for the size that will come, so that position embeddings are resized once.
     size = {"img_size": options.img_size} if options.img_size else {}
     if weights:
-        model = _model_of_file(name, weights, size)
+        model = model_of_file(name, weights, size)
     elif name:
         model = create_model(name, pretrained=True, **size)
         weights = record_of(name).weights
@@ -88,7 +88,7 @@ def prepare(options: argparse.Namespace, head: bool = True) -> nn.Module:
     return model.eval().to(device)
 
 
-def _model_of_file(name: str | None, weights: str, size: dict[str, Any]) -> nn.Module:
+def model_of_file(name: str | None, weights: str, size: dict[str, Any]) -> nn.Module:
     checkpoint = read_checkpoint(local_file(weights))
     if CONFIG in checkpoint.metadata:
         model = load_model(checkpoint)

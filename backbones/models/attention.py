@@ -129,25 +129,37 @@ def to_windows(x: Tensor, size: int) -> Tensor:
         (B ceil(H / size) ceil(W / size), T, size, size, C), row by row within each sample.
     """
     batch, time, height, width, channels = x.shape
-    pad_h, pad_w = -height % size, -width % size
-    if pad_h or pad_w:
-        x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
-    x = x.view(batch, time, (height + pad_h) // size, size, (width + pad_w) // size, size, channels)
-    return x.permute(0, 2, 4, 1, 3, 5, 6).reshape(-1, time, size, size, channels)
+    # Rounded up, as ONNX does it right: its division of negative numbers rounds towards zero.
+    rows, columns = (height + size - 1) // size, (width + size - 1) // size
+    if differ((rows * size, columns * size), (height, width)):
+        x = F.pad(x, (0, 0, 0, columns * size - width, 0, rows * size - height))
+    x = x.view(batch, time, rows, size, columns, size, channels).permute(0, 2, 4, 1, 3, 5, 6)
+    return x.reshape(batch * rows * columns, time, size, size, channels)
 
 
 def from_windows(windows: Tensor, height: int, width: int) -> Tensor:
     """Undo :func:`to_windows` of (B, T, height, width, C), the padding included."""
-    _, time, size, _, channels = windows.shape
-    rows, columns = -(-height // size), -(-width // size)
-    x = windows.reshape(-1, rows, columns, time, size, size, channels).permute(0, 3, 1, 4, 2, 5, 6)
-    x = x.reshape(-1, time, rows * size, columns * size, channels)
+    count, time, size, _, channels = windows.shape
+    rows, columns = (height + size - 1) // size, (width + size - 1) // size
+    batch = count // (rows * columns)
+    x = windows.reshape(batch, rows, columns, time, size, size, channels)
+    x = x.permute(0, 3, 1, 4, 2, 5, 6).reshape(batch, time, rows * size, columns * size, channels)
+    if torch.compiler.is_exporting():  # a slice would fix whether there is padding
+        x = x.index_select(2, torch.arange(height, device=x.device))
+        return x.index_select(3, torch.arange(width, device=x.device))
     return x[:, :, :height, :width]
+
+
+def differ(sides: Sequence[int], others: Sequence[int]) -> bool:
+    """Whether sizes differ; in a graph that is exported for any size they may."""
+    if torch.compiler.is_exporting() and any(isinstance(x, torch.SymInt) for x in sides):
+        return True
+    return tuple(sides) != tuple(others)
 
 
 def resize_table(table: Tensor, rows: int) -> Tensor:
     """(L, D) -> (rows, D), linearly, as relative positions of another grid. Floating point."""
-    if table.shape[0] == rows:
+    if not differ([rows], table.shape[:1]):
         return table
     return F.interpolate(table.t().unsqueeze(0), size=rows, mode="linear").squeeze(0).t()
 
@@ -231,8 +243,10 @@ def rel_pos_attention(
         )
         return out[..., :head_dim]
 
-    tokens = max(q.shape[:-1].numel(), k.shape[:-1].numel())
-    rounds = -(-tokens * width // _AT_ONCE)
+    rounds = 1  # in a graph, for any batch
+    if not torch.compiler.is_exporting():
+        tokens = max(q.shape[:-1].numel(), k.shape[:-1].numel())
+        rounds = -(-tokens * width // _AT_ONCE)
     share = -(-heads // rounds)
     groups = zip(q.split(share, 1), k.split(share, 1), v.split(share, 1), strict=True)
     return torch.cat([attend(*group) for group in groups], dim=1)
@@ -251,4 +265,6 @@ def _places(k: Tensor, axes: Sequence[int]) -> Tensor:
         mark = torch.eye(grid[axis], dtype=k.dtype, device=k.device).view(shape)
         marks.append(mark.expand(*grid, -1))
     places = torch.cat(marks, dim=-1).flatten(0, 2)
+    if torch.compiler.is_exporting():  # for which kernel, nobody knows yet
+        return places
     return F.pad(places, (0, -(k.shape[-1] + places.shape[-1]) % _WIDTH_MULTIPLE))

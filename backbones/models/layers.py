@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.engine.policies import Block, add_branch
-from backbones.models.attention import Attention, GridAttention, resize_table
+from backbones.models.attention import Attention, GridAttention, differ, resize_table
 
 # The released models use 1e-6 where torch defaults to 1e-5.
 NORM_EPS = 1e-6
@@ -84,7 +84,7 @@ def _check_shape(x: Tensor, in_chans: int, clips: bool) -> None:
 
 def resize_plane(weight: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
     """Vectors of an (H, W) grid, (1, H W, C) -> (1, H' W', C), bicubically. Floating point."""
-    if grid == wanted:
+    if not differ(wanted, grid):
         return weight
     plane = weight.transpose(1, 2).unflatten(2, grid)
     return F.interpolate(plane, size=wanted, mode="bicubic").flatten(2).transpose(1, 2)

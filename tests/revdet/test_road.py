@@ -19,6 +19,7 @@ from PIL import Image
 import revdet
 from backbones.common.errors import UserError
 from revdet.convert import main as convert
+from revdet.export import main as export
 from revdet.prediction.media import video_writer
 from tests.revdet.conftest import SMALL, error_of
 
@@ -95,6 +96,14 @@ def test_the_tutorial(mine):
         detector(np.zeros((4, 4, 3)))
     with pytest.raises(UserError, match=r"gone\.jpg cannot be read"):
         detector("gone.jpg")
+
+    graph = mine / "trunk.pt2"
+    assert export([str(mine / "output/mine"), "--to", str(graph), "--size", "64", "96"]) == 0
+    backbone, images = detector.detector.model.backbone, torch.randn(3, 3, 64, 96)
+    with torch.no_grad():
+        maps = torch.export.load(str(graph)).module()(images)
+        for made, own in zip(maps, backbone(images).values(), strict=True):
+            torch.testing.assert_close(made, own)
 
 
 VOC = """<annotation><object><name> cat </name><bndbox><xmin>3</xmin><ymin>5</ymin><xmax>12</xmax>

@@ -1,0 +1,68 @@
+"""Write a model as a graph that runs without this package, for any batch and image size.
+
+examples:
+  python -m backbones export --model rev_vit_small --pretrained --to rev_vit_small.onnx
+  python -m backbones export --weights mine.safetensors --to mine.pt2 --fixed-size
+  python -m backbones export --model vit_base --weights mae_vit_base --to trunk.onnx --maps
+
+A file of .pt2 is torch.export's, read by torch.export.load; .onnx needs the extra [export]. Sides
+may be any multiples of the model's stride, and position embeddings are resized in the graph, unless
+--fixed-size. The file is run at two sizes and compared with the model before it has its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from backbones.commands.image_models import model_of_file
+from backbones.common.console import positive
+from backbones.common.errors import UserError
+from backbones.factory import create_model
+from backbones.models.trunk import Trunk
+from backbones.registry import input_shape
+from backbones.weights.graph import FORMATS, export_graph
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", metavar="NAME", help="not needed with weights that say what they are of")
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--weights", metavar="FILE_OR_URL", help="what load_weights reads")
+    weights.add_argument("--pretrained", action="store_true", help="those released for --model")
+    add("--to", metavar="FILE", type=Path, required=True, help=f"ending in {' or '.join(FORMATS)}")
+    add("--img-size", type=positive, metavar="PIXELS", help="of the input (default: the model's)")
+    add("--fixed-size", action="store_true", help="images of that size alone")
+    add("--maps", action="store_true", help="the maps of every stage, in place of the classes")
+
+
+class _Maps(nn.Module):
+    def __init__(self, trunk: Trunk) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.trunk.feature_maps(x))
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.to.suffix not in FORMATS:
+        raise UserError(f"--to {options.to} should end in {' or '.join(FORMATS)}")
+    if not options.to.parent.is_dir():
+        raise UserError(f"--to {options.to}: there is no folder {options.to.parent}")
+    size = {"img_size": options.img_size} if options.img_size else {}
+    if options.weights:
+        model: Any = model_of_file(options.model, options.weights, size)
+    elif options.model:
+        model = create_model(options.model, pretrained=True, **size)
+    else:
+        raise UserError("--pretrained needs --model NAME")
+    channels, *frames, height, width = input_shape(model)
+    if options.img_size:
+        height = width = options.img_size
+    multiple = None if options.fixed_size else model.feature_info[-1]["reduction"]
+    wanted = _Maps(model) if options.maps else model
+    print(export_graph(wanted.eval(), (channels, *frames, height, width), options.to, multiple))

@@ -1,0 +1,124 @@
+"""Models as graphs that run without this package: torch.export's (``.pt2``) and ONNX."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from backbones.common.errors import UserError, first_line, optional_import
+from backbones.common.files import replacing
+from backbones.models.attention import Attention
+
+FORMATS = (".pt2", ".onnx")
+TOLERANCE = 1e-5  # of the largest value
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A model that was written.
+
+    Attributes:
+        path: the file.
+        inputs: the shape of the input, in words.
+        error: the largest difference from the model itself, relative to its largest value, over
+            inputs of other batches and, unless they are fixed, other sizes than it was traced with.
+    """
+
+    path: Path
+    inputs: str
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.path}: input {self.inputs}; at most {self.error:.1e} from the model"
+
+
+def export_graph(
+    model: nn.Module, sample: Sequence[int], path: Path, multiple: int | None = None
+) -> Graph:
+    """Write a model as a graph for any batch, and compare the file with the model.
+
+    Args:
+        model: in eval mode, on the CPU; from a batch of images or clips to a tensor or several.
+        sample: the shape of one, (C, H, W) or (C, T, H, W).
+        path: ending in one of ``FORMATS``.
+        multiple: sides may be any that are multiples of this; None: those of ``sample`` alone.
+            Position embeddings of another size are resized in the graph.
+
+    Raises:
+        MissingExtra: what ONNX needs is not installed.
+        UserError: the model cannot be written, or the file gives other numbers.
+    """
+    onnx = path.suffix == ".onnx"
+    for library in ("onnx", "onnxscript", "onnxruntime") if onnx else ():
+        optional_import(library, "export", "ONNX")
+    # A side of one window, or of one token, is another graph.
+    windows = [m.window_size for m in model.modules() if isinstance(m, Attention)]
+    least = 1 + max(windows, default=1) if multiple else 0
+    dims: dict[int, Any] = {0: Dim("batch", min=1)}
+    names = ["batch", *map(str, sample)]
+    if multiple:
+        for place, name in ((-2, "height"), (-1, "width")):
+            dims[len(sample) + 1 + place] = multiple * Dim(name, min=max(2, least))
+            names[place] = f"{multiple} x {name}"
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, *sample, generator=generator)]
+    other = [*sample]
+    if multiple:
+        if min(sample[-2:]) < least * multiple:
+            raise UserError(
+                f"{sample[-2]} x {sample[-1]} pixels are one window of this model or less: give "
+                f"sides of at least {least * multiple}, or a fixed size"
+            )
+        other[-2:] = other[-2] + multiple, max(max(2, least) * multiple, other[-1] - multiple)
+    inputs.append(torch.randn(3, *other, generator=generator))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = [_outputs(model(x)) for x in inputs]
+        try:
+            program = torch.export.export(model, (inputs[0],), dynamic_shapes=(dims,))
+            with replacing(path) as partial:
+                if onnx:
+                    torch.onnx.export(program, (), str(partial), verbose=False, external_data=False)
+                else:
+                    buffer = io.BytesIO()
+                    torch.export.save(program, buffer)
+                    partial.write_bytes(buffer.getvalue())
+                error = max(
+                    _distance(_run(partial, x, onnx), own)
+                    for x, own in zip(inputs, expected, strict=True)
+                )
+                if not error <= TOLERANCE:
+                    raise UserError(
+                        f"the graph gives other numbers than the model (by {error:.1e} of the "
+                        "largest): try the other format, or a fixed size"
+                    )
+        except UserError:
+            raise
+        except Exception as reason:  # of the exporters, of many kinds
+            raise UserError(f"this model cannot be exported so: {first_line(reason)}") from reason
+    return Graph(path, f"({', '.join(names)})", error)
+
+
+def _outputs(made: Any) -> list[Tensor]:
+    return [made] if isinstance(made, Tensor) else [*made]
+
+
+def _run(path: Path, x: Tensor, onnx: bool) -> list[Tensor]:
+    if not onnx:
+        return _outputs(torch.export.load(io.BytesIO(path.read_bytes())).module()(x))
+    runtime = optional_import("onnxruntime", "export", "ONNX")
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    made = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    return [torch.from_numpy(each) for each in made]
+
+
+def _distance(made: list[Tensor], own: list[Tensor]) -> float:
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(made, own, strict=True))
