@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
@@ -63,6 +64,14 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
 def remove_partials(folder: Path) -> None:
     """Remove what :func:`replacing` was writing when its process was killed."""
     for path in folder.glob("*.partial"):
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
         path.unlink(missing_ok=True)
 
 
@@ -94,8 +103,12 @@ def has_other_checksum(path: Path) -> bool | None:
 
 
 def checksum_of(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
+    """The SHA-256 of a file's content, in hexadecimal; of a folder, of the files' checksums."""
     digest = hashlib.sha256()
+    if path.is_dir():
+        for inside in sorted(path.iterdir()):
+            digest.update(f"{checksum_of(inside)}  {inside.name}\n".encode())
+        return digest.hexdigest()
     with path.open("rb") as file:
         while part := file.read(1 << 20):
             digest.update(part)

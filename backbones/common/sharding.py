@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from backbones.common.errors import UserError, error_line
+from backbones.common.files import checksum_of, remove, write_checksum
+
+STATE = "state.pth"  # in the folder of a sharded checkpoint, all but the sharded tensors
+
+_DAMAGE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    EOFError,
+    pickle.UnpicklingError,
+)
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: Any) -> None:
@@ -63,11 +84,13 @@ def gathered(state: Any, *, keep: bool) -> Any:
     All processes call it together, and those that do not ``keep`` it get None for the tensors.
     """
 
-    def gather(tensor: Any, _: str) -> Tensor | None:
-        full: Tensor = tensor.full_tensor()
+    def gather(value: Any, _: str) -> Any:
+        if not is_sharded(value):
+            return value
+        full: Tensor = value.full_tensor()
         return full.cpu() if keep else None
 
-    return _sharded_replaced(state, gather)
+    return _mapped(state, gather)
 
 
 def spread(value: Tensor, like: Tensor) -> Tensor:
@@ -82,12 +105,121 @@ def spread(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value, there.device_mesh, there.placements, src_data_rank=None)
 
 
-def _sharded_replaced(value: Any, by: Callable[[Any, str], Any], path: str = "") -> Any:
-    """``value`` with ``by(tensor, path)`` in the place of each sharded tensor in it."""
-    if is_sharded(value):
-        return by(value, path)
+def save_sharded(folder: Path, state: dict[str, Any]) -> None:
+    """Write a state as a folder, whole or not at all, with its checksum beside it.
+
+    All processes call this together, and each writes its part of the sharded tensors (torch's
+    distributed checkpoint); the first one writes all else, into ``state.pth``.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    from torch.distributed import checkpoint
+
+    parts: dict[str, Any] = {}
+
+    def split(value: Any, path: str) -> Any:
+        if not is_sharded(value):
+            return value
+        parts[path] = value
+        return None
+
+    rest, first = _mapped(state, split), dist.get_rank() == 0
+    partial = folder.with_name(f"{folder.name}.partial")
+    if first:
+        remove(partial)
+    dist.barrier()
+    try:
+        checkpoint.save(parts, checkpoint_id=partial)
+        if first:
+            with (partial / STATE).open("wb") as file:
+                torch.save(rest, file)
+                os.fsync(file.fileno())
+            remove(folder)
+            write_checksum(folder, checksum_of(partial))
+            partial.replace(folder)
+    except (OSError, RuntimeError, checkpoint.CheckpointException) as error:
+        raise UserError(
+            f"cannot save {folder} ({error_line(error)}): make room, or the folder writable, and "
+            "continue from the checkpoint before with --resume"
+        ) from error
+    dist.barrier()
+
+
+def read_sharded(folder: Path, model: nn.Module) -> dict[str, Any]:
+    """The state that :func:`save_sharded` has written, by however many processes.
+
+    All processes call this together. Tensors are sharded over them if ``model`` is, and else whole.
+
+    Raises:
+        UserError: it is damaged, or something else.
+    """
+    from torch.distributed import checkpoint
+    from torch.distributed.tensor import Shard, empty
+
+    param: Any = next(model.parameters())
+    mesh = param.device_mesh if is_sharded(param) else None
+    try:
+        reader = _reader(folder)
+        tensors: dict[str, Any] = {}
+        for name, entry in reader.read_metadata().state_dict_metadata.items():
+            kind: dict[str, Any] = {"dtype": entry.properties.dtype}
+            size = entry.size
+            if mesh is None:
+                tensors[name] = torch.empty(size, **kind)
+            else:
+                tensors[name] = empty(*size, **kind, device_mesh=mesh, placements=[Shard(0)])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            checkpoint.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        rest = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except (*_DAMAGE, checkpoint.CheckpointException) as error:
+        raise UserError(f"checkpoint {folder} is damaged ({error_line(error)})") from error
+    state: dict[str, Any] = _mapped(rest, lambda value, path: tensors.get(path, value))
+    return state
+
+
+def _reader(folder: Path) -> Any:
+    """Torch's reader of distributed checkpoints; it would call whatever the index names."""
+    from torch.distributed.checkpoint import FileSystemReader, metadata
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    known: dict[str, Any] = {name: getattr(metadata, name) for name in metadata.__all__}
+    known |= {"_MEM_FORMAT_ENCODING": metadata._MEM_FORMAT_ENCODING, "Size": torch.Size}
+    known |= {"_StorageInfo": _StorageInfo, "PosixPath": PurePosixPath, "WindowsPath": str}
+    known["_get_layout"] = lambda _: torch.strided
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+                return found
+            if name in known and module.partition(".")[0] in ("torch", "pathlib"):
+                return known[name]
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *_: Any, **__: Any) -> Any:
+            with (folder / ".metadata").open("rb") as file:
+                found = Unpickler(file).load()
+            entries = found.state_dict_metadata.values()
+            if not all(type(entry) is metadata.TensorStorageMetadata for entry in entries):
+                raise ValueError("it holds more than tensors")  # torch would unpickle those
+            if any(
+                Path(info.relative_path).name != info.relative_path
+                for info in found.storage_data.values()
+            ):
+                raise ValueError("it names files elsewhere")
+            found.storage_meta = found.storage_meta or metadata.StorageMeta()
+            found.storage_meta.load_id = self.load_id
+            return found
+
+    return Reader(folder)
+
+
+def _mapped(value: Any, by: Callable[[Any, str], Any], path: str = "") -> Any:
+    """``value`` with ``by(leaf, path)`` in the place of whatever is no dictionary or list in it."""
     if isinstance(value, dict):
-        return {k: _sharded_replaced(v, by, f"{path}.{k}".lstrip(".")) for k, v in value.items()}
+        return {k: _mapped(v, by, f"{path}.{k}".lstrip(".")) for k, v in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_sharded_replaced(v, by, f"{path}.{i}") for i, v in enumerate(value))
-    return value
+        return type(value)(_mapped(v, by, f"{path}.{i}") for i, v in enumerate(value))
+    return by(value, path)

@@ -16,19 +16,30 @@ from backbones.common.files import (
     checksum_file,
     checksum_of,
     has_other_checksum,
+    remove,
     replacing,
     write_checksum,
 )
-from backbones.common.sharding import gathered, is_sharded, spread
+from backbones.common.sharding import (
+    STATE,
+    gathered,
+    is_sharded,
+    read_sharded,
+    save_sharded,
+    spread,
+)
 from backbones.weights.checkpoint import Checkpoint, read_checkpoint
 from backbones.weights.loading import load_checkpoint
 from revdet.models import find_trunk
-from revdet.training.weights import fetch_weights, for_detector
+from revdet.training.weights import SHARDED, fetch_weights, for_detector
 
 logger = logging.getLogger("revdet")
 
 # Layers whose shape is the number of classes; fine-tuning on other classes trains them anew.
 CLASS_LAYERS = ("roi_heads.box_predictor.", "roi_heads.mask_head.predictor.")
+
+
+FINAL = "model_final"
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -42,10 +53,17 @@ class Checkpointer(DetectionCheckpointer):
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``<name>.pth``, whole or not at all, and make it the one to resume from.
 
-        Of a sharded model, all processes call this and the other one, and the main one writes.
+        Of a sharded model, all processes call this and the other one. The final checkpoint is one
+        file even so; of any other each writes its part, into a folder ``<name>.dcp``.
         """
         states = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
-        if self._write(name, {**kwargs, **states}):
+        if is_sharded(self.model) and name != FINAL:
+            folder = Path(self.save_dir) / f"{name}{SHARDED}"
+            self.logger.info(f"Saving checkpoint to {folder}")
+            save_sharded(folder, {"model": self.model.state_dict(), **kwargs, **states})
+            if self.save_to_disk:
+                self.tag_last_checkpoint(folder.name)
+        elif self._write(name, {**kwargs, **states}):
             self.tag_last_checkpoint(f"{name}.pth")
 
     def save_weights(self, name: str, **facts: float) -> None:
@@ -86,9 +104,11 @@ class Checkpointer(DetectionCheckpointer):
             UserError: the file is missing, is no checkpoint, or does not fit the model, which is
                 then untouched.
         """
-        self._path = str(fetch_weights(path))
+        file = fetch_weights(path)
+        self._path = str(file)
+        inside = file / STATE if file.is_dir() else file
         try:
-            result: dict[str, Any] = super().load(self._path, *args, **kwargs)
+            result: dict[str, Any] = super().load(str(inside), *args, **kwargs)
         except UserError:
             raise
         except ValueError as error:  # by the optimizer
@@ -100,6 +120,8 @@ class Checkpointer(DetectionCheckpointer):
         return result
 
     def _load_file(self, filename: str) -> dict[str, Any]:
+        if Path(self._path).is_dir():
+            return read_sharded(Path(self._path), self.model)
         checkpoint = read_checkpoint(filename)
         tensors = for_detector(self.model, checkpoint, exact=True)
         return {**checkpoint.content, "model": tensors}
@@ -149,20 +171,21 @@ class Checkpointer(DetectionCheckpointer):
 
 def periodic_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints that a run has saved on its way, oldest first."""
-    return sorted(output_dir.glob("model_" + 7 * "[0-9]" + ".pth"))
+    kinds = (".pth", SHARDED)
+    return sorted(p for kind in kinds for p in output_dir.glob("model_" + 7 * "[0-9]" + kind))
 
 
 def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint and its checksum."""
-    path.unlink(missing_ok=True)
+    remove(path)
     checksum_file(path).unlink(missing_ok=True)
 
 
 def holds_a_run(output_dir: Path) -> str:
     """The name of a checkpoint in a folder, whole or not; empty if there is none."""
     tag = output_dir / "last_checkpoint"
-    found = [output_dir / "model_final.pth", *periodic_checkpoints(output_dir)[::-1], tag]
-    return next((path.name for path in found if path.is_file()), "")
+    found = [output_dir / f"{FINAL}.pth", *periodic_checkpoints(output_dir)[::-1], tag]
+    return next((path.name for path in found if path.exists()), "")
 
 
 def checkpoint_to_resume(output_dir: Path) -> Path | None:
@@ -175,7 +198,7 @@ def checkpoint_to_resume(output_dir: Path) -> Path | None:
         UserError: all are damaged.
     """
     tag, known = output_dir / "last_checkpoint", periodic_checkpoints(output_dir)[::-1]
-    known = [path for path in (output_dir / "model_final.pth", *known) if path.is_file()]
+    known = [path for path in (output_dir / f"{FINAL}.pth", *known) if path.exists()]
     named = output_dir / (tag.read_text(errors="replace").strip() or "-") if tag.is_file() else None
     if named is not None and named not in known and named.is_file() and named.suffix == ".pth":
         known.insert(0, named)
@@ -201,6 +224,8 @@ def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint: by its checksum, or where it has none, by reading it."""
     if (other := has_other_checksum(path)) is not None:
         return "its checksum is another" if other else None
+    if path.is_dir():
+        return "it has no checksum"  # which is written before the folder gets its name
     try:
         read_checkpoint(path)
     except ValueError as error:
@@ -219,6 +244,10 @@ def load_initial_weights(model: nn.Module, source: str) -> None:
         UserError: the file cannot be had or read, or does not fit. The model is then untouched.
     """
     path = fetch_weights(source)
+    if path.is_dir():
+        raise UserError(
+            f"{path} is of a run that goes on: start from a model_best.pth or {FINAL}.pth"
+        )
     try:
         checkpoint = read_checkpoint(path)
         names = {name.removeprefix("module.") for name in checkpoint.tensors}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from signal import SIGINT, SIGTERM
@@ -22,6 +23,11 @@ from backbones.common.stopping import Stopped, step_by_step
 
 # What torchrun tells each process that it starts.
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+# What gloo and NCCL say when the process at the other end has gone.
+_LOST = ("closed by peer", "reset by peer", "Broken pipe", "process exited", "was aborted")
+# Seconds in which the process that has gone is found to have, before those that miss it are.
+_CAUSE_FIRST = 5
 
 _USER_ERROR = f"{UserError.__module__}.{UserError.__name__}: "
 
@@ -80,6 +86,9 @@ def launch(function: Callable[..., None], cfg: DictConfig, device: str, args: Na
                 raise
             raise UserError(_last_line(error).removeprefix(_USER_ERROR)) from error
         except ProcessExitedException as error:
+            if name := error.signal_name:  # by the system, as for memory, or by a person
+                what = f"process {error.error_index} was killed ({name}), which has ended the run"
+                raise UserError(f"{what}: continue with --resume") from error
             if (error.exit_code or 0) - 128 not in (SIGINT, SIGTERM):
                 raise
             what = f"what is done is saved in {cfg.train.output_dir}; --resume continues"
@@ -100,8 +109,21 @@ def _call(function: Callable[..., None], *args: Any) -> None:
         function(*args)
     except UserError as error:  # of this very class; one of a loader's process is a text too
         raise UserError(_last_line(error).removeprefix(_USER_ERROR)) from error
+    except RuntimeError as error:
+        if not is_of_a_lost_process(error):
+            raise
+        time.sleep(_CAUSE_FIRST)
+        raise UserError(
+            "another process of the run has ended, and no line if it was killed: look for its "
+            "error, and continue with --resume"
+        ) from error
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def is_of_a_lost_process(error: BaseException) -> bool:
+    """Whether an error of a collective operation is that a process does not answer any more."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
 
 
 def _last_line(error: Exception) -> str:

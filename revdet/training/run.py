@@ -34,6 +34,7 @@ from revdet.models import build_model, find_trunk
 from revdet.training.budget import apply_memory_budget
 from revdet.training.checkpoint import Checkpointer, checkpoint_to_resume, load_initial_weights
 from revdet.training.evaluation import Evaluations, evaluate
+from revdet.training.hardware import is_of_a_lost_process
 from revdet.training.metrics import MetricsWriter
 from revdet.training.optim import build_optimizer
 from revdet.training.preflight import log_to
@@ -80,7 +81,9 @@ def _set_up_output(cfg: DictConfig, args: argparse.Namespace) -> None:
 
 
 def _is_not_for_the_user(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and isinstance(record.exc_info[1], UserError | FloatingPointError))
+    error = record.exc_info[1] if record.exc_info else None
+    known = isinstance(error, UserError | FloatingPointError)
+    return not known and (error is None or not is_of_a_lost_process(error))
 
 
 def _be_deterministic() -> None:
@@ -129,7 +132,7 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     checkpointer = Checkpointer(result, settings.output_dir, trainer=trainer, **trained)
     start_iter, facts = 0, _facts_to_compare(cfg)
     if last is not None:
-        if not last.is_file():
+        if not last.exists():
             remedy = "put it where all machines see it, to resume"
             raise UserError(f"not every process finds the checkpoint {last}: {remedy}")
         before = checkpointer.load(str(last)).get("facts", {})

@@ -13,7 +13,7 @@ from detectron2.utils import comm
 
 from backbones.common.sharding import is_sharded
 from backbones.common.stopping import Stopped, asked_to_stop, step_by_step
-from revdet.training.checkpoint import Checkpointer, periodic_checkpoints, remove_checkpoint
+from revdet.training.checkpoint import FINAL, Checkpointer, periodic_checkpoints, remove_checkpoint
 from revdet.training.evaluation import BEST, Evaluations
 from revdet.training.metrics import MetricsWriter, read_metrics
 
@@ -55,7 +55,7 @@ class Saving(HookBase):
         if (iteration + 1) % self._period == 0:
             self._save(f"model_{iteration:07d}")
         if iteration + 1 >= self.trainer.max_iter:
-            self._save("model_final")
+            self._save(FINAL)
         # One process may have heard it in this iteration, another will in the next.
         if number := max(comm.all_gather(asked_to_stop())):
             self.stop(number)

@@ -19,6 +19,8 @@ from revdet.models import find_trunk
 
 logger = logging.getLogger("revdet")
 
+SHARDED = ".dcp"  # ends the name of a folder that is a checkpoint of a sharded run
+
 
 def fetch_weights(source: str) -> Path:
     """The file that ``source`` names: a path, a name of ``ZOO``, or an address, downloaded once.
@@ -39,7 +41,7 @@ def fetch_weights(source: str) -> Path:
             ) from error
     else:
         path = local_file(address)
-    if not path.is_file():
+    if not path.is_file() and not (path.suffix == SHARDED and path.is_dir()):
         raise UserError(f"checkpoint {path} does not exist: check the path")
     return path
 

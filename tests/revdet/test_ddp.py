@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import pickle
+import shutil
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,17 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.device_mesh import init_device_mesh
 
 import backbones
+from backbones.common.errors import UserError
 from backbones.common.seeds import seed_of
 from backbones.common.sharding import gathered, is_sharded, shard
 from backbones.engine.policies import blocks_of
+from revdet.training.checkpoint import (
+    Checkpointer,
+    checkpoint_to_resume,
+    load_initial_weights,
+    periodic_checkpoints,
+)
+from revdet.training.saving import Saving
 from revdet.training.trainer import Trainer
 from tests.revdet.conftest import detector
 
@@ -90,6 +100,7 @@ def run(rank: int, folder: str) -> None:
     found = {mode: train(rank, mode) for mode in MODES}
     for policy, depth in HELD:
         found[policy, depth] = held_by(policy, depth)
+    found |= saved_and_resumed(rank, folder)
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -98,8 +109,7 @@ def train(rank: int, mode: str) -> dict[str, Any]:
     options, accumulate = MODES[mode]
     model, optimizer = build(mode)
     if "fsdp" in mode:
-        shard(model, blocks_of(model.backbone.net).values(), init_device_mesh("cpu", (WORLD,)))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        optimizer = sharded(model)
     ddp = (
         model
         if "fsdp" in mode
@@ -123,6 +133,29 @@ def train(rank: int, mode: str) -> dict[str, Any]:
     trainer.register_hooks([CallbackHook(after_step=lambda _: steps.append(snapshot(model)))])
     trainer.train(0, STEPS)
     return {"steps": steps, "reduced": reduced}
+
+
+def sharded(model: nn.Module) -> torch.optim.Optimizer:
+    shard(model, blocks_of(model.backbone.net).values(), init_device_mesh("cpu", (WORLD,)))
+    return torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+
+
+def saved_and_resumed(rank: int, folder: str) -> dict[str, Any]:
+    """Where four iterations end, each saved, and where a run ends that resumes from the third."""
+
+    def run_of(start: int) -> tuple[nn.Module, Trainer, Checkpointer]:
+        model, _ = build("fsdp")
+        loader = (batch(iteration, rank) for iteration in count(start))
+        trainer = Trainer(model, loader, sharded(model), seed=SEED)
+        return model, trainer, Checkpointer(model, folder, trainer=trainer)
+
+    saved, trainer, checkpointer = run_of(0)
+    trainer.register_hooks([Saving(checkpointer, 1, max_to_keep=2, facts={}, metrics=None)])
+    trainer.train(0, 4)
+    resumed, trainer, checkpointer = run_of(3)
+    checkpointer.load(f"{folder}/model_0000002.dcp")
+    trainer.train(trainer.iter + 1, 4)
+    return {"saved": snapshot(saved), "resumed": snapshot(resumed), "folder": folder}
 
 
 def held_by(policy: str, depth: int) -> int:
@@ -197,6 +230,38 @@ def test_a_sharded_reversed_trunk_holds_the_same_at_any_depth(results):
     held = {key: results[0][key] for key in HELD}
     assert held["reversible", 16] == pytest.approx(held["reversible", 4], rel=0.05)
     assert held["store", 16] > 2 * held["store", 4] > 2 * held["reversible", 4]
+
+
+def test_sharded_checkpoints(results, tmp_path):
+    saved, resumed, folder = (results[0][key] for key in ("saved", "resumed", "folder"))
+    assert all(torch.equal(saved[name], resumed[name]) for name in saved)
+    kept = periodic_checkpoints(Path(folder))
+    assert [path.name for path in kept] == ["model_0000002.dcp", "model_0000003.dcp"]
+
+    states = []
+    for name in ("model_0000003.dcp", "model_final.pth"):  # in one process
+        model, optimizer = build("")
+        trainer = Trainer(model, [], optimizer)
+        Checkpointer(model, folder, trainer=trainer).load(f"{folder}/{name}")
+        assert trainer.iter == 3
+        assert all(torch.equal(saved[key], value) for key, value in model.state_dict().items())
+        states.append(optimizer.state_dict()["state"])
+    momenta = [[entry["momentum_buffer"] for entry in state.values()] for state in states]
+    assert len(momenta[0]) == len(saved) and all(map(torch.equal, *momenta))
+
+    run = shutil.copytree(folder, tmp_path / "run")
+    (run / "model_final.pth").unlink()
+    (run / "last_checkpoint").write_text("model_0000003.dcp")
+    assert checkpoint_to_resume(run) == run / "model_0000003.dcp"
+    with (run / "model_0000003.dcp" / "__1_0.distcp").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"another content")
+    assert checkpoint_to_resume(run) == run / "model_0000002.dcp"
+    with pytest.raises(UserError, match="goes on"):
+        load_initial_weights(model, str(run / "model_0000002.dcp"))
+    (run / "model_0000002.dcp" / ".metadata").write_bytes(pickle.dumps(Path.touch))
+    with pytest.raises(UserError, match=r"model_0000002.dcp is damaged \(it names "):
+        Checkpointer(model).load(str(run / "model_0000002.dcp"))
 
 
 @pytest.mark.parametrize("mode", ["accumulate", "static_graph, accumulate"])

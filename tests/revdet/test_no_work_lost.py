@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,22 +186,36 @@ def test_no_room_for_a_checkpoint(train_net, tmp_path, monkeypatch, capsys, erro
     assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.pth"))
 
 
-def test_two_processes_stop_together(tmp_path, datasets_root):
+@pytest.mark.parametrize("strategy, number", [("ddp", signal.SIGTERM), ("fsdp", signal.SIGKILL)])
+def test_two_processes_stop_together(tmp_path, datasets_root, strategy, number):
+    """All are told to, or one of them is killed, as for memory."""
     from tests.revdet.conftest import DEMO, SMALL
 
     sizes = [o for o in SMALL if "total_batch_size" not in o]
     command = [sys.executable, "revdet/train_net.py", "--config", DEMO, "--num-gpus", "2"]
     command += [f"train.output_dir={tmp_path}", "train.max_iter=100000", "train.device=cpu"]
     command += ["dataloader.train.total_batch_size=2", "train.checkpointer.period=100000"]
+    command += [f"train.strategy={strategy}"]
     env = {**os.environ, "DETECTRON2_DATASETS": str(datasets_root), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [*command, *sizes], env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as run:
         while not (tmp_path / "metrics.json").is_file() or not scores(tmp_path):
             assert run.poll() is None, run.stderr.read()
-        run.send_signal(signal.SIGTERM)
+        if number == signal.SIGKILL:
+            children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+            spawned = [p for p in children if b"spawn" in Path(f"/proc/{p}/cmdline").read_bytes()]
+            os.kill(int(spawned[-1]), number)
+        else:
+            run.send_signal(number)
         error = run.stderr.read()
-        assert run.wait(60) == 143
+        status = run.wait(60)
+    if number == signal.SIGKILL:
+        last = error.strip().splitlines()[-1]
+        assert status == 2 and "Traceback" not in error
+        assert last.startswith("error: process 1 was killed (SIGKILL), which has ended the run")
+        return
+    assert status == 143
     assert f"is saved in {tmp_path}; --resume continues" in error and "Traceback" not in error
     saved = (tmp_path / "last_checkpoint").read_text()
     assert int(saved[6:13]) == max(scores(tmp_path))
