@@ -7,7 +7,8 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from functools import partial
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -18,17 +19,6 @@ from backbones.common.errors import UserError, error_line
 from backbones.common.files import checksum_of, remove, write_checksum
 
 STATE = "state.pth"  # in the folder of a sharded checkpoint, all but the sharded tensors
-
-_DAMAGE = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    EOFError,
-    pickle.UnpicklingError,
-)
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: Any) -> None:
@@ -125,19 +115,19 @@ def save_sharded(folder: Path, state: dict[str, Any]) -> None:
         return None
 
     rest, first = _mapped(state, split), dist.get_rank() == 0
-    partial = folder.with_name(f"{folder.name}.partial")
+    beginning = folder.with_name(f"{folder.name}.partial")
     if first:
-        remove(partial)
+        remove(beginning)
     dist.barrier()
     try:
-        checkpoint.save(parts, checkpoint_id=partial)
+        checkpoint.save(parts, checkpoint_id=beginning)
         if first:
-            with (partial / STATE).open("wb") as file:
+            with (beginning / STATE).open("wb") as file:
                 torch.save(rest, file)
                 os.fsync(file.fileno())
             remove(folder)
-            write_checksum(folder, checksum_of(partial))
-            partial.replace(folder)
+            write_checksum(folder, checksum_of(beginning))
+            beginning.replace(folder)
     except (OSError, RuntimeError, checkpoint.CheckpointException) as error:
         raise UserError(
             f"cannot save {folder} ({error_line(error)}): make room, or the folder writable, and "
@@ -158,22 +148,18 @@ def read_sharded(folder: Path, model: nn.Module) -> dict[str, Any]:
     from torch.distributed.tensor import Shard, empty
 
     param: Any = next(model.parameters())
-    mesh = param.device_mesh if is_sharded(param) else None
+    make: Callable[..., Any] = torch.empty
+    if is_sharded(param):
+        make = partial(empty, device_mesh=param.device_mesh, placements=[Shard(0)])
     try:
         reader = _reader(folder)
-        tensors: dict[str, Any] = {}
-        for name, entry in reader.read_metadata().state_dict_metadata.items():
-            kind: dict[str, Any] = {"dtype": entry.properties.dtype}
-            size = entry.size
-            if mesh is None:
-                tensors[name] = torch.empty(size, **kind)
-            else:
-                tensors[name] = empty(*size, **kind, device_mesh=mesh, placements=[Shard(0)])
+        entries = reader.read_metadata().state_dict_metadata.items()
+        tensors = {name: make(entry.size, dtype=entry.properties.dtype) for name, entry in entries}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             checkpoint.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
         rest = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    except (*_DAMAGE, checkpoint.CheckpointException) as error:
+    except (Exception, checkpoint.CheckpointException) as error:
         raise UserError(f"checkpoint {folder} is damaged ({error_line(error)})") from error
     state: dict[str, Any] = _mapped(rest, lambda value, path: tensors.get(path, value))
     return state
@@ -186,8 +172,8 @@ def _reader(folder: Path) -> Any:
 
     known: dict[str, Any] = {name: getattr(metadata, name) for name in metadata.__all__}
     known |= {"_MEM_FORMAT_ENCODING": metadata._MEM_FORMAT_ENCODING, "Size": torch.Size}
-    known |= {"_StorageInfo": _StorageInfo, "PosixPath": PurePosixPath, "WindowsPath": str}
-    known["_get_layout"] = lambda _: torch.strided
+    known |= {"_StorageInfo": _StorageInfo, "_get_layout": lambda _: torch.strided}
+    known |= {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
@@ -201,13 +187,10 @@ def _reader(folder: Path) -> Any:
         def read_metadata(self, *_: Any, **__: Any) -> Any:
             with (folder / ".metadata").open("rb") as file:
                 found = Unpickler(file).load()
-            entries = found.state_dict_metadata.values()
+            entries, files = found.state_dict_metadata.values(), found.storage_data.values()
             if not all(type(entry) is metadata.TensorStorageMetadata for entry in entries):
                 raise ValueError("it holds more than tensors")  # torch would unpickle those
-            if any(
-                Path(info.relative_path).name != info.relative_path
-                for info in found.storage_data.values()
-            ):
+            if any(os.sep in info.relative_path for info in files):
                 raise ValueError("it names files elsewhere")
             found.storage_meta = found.storage_meta or metadata.StorageMeta()
             found.storage_meta.load_id = self.load_id

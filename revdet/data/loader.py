@@ -30,9 +30,10 @@ Mapper = Callable[[Record], Any]  # may draw from the global generators
 class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
     """Endless batches of ``(index, position)``, the same whenever they are asked for again.
 
-    Every epoch is a permutation of the dataset, of which each process takes every
-    ``world_size``-th sample. Images of one group are put into one iteration, so that little is
-    padded. Which these are does not depend on ``accumulate``.
+    Every epoch is a permutation of the dataset. Images of one group are put into one iteration, so
+    that little is padded. Which these are depends on how many there are in an iteration, and not on
+    the processes or on ``accumulate``; nor do the batches, where there are as many. The processes
+    take them in turn.
 
     Args:
         groups: the group of each image, for example whether it is wider than high.
@@ -53,7 +54,8 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in itertools.islice(self._steps(), self.start_step, None):
-            for first in range(0, len(step), self.batch_size):
+            for batch in range(self.rank, self.world_size * self.accumulate, self.world_size):
+                first = batch * self.batch_size
                 yield step[first : first + self.batch_size]
 
     def _samples(self) -> Iterator[tuple[int, int]]:
@@ -61,16 +63,16 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
         positions = itertools.count()
         while True:
             for index in torch.randperm(len(self.groups), generator=generator).tolist():
-                if (position := next(positions)) % self.world_size == self.rank:
-                    yield index, position
+                yield index, next(positions)
 
     def _steps(self) -> Iterator[list[tuple[int, int]]]:
-        """All samples of this process in each iteration."""
+        """All samples of each iteration."""
+        size = self.batch_size * self.accumulate * self.world_size
         waiting: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for index, position in self._samples():
             group = self.groups[index]
             waiting[group].append((index, position))
-            if len(waiting[group]) == self.batch_size * self.accumulate:
+            if len(waiting[group]) == size:
                 yield waiting.pop(group)
 
 

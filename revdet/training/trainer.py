@@ -100,7 +100,7 @@ class Trainer(SimpleTrainer):
             start = time.perf_counter()
             data = next(self._data_loader_iter)
             data_time += time.perf_counter() - start
-            batch = comm.get_rank() * self.accumulate + index
+            batch = index * comm.get_world_size() + comm.get_rank()
             seed_all_rng(seed_of(self.seed, self.iter, batch))
             with self._reducing(last=index == self.accumulate - 1):
                 with torch.autocast(

@@ -33,12 +33,12 @@ def test_a_batch_is_of_one_group_and_nothing_is_lost():
 
 
 def test_processes_share_each_epoch():
-    positions = [
-        {position for batch in batches(20, rank=rank, world_size=2) for _, position in batch}
-        for rank in range(2)
-    ]
-    assert not positions[0] & positions[1]
-    assert {p % 2 for p in positions[0]} == {0}
+    """In turn, so that two with two batches each have those of four, or of one."""
+    alone = batches(20, accumulate=4)
+    for world_size, accumulate in ((2, 2), (4, 1)):
+        sizes = {"world_size": world_size, "accumulate": accumulate}
+        each = [batches(5 * accumulate, rank=rank, **sizes) for rank in range(world_size)]
+        assert [batch for turn in zip(*each, strict=True) for batch in turn] == alone
 
 
 def test_augmentation_depends_on_the_position_alone():

@@ -127,7 +127,7 @@ def train(rank: int, mode: str) -> dict[str, Any]:
 
     if ddp is not model:
         ddp.register_comm_hook(None, reduce)
-    mine = range(rank * accumulate, (rank + 1) * accumulate)
+    mine = range(rank, WORLD * accumulate, WORLD)
     loader = (batch(iteration, index) for iteration in count() for index in mine)
     trainer = Trainer(ddp, loader, optimizer, seed=SEED, accumulate=accumulate)
     trainer.register_hooks([CallbackHook(after_step=lambda _: steps.append(snapshot(model)))])
