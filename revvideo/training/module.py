@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import backbones
 from backbones.common.errors import UserError
 from backbones.common.seeds import seed_of
+from backbones.common.sharding import shard
+from backbones.engine.policies import blocks_of
 from revvideo.data.mixing import Mixing
 from revvideo.data.stills import IMAGES
 from revvideo.data.transforms import normalised
@@ -95,11 +97,8 @@ class VideoModule(pl.LightningModule):
         self._mix = Mixing(self.config.augment, outputs)
         self.backbone = model
         if self.config.train.strategy == "fsdp" and fitting:
-            from torch.distributed.fsdp import fully_shard
-
-            # As one unit: a reversible block rebuilds its input with the weights of the whole
-            # block, and gathering them again for each block would cost more than it saves.
-            fully_shard(model, mesh=self.device_mesh["data_parallel"])  # type: ignore[index]
+            mesh: Any = self.device_mesh
+            shard(model, blocks_of(model).values(), mesh["data_parallel"])
 
     def _fit_memory(self, model: nn.Module) -> None:
         data, budget = self.config.data, self.config.train.memory_budget
