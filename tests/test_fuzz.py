@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fuzz import KINDS, fuzz
+from tests.fuzz.__main__ import KINDS, fuzz
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,3 +94,28 @@ def refusal(train_net: Callable[..., int], tmp_path: Path, capsys: Any) -> Calla
         return error_of(capsys)
 
     return call
+
+
+class OwnData:
+    """A copy of the small dataset under names of its own, to change and to train on."""
+
+    def __init__(self, source: Path, root: Path) -> None:
+        shutil.copytree(source / "train", root / "photos")
+        self.images = root / "photos"
+        self.json = root / "mine.json"
+        self.content = json.loads((source / "annotations" / "instances_train.json").read_text())
+
+    def arguments(self) -> list[str]:
+        """Write the annotations; the dataset on the command line."""
+        self.json.write_text(json.dumps(self.content))
+        return own_files(self.json, self.images)
+
+    def of_image(self, index: int) -> list[dict[str, Any]]:
+        """The annotations of an image, given by its place in the list."""
+        image_id = self.content["images"][index]["id"]
+        return [a for a in self.content["annotations"] if a["image_id"] == image_id]
+
+
+@pytest.fixture
+def own(datasets_root: Path, tmp_path: Path) -> OwnData:
+    return OwnData(datasets_root / "demo", tmp_path)

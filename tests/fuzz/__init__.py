@@ -1,0 +1,1 @@
+"""Broken input of several kinds: ``python -m tests.fuzz``."""
