@@ -38,7 +38,9 @@ def run(args: argparse.Namespace) -> dict[str, Json]:
     model = create_model(args.model, num_classes=0, depth=args.depth, img_size=args.img_size)
     shape = (args.batch, 3, args.img_size, args.img_size)
     trainer = Trainer(shape, torch.device("cpu"), clock=time.process_time)
-    contestants = CONTESTANTS | {"fitted into half of the bytes": fitted(torch.zeros(shape))}
+    contestants = CONTESTANTS | {
+        "fitted into half of the bytes": fitted(torch.zeros(8 * args.batch, *shape[1:]))
+    }
     result = compare(model.train(), trainer, contestants, args.rounds)
     for name, apply in contestants.items():
         own = sharing(model)

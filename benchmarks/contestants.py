@@ -126,7 +126,8 @@ KEEPING: dict[str, Contestant] = {
 def fitted(images: Tensor) -> Contestant:
     """`fit_memory`, with the largest budget of which it holds half of what ``"store"`` holds.
 
-    Held is what is alive between forward and backward pass, to within a hundredth.
+    Held is what is alive between forward and backward pass, to within a hundredth. ``images`` are
+    so many that these bytes, and not the optimizer's, are the peak of the step.
     """
 
     def apply(model: nn.Module) -> None:

@@ -10,10 +10,11 @@ import pytest
 from detectron2.utils.events import EventStorage, TensorboardXWriter
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from backbones.common.errors import MissingExtra, UserError
+from backbones.common.errors import MissingExtra, UserError, require_trackers
 from revdet.config import load_config
-from revdet.training.trackers import check_loggers, trackers
+from revdet.training.trackers import trackers
 from revvideo.config import load_config as load_video_config
+from revvideo.run import main as video
 from revvideo.training import metrics
 from tests.revdet.conftest import DEMO
 
@@ -35,7 +36,7 @@ def told(monkeypatch) -> dict[str, Mock]:
 
 def test_detection_hands_on_every_scalar_once(told, tmp_path):
     settings = SimpleNamespace(output_dir=str(tmp_path / "run"), loggers=["wandb", "mlflow"])
-    check_loggers(settings.loggers)
+    require_trackers(settings.loggers)
     writers = trackers(SimpleNamespace(train=settings), 0)
     with EventStorage(3) as storage:
         storage.put_scalar("loss", 0.5)
@@ -55,7 +56,7 @@ def test_detection_hands_on_every_scalar_once(told, tmp_path):
     assert told["run"].finish.called and told["mlflow"].end_run.called
 
 
-def test_defaults_bad_names_and_missing_libraries(tmp_path, monkeypatch):
+def test_defaults_bad_names_and_missing_libraries(tmp_path, monkeypatch, capsys):
     cfg = load_config(DEMO, [f"train.output_dir={tmp_path}"])
     assert [type(writer) for writer in trackers(cfg, 0)] == [TensorboardXWriter]
     (made,) = metrics.trackers(["tensorboard"], tmp_path, 0)
@@ -67,11 +68,21 @@ def test_defaults_bad_names_and_missing_libraries(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=r"train\.loggers=.*choose one of tensorboard, wandb"):
             load(recipe, ["train.loggers=[tensorbord]"])
     monkeypatch.setitem(sys.modules, "wandb", None)
-    for check in (check_loggers, lambda names: metrics.trackers(names, tmp_path, 0)):
-        with pytest.raises(
-            MissingExtra, match=r"train\.loggers=\[wandb\] needs wandb.*\[trackers\]"
-        ):
-            check(["wandb"])
+    with pytest.raises(MissingExtra, match=r"=\[wandb\] needs wandb.*\[trackers\]"):
+        require_trackers(["wandb"])
+    # Before anything is looked at.
+    assert (
+        video(
+            [
+                "--config",
+                "configs/video/demo/motion.yaml",
+                "data.root=nowhere",
+                "train.loggers=[wandb]",
+            ]
+        )
+        == 2
+    )
+    assert "[wandb] needs wandb" in capsys.readouterr().err
 
 
 def test_video_makes_lightnings(told, tmp_path, monkeypatch):

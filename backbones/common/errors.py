@@ -61,6 +61,17 @@ def extra(name: str, purpose: str = "", also: str = "") -> Iterator[None]:
         raise MissingExtra(f"{needs}: pip install 'revvit-toolkit[{name}]'{also}") from error
 
 
+def require_trackers(names: Iterable[str]) -> None:
+    """Import the libraries of ``train.loggers``, those but TensorBoard, which an adapter has.
+
+    Raises:
+        MissingExtra: one is not installed.
+    """
+    for name in names:
+        if name != "tensorboard":
+            optional_import(name, "trackers", f"train.loggers=[{name}]")
+
+
 def optional_import(module: str, name: str, purpose: str) -> Any:
     """Import a module within :func:`extra`."""
     with extra(name, purpose):

@@ -38,7 +38,6 @@ logger = logging.getLogger("revdet")
 # Layers whose shape is the number of classes; fine-tuning on other classes trains them anew.
 CLASS_LAYERS = ("roi_heads.box_predictor.", "roi_heads.mask_head.predictor.")
 
-
 FINAL = "model_final"
 
 

@@ -11,13 +11,12 @@ import torch
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
-from backbones.common.errors import UserError
+from backbones.common.errors import UserError, require_trackers
 from backbones.common.files import locked, make_folder
 from backbones.memory.budget import parse_budget
 from revdet.data.normalise import normalise
 from revdet.training import hardware
 from revdet.training.checkpoint import checkpoint_to_resume, holds_a_run
-from revdet.training.trackers import check_loggers
 from revdet.training.weights import fetch_weights
 
 
@@ -32,7 +31,7 @@ def preflight(cfg: DictConfig, args: argparse.Namespace, held: ExitStack) -> str
     train = cfg.train
     device = hardware.resolve_device(train.device, args.num_gpus)
     _check_budget(train)
-    check_loggers(train.loggers)
+    require_trackers([] if args.eval_only else train.loggers)
     _check_strategy(train)
     _check_processes(device, args)
     if args.eval_only:

@@ -10,7 +10,6 @@ from typing import Any
 from detectron2.utils.events import EventWriter, TensorboardXWriter
 from omegaconf import DictConfig
 
-from backbones.common.errors import optional_import
 from revdet.training.metrics import NewScalars
 
 _Log = Callable[[dict[str, float], int], Any]
@@ -32,17 +31,6 @@ class TrackerWriter(EventWriter):
         """Hand on what has been put into the event storage since the last call."""
         for iteration, values in self._new().items():
             self._log(values, iteration)
-
-
-def check_loggers(loggers: list[str]) -> None:
-    """Import the libraries of ``train.loggers``.
-
-    Raises:
-        MissingExtra: one is not installed.
-    """
-    for name in loggers:
-        if name != "tensorboard":
-            optional_import(name, "trackers", f"train.loggers=[{name}]")
 
 
 def trackers(cfg: DictConfig, start_iter: int) -> list[EventWriter]:

@@ -108,11 +108,8 @@ class Video:
         self._container, self._stream = open_video(path, self._threads)
         self._codec = self._stream.codec_context
         try:
-            self._index = (
-                index_from_text(known_index)
-                if known_index
-                else read_index(self._container, self._stream)
-            )
+            known = index_from_text(known_index) if known_index else None
+            self._index = known or read_index(self._container, self._stream)
             self.truncated = self._index.truncated
             rate = self._stream.average_rate or self._stream.guessed_rate
             unit = self._stream.time_base

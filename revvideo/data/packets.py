@@ -88,9 +88,12 @@ class PacketIndex:
         return text if len(text) < csv.field_size_limit() else ""
 
 
-def index_from_text(text: str) -> PacketIndex:
-    """What a scan has written down about a file that has not changed since."""
-    numbers = np.frombuffer(zlib.decompress(base64.b64decode(text)), "<i8")
+def index_from_text(text: str) -> PacketIndex | None:
+    """What a scan has written down about a file that has not changed since; None if damaged."""
+    try:
+        numbers = np.frombuffer(zlib.decompress(base64.b64decode(text)), "<i8")
+    except (ValueError, zlib.error):
+        return None
     first, second = 2 + numbers[0], 2 + numbers[:2].sum()
     packets = np.cumsum(numbers[2:first])
     shown = np.sort(np.delete(packets, numbers[second:])).tolist()

@@ -199,6 +199,7 @@ def _encode(video: Video, path: Path, encoding: Encoding, note: str) -> dict[int
     """Write ``path``; give back some of the pictures that went into it, by their numbers."""
     step = max(1, len(video) // _COMPARED)
     compared: dict[int, np.ndarray] = {}
+    size = None
     unit = video.unit if video.unit.denominator <= _FINEST else Fraction(1, _FINEST)
     with av.open(str(path), "w", format="mp4") as container:
         container.metadata["comment"] = note
@@ -210,9 +211,9 @@ def _encode(video: Video, path: Path, encoding: Encoding, note: str) -> dict[int
         for number, picture in video.pictures(encoding.short_side):
             height, width = (max(2, side - side % 2) for side in picture.shape[:2])
             picture = np.ascontiguousarray(picture[:height, :width])
-            if not number:
-                stream.height, stream.width = height, width
-            if (stream.height, stream.width) != (height, width):
+            if size is None:
+                size = stream.height, stream.width = height, width
+            if size != (height, width):
                 raise VideoError("has frames of several sizes")
             if number % step == 0:
                 compared[number] = picture

@@ -72,6 +72,7 @@ class Predictor:
 
     Attributes:
         classes: the names.
+        model: in eval mode, on ``device``.
 
     Raises:
         UserError: weights that cannot be read or do not fit.
@@ -84,7 +85,7 @@ class Predictor:
         self.config = config
         self.device = device
         self.batch_size = batch_size
-        self._model = model.to(self.device)
+        self.model = model.to(self.device)
 
     def best(self, scores: Tensor) -> list[dict[str, Any]]:
         """The ``TOP_K`` best of scores (classes,), each as its ``class`` and ``score``."""
@@ -113,7 +114,7 @@ class Predictor:
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             for part in clips.split(self.batch_size):
                 part = part.to(self.device, non_blocking=True)
-                logits = self._model(normalised(part, self.config.data))
+                logits = self.model(normalised(part, self.config.data))
                 scores.append(logits.float().softmax(dim=1).cpu())
         return torch.cat(scores)
 

@@ -11,7 +11,6 @@ from typing import Any, TextIO
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from backbones.common.errors import optional_import
 from backbones.common.files import cut_lines, replacing
 
 _STEP = "step"  # the first column
@@ -78,11 +77,7 @@ def cut_metrics(path: Path, step: int) -> None:
 
 
 def trackers(names: Sequence[str], output_dir: Path, start_step: int) -> list[Logger]:
-    """Lightning's loggers of ``train.loggers``.
-
-    Raises:
-        MissingExtra: the library of one is not installed.
-    """
+    """Lightning's loggers of ``train.loggers``."""
     made: dict[str, Callable[[], Logger]] = {
         "tensorboard": lambda: TensorBoardLogger(
             output_dir, name="tensorboard", version="", purge_step=start_step or None
@@ -93,12 +88,10 @@ def trackers(names: Sequence[str], output_dir: Path, start_step: int) -> list[Lo
         "mlflow": lambda: MLFlowLogger(
             experiment_name="revvideo",
             run_name=output_dir.name,
+            run_id=os.environ.get("MLFLOW_RUN_ID"),
             tracking_uri=os.environ.get(
                 "MLFLOW_TRACKING_URI", f"sqlite:///{output_dir.absolute() / 'mlflow.db'}"
             ),
         ),
     }
-    for name in names:
-        if name != "tensorboard":
-            optional_import(name, "trackers", f"train.loggers=[{name}]")
     return [made[name]() for name in names]

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
-from backbones.common.errors import UserError
+from backbones.common.errors import UserError, require_trackers
 from backbones.common.files import locked, make_folder
 from backbones.common.stopping import step_by_step
 from revvideo.config import save_config
@@ -115,6 +115,7 @@ def last_checkpoint(output_dir: Path) -> Path:
 def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[str, Any]:
     """Train from the beginning or from a checkpoint to the end; returns the facts of the run."""
     settings, optim = config.train, config.optim
+    require_trackers(settings.loggers)
     output_dir = Path(settings.output_dir)
     sharded = settings.strategy == "fsdp"
     # Of a sharded run, Lightning maps the file into memory itself.

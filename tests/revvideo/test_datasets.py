@@ -25,6 +25,7 @@ from revvideo.data.clips import (
 from revvideo.data.clips import test_clips as clips_to_test
 from revvideo.data.decode import Video
 from revvideo.data.manifest import VideoRecord
+from revvideo.data.transforms import Erased
 from revvideo.settings import AugmentConfig, DataConfig, TestConfig
 from tests.revvideo.make_videos import INDEX_FIRST, cut, damage, encode
 from tests.revvideo.test_decode import full_decode
@@ -191,10 +192,17 @@ def test_files_that_break_after_the_scan(tmp_path):
     (tmp_path / "gone.mp4").unlink()
     cut(tmp_path / "cut.mp4")
     damage(tmp_path / "damaged.mp4", 1)
-    dataset = ClipDataset(records, tmp_path, UniformClips(4, 8, clips=2), frames_as_they_are)
+
+    def erasing(clip: torch.Tensor) -> tuple[torch.Tensor, Erased]:
+        return frames_as_they_are(clip), Erased(0, 0, clip[0].float())
+
+    dataset = ClipDataset(records, tmp_path, UniformClips(4, 8, clips=2), erasing)
     batch = collate([dataset[i, i] for i in range(5)])
     assert batch["label"].tolist() == [0, 0, 4, 4] and batch["index"].tolist() == [0, 0, 4, 4]
     assert batch["video"].shape == (4, 3, 4, 48, 64)
+    assert list(batch["erased"]) == [0, 1, 2, 3]  # each box with its clip
+    for number, box in batch["erased"].items():
+        assert torch.equal(box.noise, batch["video"][number, :, 0].float())
     problems = dict(batch["problems"])
     assert list(problems) == ["gone.mp4", "cut.mp4", "damaged.mp4"]
     assert problems["gone.mp4"] == "file is missing"

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import backbones
 from revvideo.data.clips import ClipDataset
 from revvideo.run import main
 from revvideo.scan import main as scan
+from revvideo.training import module
 from revvideo.training.module import VideoModule
 from tests.revvideo.tiny_set import (
     GOLDEN,
@@ -144,13 +146,16 @@ def test_the_golden_checkpoint_gives_its_scores(run, tmp_path, monkeypatch):
     assert results(output)["test"]["videos"] == 2
 
 
-def test_a_batch_without_any_readable_video_is_passed_over(run, videos, tmp_path):
+def test_a_batch_without_any_readable_video_is_passed_over(run, videos, tmp_path, monkeypatch):
     root = shutil.copytree(videos, tmp_path / "set")
     assert scan(["--split", "train", "val", "--", str(root)]) == 0
     broken = sorted(root.glob("train/*/*.mp4"))[:12]
     for path in broken:
         spoil(path)
     more = ["optim.batch_size=1", "optim.epochs=1", "test.batch_size=1", "augment.repeats=2"]
+    more.append("augment.erase=1")
+    seen = Mock(wraps=module.normalised)
+    monkeypatch.setattr(module, "normalised", seen)
     spoil(root / "val" / "striped" / "02.mp4")
     assert run(tmp_path / "out", *more, root=root) == 0
     found = results(tmp_path / "out")
@@ -158,6 +163,9 @@ def test_a_batch_without_any_readable_video_is_passed_over(run, videos, tmp_path
     names = {str(path.relative_to(root)) for path in broken} | {"val/striped/02.mp4"}
     assert found["left_out"].keys() == names
     assert (found["test"]["videos"], found["test"]["of"]) == (6, 7)
+    # In training both clips of a video are erased, where there is one.
+    trained = [call.args[2] for call in seen.call_args_list if len(call.args) > 2]
+    assert sorted(map(len, trained)) == 12 * [0] + 6 * [2]
     zero = [step for step, loss in losses(tmp_path / "out").items() if loss == 0]
     assert len(losses(tmp_path / "out")) == 18 and len(zero) == 12
     log = (tmp_path / "out" / "log.txt").read_text()

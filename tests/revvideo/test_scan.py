@@ -91,11 +91,18 @@ def test_where_the_frames_of_long_files_lie_is_noted(tmp_path, monkeypatch):
     scan(tmp_path, "train", workers=0, manifest_path=path)
     records = load_manifest(path).records
     assert [bool(record.index) for record in records] == [True, False]
-    dataset = ClipDataset(records, tmp_path, UniformClips(4, 2), lambda clip: clip)
+
+    def same(clip: torch.Tensor) -> torch.Tensor:
+        return clip
+
+    dataset = ClipDataset(records, tmp_path, UniformClips(4, 2), same)
     before = dataset[0, 0]["video"]
     read = Mock(wraps=decode.read_index)
     monkeypatch.setattr(decode, "read_index", read)
     assert torch.equal(dataset[0, 0]["video"], before) and not read.called
+    spoilt = ClipDataset([replace(records[0], index="eJw=")], tmp_path, UniformClips(4, 2), same)
+    assert torch.equal(spoilt[0, 0]["video"], before) and read.called
+    read.reset_mock()
     # A manifest from before there was one, and a file that is another than was scanned.
     path.write_text(path.read_text().replace(",index", "").replace(f",{records[0].index}\n", "\n"))
     assert [record.index for record in load_manifest(path).records] == ["", ""]

@@ -40,6 +40,9 @@ def test_every_kind_of_file_keeps_its_frames_and_times(make, tmp_path):
             packets = [packet for packet in container.demux(video=0) if packet.size]
             keyframes = [i for i, packet in enumerate(packets) if packet.is_keyframe]
             assert keyframes[0] == 0
+            # Frames that no other refers to, nal_ref_idc = 0, in all groups of four that are full.
+            unneeded = sum(bytes(packet)[4] & 0x60 == 0 for packet in packets)
+            assert unneeded >= len(packets) // 2
             assert all(b - a <= 16 for a, b in pairwise([*keyframes, len(packets)]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from revvideo.data.mixing import Mixing
 from revvideo.data.transforms import TestTransform, TrainTransform, _RandAugment, normalised
@@ -62,6 +64,22 @@ def test_all_frames_of_a_clip_are_treated_alike(augment):
     assert len(different) == 12
     torch.manual_seed(11)
     assert torch.equal(seen(transform, clip()), out)  # the generator decides
+
+
+def test_erasing_is_that_of_torchvision_on_normalised_pixels():
+    """Although the pixels are normalised elsewhere, and later."""
+    plain = AugmentConfig(scale=[1.0, 1.0], ratio=[1.0, 1.0], flip=0.0)
+    square, erased = clip(height=24, width=24), 0
+    for seed in range(8):
+        torch.manual_seed(seed)
+        whole = seen(TrainTransform(plain, DATA), square)
+        own = v2.RandomErasing(0.6, value="random")
+        expected = own(tv_tensors.Video(whole.transpose(0, 1))).transpose(0, 1)
+        torch.manual_seed(seed)
+        found = seen(TrainTransform(replace(plain, erase=0.6), DATA), square)
+        assert torch.equal(found, expected.as_subclass(torch.Tensor))
+        erased += not torch.equal(found, whole)
+    assert 0 < erased < 8
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
