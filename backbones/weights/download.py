@@ -23,11 +23,13 @@ _VITDET = f"{_FAIR}/detectron2/ViTDet/COCO/mask_rcnn_vitdet"
 ZOO = {
     "mae_vit_base": f"{_FAIR}/mae/pretrain/mae_pretrain_vit_base.pth",
     "mae_vit_large": f"{_FAIR}/mae/pretrain/mae_pretrain_vit_large.pth",
+    "mae_vit_huge": f"{_FAIR}/mae/pretrain/mae_pretrain_vit_huge.pth",
     "dinov2_vit_small": f"{_FAIR}/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
     "dinov2_vit_base": f"{_FAIR}/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
     "dinov2_vit_large": f"{_FAIR}/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
     "vitdet_base": f"{_VITDET}_b/f325346929/model_final_61ccd1.pkl",
     "vitdet_large": f"{_VITDET}_l/f325599698/model_final_6146ed.pkl",
+    "vitdet_huge": f"{_VITDET}_h/f329145471/model_final_7224f1.pkl",
 }
 
 _TIMEOUT = 30.0  # seconds for a server to answer

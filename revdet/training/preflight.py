@@ -30,7 +30,7 @@ def preflight(cfg: DictConfig, args: argparse.Namespace, held: ExitStack) -> str
     """
     train = cfg.train
     device = hardware.resolve_device(train.device, args.num_gpus)
-    _check_budget(train)
+    _check_budget(train, device, args)
     require_trackers([] if args.eval_only else train.loggers)
     _check_strategy(train)
     _check_processes(device, args)
@@ -64,7 +64,7 @@ def log_to(output_dir: str, rank: int) -> None:
         setup_logger.__wrapped__(output_dir, distributed_rank=rank, name=name)
 
 
-def _check_budget(train: DictConfig) -> None:
+def _check_budget(train: DictConfig, device: str, args: argparse.Namespace) -> None:
     frees = {"stored_blocks": 0, "memory_keep": [], "heads_memory": "auto"}
     for name, free in frees.items():
         if train.memory_budget and train[name] != free:
@@ -72,7 +72,13 @@ def _check_budget(train: DictConfig) -> None:
                 f"train.memory_budget={train.memory_budget} chooses what is kept, and so does "
                 f"train.{name}={train[name]}: set one of the two"
             )
-    if train.memory_budget and train.memory_budget != "auto":
+    if train.memory_budget == "auto":
+        if not device.startswith("cuda") and not args.eval_only:
+            raise UserError(
+                f"train.memory_budget=auto needs a GPU that tells what it has free, and the run is "
+                f"on {device}: set a size such as 12GB, or train.memory_budget= for none"
+            )
+    elif train.memory_budget:
         try:
             parse_budget(train.memory_budget)
         except ValueError as error:

@@ -63,6 +63,7 @@ from tests.revdet.conftest import DEMO
         ("train.accumulate=3", ["total_batch_size=2", "3: 1 processes × train.accumulate=3"]),
         ("train.ema_decay=1", ["train.ema_decay=1", "0.9999"]),
         ("train.memory_budget=much", ["'much'", "8GiB"]),
+        ("train.memory_budget=auto", ["needs a GPU", "on cpu", "such as 12GB"]),
         ("train.memory_budget=3MB", ["train.memory_budget=3MB", "smallest budget"]),
         ("train.memory_budget=1GB train.stored_blocks=1", ["train.stored_blocks", "one of"]),
         ("train.memory_budget=1GB train.memory_keep=[f.*]", ["train.memory_keep", "one of"]),

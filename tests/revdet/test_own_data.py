@@ -48,6 +48,7 @@ def test_the_length_of_a_run_in_epochs(own, train_net, tmp_path, refusal):
     assert "on cpu (no GPU), 1 processes" in log and "0.25 epochs of 16" in log
     recipe = "configs/detection/finetune/mask_rcnn_vit_base_zoo.py"
     assert load_config(recipe).train.epochs == 50
+    assert load_config(recipe).train.memory_budget == "auto"
     assert load_config(recipe, [ITERATION]).train.epochs == 0
 
 

@@ -133,7 +133,7 @@ def test_a_recipe_trains_evaluates_and_is_loaded_again(recipe, data, tmp_path, m
     monkeypatch.setattr("revdet.training.results.draw_curves", lambda *_: None)  # takes its time
     monkeypatch.setattr(Trainer, "train", spy)
     cheap = ["train.max_iter=2", "train.log_period=1", "train.pictures=0", "train.device=cpu"]
-    cheap.append("train.warmup_iters=0")
+    cheap += ["train.warmup_iters=0", "train.memory_budget="]  # auto needs a GPU
     # Of this seed, MViTv2's crop of every other image is among those of the two iterations.
     cheap += ["train.seed=0", "dataloader.train.total_batch_size=2"]
     cheap += [f"dataloader.{split}.num_workers=0" for split in ("train", "test")]
@@ -154,10 +154,11 @@ def test_a_recipe_trains_evaluates_and_is_loaded_again(recipe, data, tmp_path, m
 
 
 # Iterations, learning rate, layer decay and drop path of Detectron2's ViTDet and MViTv2, whose
-# schedules are 100 and 36 epochs of 64 images.
+# schedules are 100, 75 and 36 epochs of 64 images.
 PUBLISHED = {
     "vit_base_100ep": (184375, 1e-4, 0.7, 0.1),
     "vit_large_100ep": (184375, 1e-4, 0.8, 0.4),
+    "vit_huge_75ep": (138281, 1e-4, 0.9, 0.5),
     "mvit_base_36ep": (67500, 1.6e-4, 1.0, 0.2),
 }
 
@@ -174,7 +175,7 @@ def test_recipes_and_their_twins_are_as_published(recipe):
     assert trunk.drop_path_rate == drop_path
     if "_vit_" in stem:
         assert (trunk.window_size, trunk.use_rel_pos, trunk.img_size) == (14, True, 1024)
-        depth = {"base": 12, "large": 24}[key.split("_")[1]]
+        depth = {"base": 12, "large": 24, "huge": 32}[key.split("_")[1]]
         assert list(trunk.global_attn_indexes) == [depth * (i + 1) // 4 - 1 for i in range(4)]
     assert cfg.train.max_iter == cfg.lr_multiplier.scheduler.num_updates == iterations
     assert cfg.dataloader.train.total_batch_size == cfg.train.reference_batch_size == 64

@@ -23,7 +23,9 @@ train.eval_period = 500
 train.checkpointer.period = 250
 optimizer.lr = 5e-5
 
-# Memory: the input of each block, and the rest computed again.
+# Memory: the input of each block, and of the rest what the card has room for; without a card,
+# train.memory_budget= keeps none.
 train.memory = "checkpoint"
+train.memory_budget = "auto"
 
 train.output_dir = "output/finetune/mask_rcnn_vit_base"
