@@ -103,11 +103,10 @@ class VideoData(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the manifests, and check that batches come out even."""
         self._manifests = [load_manifest(self._manifest_path(split)) for split in self._splits()]
-        root = self._root()
-        for index, manifest in enumerate(self._manifests):
-            if self.resume and manifest.root != root:  # the videos have moved
-                logger.info("videos from %s, which were in %s", root, manifest.root)
-                self._manifests[index] = replace(manifest, root=root)
+        root = self._root().absolute()
+        if self.resume and (moved := {m.root for m in self._manifests} - {root}):
+            logger.info("videos from %s, which were in %s", root, ", ".join(map(str, moved)))
+            self._manifests = [replace(manifest, root=root) for manifest in self._manifests]
         self._train, self._val = self._manifests[0], self._manifests[-1]  # one, where not trained
         self.classes = self.classes or self._train.classes
         self.val_total = sum(record.label >= 0 for record in self._val.records)

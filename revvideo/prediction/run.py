@@ -107,7 +107,7 @@ def look_closer(
         VideoError: a frame does not decode. What was done before that is in ``entry``.
     """
     with Video(path) as video:
-        entry |= asdict(video.info)
+        entry |= {key: fact for key, fact in asdict(video.info).items() if key != "index"}
         windows = predictor.windows(video, args.step)
         if windows is not None:
             entry["windows"] = [
