@@ -27,7 +27,7 @@ from backbones.engine.ambient import only_plain
 from backbones.engine.kept import Kept, linear_layers, weights_of
 from backbones.engine.sameness import different, is_near, sample
 from backbones.engine.slices import cut
-from backbones.engine.state import ModuleState, hooked_everywhere, known_as_before
+from backbones.engine.state import ModuleState, hooked_everywhere, known_as_before, mark
 
 MemoryPolicy = Literal["store", "checkpoint", "reversible"]
 
@@ -106,7 +106,7 @@ class Block(nn.Module):
             self.warn_of_hooks()
             return piece(*args)
 
-        versions = [(arg, arg._version) for arg in args if isinstance(arg, Tensor)]
+        marks = [(arg, mark(arg)) for arg in args if isinstance(arg, Tensor)]
         places = state.layout.places
         trained = {id(param): param.requires_grad for _, _, param in places}
         weights = weights_of(self, self.keep or ())
@@ -127,16 +127,14 @@ class Block(nn.Module):
                     keeper.recorded(kept) if keeper else nullcontext(),
                 ):
                     out = piece(*args)
-            if any(arg._version != version for arg, version in versions):
+            if any(mark(tensor) != before for tensor, before in marks):
                 raise RuntimeError(
-                    f"the input or a parameter of {type(self).__name__} was changed in place, and "
-                    "a checkpointed block runs on it twice: change a copy, step the optimizer "
-                    "after backward(), or choose the 'store' policy"
+                    f"the input or a parameter of {type(self).__name__} was changed in place or "
+                    "got other data, and a checkpointed block runs on it twice: change a copy, step "
+                    "the optimizer after backward(), or choose the 'store' policy"
                 )
             if runs == 1:
-                versions.extend(
-                    (p, p._version) for p in state.layout.params if id(p) not in stepped
-                )
+                marks.extend((p, mark(p)) for p in state.layout.params if id(p) not in stepped)
                 if state.facts is None or not state.facts.closed:
                     samples.extend(map(sample, _tensors(out)))
                 return out

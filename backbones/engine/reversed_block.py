@@ -18,6 +18,7 @@ from backbones.engine.handover import Handover, here
 from backbones.engine.policies import Block, add_branch
 from backbones.engine.second_run import Branch
 from backbones.engine.slices import Whole, cut
+from backbones.engine.state import mark
 
 
 class _Part(NamedTuple):
@@ -40,6 +41,7 @@ class _FirstRun:
     streams: list[Tensor]
     inputs: list[Tensor]
     dtypes: tuple[torch.dtype, torch.dtype]
+    marks: list[tuple[int, int]]  # of the inputs
     kept: list[int] = field(default_factory=list)  # how many tensors each branch keeps
 
 
@@ -82,7 +84,8 @@ def run_reversed(
     ahead = None if chain is None or chain.ends else Handover()
     inputs = _inputs_of(parts)
     dtypes = x1.dtype, x2.dtype
-    first = _FirstRun(parts, sizes, autocast, behind, ahead, [y1, y2], inputs, dtypes)
+    marks = [*map(mark, inputs)]
+    first = _FirstRun(parts, sizes, autocast, behind, ahead, [y1, y2], inputs, dtypes, marks)
     y1, y2 = _ReversedBlock.apply(first, x1, x2, *inputs)
     if ahead is not None:
         ahead.offer(y1, y2)
@@ -247,16 +250,19 @@ def _split(grad: Tensor | None, sizes: list[int]) -> Sequence[Tensor | None]:
 
 
 def _unchanged(ctx: Any) -> tuple[Tensor, ...]:
-    """What a node has saved; an error if somebody has changed it in place."""
+    """What a node has saved; an error if somebody has changed it."""
     try:
         saved: tuple[Tensor, ...] = ctx.saved_tensors
+        if [*map(mark, ctx.first.inputs)] != ctx.first.marks:
+            raise RuntimeError("modified by an inplace operation, or by tensor.data = …")
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
         raise RuntimeError(
-            "parameters or outputs of a reversible block were changed in place between the forward "
-            "and the backward pass (modified by an inplace operation), and the block needs them as "
-            f"they were: step the optimizer after backward(), or choose 'store' ({error})"
+            "parameters or outputs of a reversible block were changed in place or got other data "
+            "between the forward and the backward pass (modified by an inplace operation), and the "
+            "block needs them as they were: step the optimizer after backward(), or choose 'store' "
+            f"({error})"
         ) from None
     return saved
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from backbones.engine.ambient import OtherRandom, RandomState
 from backbones.engine.state import ModuleState
@@ -63,7 +66,7 @@ def cut(
     stream = next(arg for arg in args if arg is not None)
     batch = stream.shape[0] if stream.ndim else 1
     count = min(slices_of(batch), batch)
-    if count < 2:
+    if count < 2 or _is_hooked(block):
         return [batch], [args]
     _require_separate(block, piece, args)
     few, more = divmod(batch, count)
@@ -77,43 +80,91 @@ def cut(
 _SEPARATE: WeakKeyDictionary[nn.Module, list[tuple[type, bool]]] = WeakKeyDictionary()
 
 
+def _is_hooked(block: nn.Module) -> bool:
+    """Whether hooks are inside, which must be called once."""
+    for part in block.modules():
+        own = vars(part)
+        forward = own["_forward_hooks"] or own["_forward_pre_hooks"]
+        if part is not block and (forward or own["_backward_hooks"] or own["_backward_pre_hooks"]):
+            return True
+    return False
+
+
 def _require_separate(block: nn.Module, piece: Callable[..., Any], args: Arguments) -> None:
     parts = [(type(part), part.training) for part in block.modules()]
     if _SEPARATE.get(block) == parts:
         return
     kinds = [kind for kind, training in parts if training and issubclass(kind, _BatchNorm)]
-    mixing = kinds[0] if kinds else None
-    if mixing is not None or _mixes(block, piece, args):
-        where = f" ({mixing.__name__})" if mixing else ""
+    why = f"samples of a batch touch each other ({kinds[0].__name__})" if kinds else ""
+    if why := why or _why_not(block, piece, args):
         raise RuntimeError(
-            f"samples of a batch touch each other in {type(block).__name__}{where}, so that it "
-            "cannot run slice by slice: choose set_memory without slices"
+            f"in {type(block).__name__} {why}, so that it cannot run slice by slice: choose "
+            "set_memory without slices"
         )
     _SEPARATE[block] = parts
 
 
-def _mixes(block: nn.Module, piece: Callable[..., Any], args: Arguments) -> bool:
-    """Whether a sample without numbers (NaN) spoils the one beside it, tried on a copy.
+class _Reads(TorchDispatchMode):
+    """Sees whether Python reads numbers that depend on certain tensors, to decide by them.
 
-    No factor stops a NaN, so that this also finds what does not count yet, behind weights of zero.
+    Attributes:
+        any: whether it has.
     """
-    if any(type(arg) is not Tensor for arg in args if arg is not None):
-        return False  # only shapes, or in parts elsewhere
-    if any(arg.is_meta for arg in args if arg is not None):
-        return False
 
-    def beside(neighbour: float | None) -> list[Tensor]:
+    def __init__(self, tensors: Iterable[Tensor | None]) -> None:
+        super().__init__()
+        self.any = False
+        self._depends = WeakIdKeyDictionary({t: None for t in tensors if t is not None})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        if any(tensor in self._depends for tensor in given):
+            self.any = self.any or func is torch.ops.aten._local_scalar_dense.default
+            made = (leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+            self._depends.update(dict.fromkeys(made))
+        return out
+
+
+def _why_not(block: nn.Module, piece: Callable[..., Any], args: Arguments) -> str:
+    """Why a block cannot run in slices, tried on a copy; "" if it can.
+
+    A sample without numbers (NaN) must not spoil the one beside it. No factor stops a NaN, so that
+    this also finds what does not count yet, behind weights of zero.
+    """
+    if any(type(arg) is not Tensor or arg.is_meta for arg in args if arg is not None):
+        return ""  # only shapes, or in parts elsewhere
+    copy = ModuleState(block).private_copy()
+    state = ModuleState(copy)
+
+    def run(neighbour: float | None) -> bool:
         two = [
             None
             if arg is None
             else torch.cat([arg[:1], arg[:1] if neighbour is None else arg[:1] * neighbour])
             for arg in args
         ]
-        copy = ModuleState(block).private_copy()
-        out = piece.__func__(copy, *two)  # type: ignore[attr-defined]
-        return [t[0] for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)]
+        with _Reads(two) as reads:
+            out = piece.__func__(copy, *two)  # type: ignore[attr-defined]
+        if reads.any:
+            raise _Decides
+        out = out if isinstance(out, tuple) else (out,)
+        return any(bool(t[0].isnan().any()) for t in out if isinstance(t, Tensor))
 
     device = next(arg.device for arg in args if arg is not None)
     with torch.no_grad(), RandomState(device).replayed(), OtherRandom().replayed():
-        spoilt = any(bool(out.isnan().any()) for out in beside(float("nan")))
-        return spoilt and not any(bool(out.isnan().any()) for out in beside(None))
+        try:
+            clean = not run(None)  # and caches are filled
+            with state.observed():
+                spoilt = run(float("nan"))
+        except _Decides:
+            return "the code decides by numbers of the batch"
+    if clean and spoilt:
+        return "samples of a batch touch each other"
+    assert state.facts is not None
+    kinds = [state.layout.types[number].__name__ for number in state.facts.stateful]
+    return f"every run changes what {kinds[0]} holds" if kinds else ""
+
+
+class _Decides(Exception):
+    """A run has read numbers of the batch."""

@@ -19,6 +19,7 @@ from torch.nn.modules.module import (
 
 from backbones import MemoryPolicy, ReversibleBlock, ReversibleSequence, set_memory
 from backbones.engine.sameness import is_near, sample
+from backbones.models.layers import MLPBranch
 from tests.backbones.helpers import DIM, assert_grads_near, make_sequence, make_streams
 from tests.backbones.test_right_or_refused import Uses, compare, mlp, of, savers
 
@@ -86,16 +87,27 @@ def test_a_loss_on_what_a_branch_leaves_behind_is_refused() -> None:
     compare(lambda policy: (of(Uses(torch.relu), policy=policy), {}), "reversible")
 
 
+def add_in_place(param: nn.Parameter) -> None:
+    with torch.no_grad():
+        param.add_(1)
+
+
+def give_other_data(param: nn.Parameter) -> None:
+    param.data = param.data + 1
+
+
 @savers
-def test_weights_changed_in_place_before_the_backward_pass_are_refused(
-    policy: MemoryPolicy,
+@pytest.mark.parametrize("change", (add_in_place, give_other_data))
+def test_weights_changed_before_the_backward_pass_are_refused(
+    policy: MemoryPolicy, change: Callable[[nn.Parameter], None]
 ) -> None:
-    """Also those that stored activations would not need."""
+    """Also those that stored activations would not need, and of blocks that are all ours."""
     module = make_sequence(2)
+    for block in module.blocks:
+        block.f, block.g = (MLPBranch(DIM).double() for _ in "fg")
     set_memory(module, policy)
     y1, y2 = module(*make_streams())
-    with torch.no_grad():
-        next(p for n, p in module.named_parameters() if n.endswith("bias")).add_(1)
+    change(next(p for n, p in module.named_parameters() if n.endswith("bias")))
     with pytest.raises(RuntimeError, match=r"(parameter.*changed in place|parameters or outputs)"):
         (y1.sum() + y2.sum()).backward()
 

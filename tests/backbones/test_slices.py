@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -116,16 +117,54 @@ class Norm(nn.Module):
         return self.norm(x.flatten(0, 1)).view_as(x)
 
 
+class Gate(nn.Linear):
+    """Python decides by the batch what is computed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > 0 else x
+
+
+class Counting(nn.Linear):
+    """Counts its runs, which slices multiply."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) / self.calls
+
+
+def gate() -> nn.Module:
+    return Gate(DIM, DIM)
+
+
+def counting() -> nn.Module:
+    return Counting(DIM, DIM)
+
+
+def spectral() -> nn.Module:
+    return nn.utils.parametrizations.spectral_norm(nn.Linear(DIM, DIM))
+
+
 @savers
-@pytest.mark.parametrize("branch, name", ((Mean, ""), (Norm, "BatchNorm1d")))
-def test_samples_that_touch_each_other(
-    policy: MemoryPolicy, branch: type[nn.Module], name: str
+@pytest.mark.parametrize(
+    "branch, why",
+    (
+        (Mean, "samples of a batch touch each other,"),
+        (Norm, r"samples of a batch touch each other \(BatchNorm1d\)"),
+        (gate, "the code decides by numbers of the batch"),
+        (counting, "every run changes what Counting holds"),
+        (spectral, "every run changes what _SpectralNorm holds"),
+    ),
+)
+def test_what_slices_would_change_is_refused(
+    policy: MemoryPolicy, branch: Callable[[], nn.Module], why: str
 ) -> None:
     torch.manual_seed(0)
     sequence = ReversibleSequence([ReversibleBlock(nn.Linear(DIM, DIM), branch())]).double()
     set_memory(sequence, policy, slices=2)
     state = {key: value.clone() for key, value in sequence.state_dict().items()}
-    message = rf"touch each other in ReversibleBlock.*{name}.*choose set_memory without slices"
+    message = rf"in ReversibleBlock {why}.*choose set_memory without slices"
     with pytest.raises(RuntimeError, match=message):
         train_step(sequence, policy=None)
     assert all(torch.equal(state[key], value) for key, value in sequence.state_dict().items())
@@ -134,6 +173,44 @@ def test_samples_that_touch_each_other(
         stored = train_step(sequence)
         set_memory(sequence, policy, slices=2)
         assert_same_step(train_step(sequence, policy=None), stored, 1e-9)
+
+
+class Caching(nn.Linear):
+    """Makes a table when it first runs."""
+
+    table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.ones(DIM, dtype=x.dtype)
+        return super().forward(x) * self.table
+
+
+@savers
+@pytest.mark.parametrize("what", ("cache", "forward hook", "backward hook"))
+def test_caches_and_hooks_inside_go_with_slices(policy: MemoryPolicy, what: str) -> None:
+    """Hooks are called once for the batch, which then runs as a whole."""
+    calls: list[int] = []
+
+    def trained(policy: MemoryPolicy, slices: int) -> Any:
+        sequence = make_sequence(1)
+        sequence.blocks[0].f = nn.Sequential(Caching(DIM, DIM)).double()
+        torch.nn.init.eye_(sequence.blocks[0].f[0].weight)
+        torch.nn.init.ones_(sequence.blocks[0].f[0].bias)
+        calls.clear()
+        if what == "forward hook":
+            sequence.blocks[0].f[0].register_forward_hook(lambda *_: calls.append(1))
+        if what == "backward hook":
+            sequence.blocks[0].f[0].register_full_backward_hook(lambda *_: calls.append(1))
+        set_memory(sequence, policy, slices=slices)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a block with hooks stores
+            return train_step(sequence, policy=None)
+
+    stored = trained("store", 1)
+    once = len(calls)
+    assert_same_step(trained(policy, 2), stored, 1e-9)
+    assert len(calls) == once == (what != "cache")
 
 
 def test_the_trial_leaves_no_trace() -> None:
