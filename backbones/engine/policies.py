@@ -25,9 +25,9 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from backbones.common.errors import did_you_mean
 from backbones.engine.ambient import only_plain
 from backbones.engine.kept import Kept, linear_layers, weights_of
-from backbones.engine.sameness import different, is_near, sample
+from backbones.engine.sameness import different, is_near, mark, sample
 from backbones.engine.slices import cut
-from backbones.engine.state import ModuleState, hooked_everywhere, known_as_before, mark
+from backbones.engine.state import ModuleState, hooked_everywhere, known_as_before
 
 MemoryPolicy = Literal["store", "checkpoint", "reversible"]
 
@@ -130,8 +130,8 @@ class Block(nn.Module):
             if any(mark(tensor) != before for tensor, before in marks):
                 raise RuntimeError(
                     f"the input or a parameter of {type(self).__name__} was changed in place or "
-                    "got other data, and a checkpointed block runs on it twice: change a copy, step "
-                    "the optimizer after backward(), or choose the 'store' policy"
+                    "got other data, and a checkpointed block runs on it twice: change a copy, "
+                    "step the optimizer after backward(), or choose the 'store' policy"
                 )
             if runs == 1:
                 marks.extend((p, mark(p)) for p in state.layout.params if id(p) not in stepped)

@@ -16,9 +16,9 @@ from torch import Tensor
 from backbones.engine.ambient import AutocastState, RandomState
 from backbones.engine.handover import Handover, here
 from backbones.engine.policies import Block, add_branch
+from backbones.engine.sameness import mark
 from backbones.engine.second_run import Branch
 from backbones.engine.slices import Whole, cut
-from backbones.engine.state import mark
 
 
 class _Part(NamedTuple):

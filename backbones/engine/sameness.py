@@ -27,6 +27,12 @@ def sample(out: Tensor) -> Tensor | None:
     return out.detach()[places].clone()
 
 
+def mark(tensor: Tensor) -> tuple[int, int]:
+    """What another value shows in: one written into the tensor, or given it as ``tensor.data``."""
+    plain = type(tensor) in (Tensor, nn.Parameter)  # of others, memory comes and goes
+    return tensor._version, tensor.untyped_storage()._cdata if plain else 0
+
+
 def is_near(out: Tensor, before: Tensor, half: bool) -> bool:
     """Whether a tensor has the numbers that a :func:`sample` of another had.
 

@@ -295,12 +295,6 @@ class ModuleState:
         return self.layout.copy(self._before, params or {})
 
 
-def mark(tensor: Tensor) -> tuple[int, int]:
-    """What another value shows in: one written into the tensor, or given it as ``tensor.data``."""
-    plain = type(tensor) in (Tensor, nn.Parameter)  # of others, memory comes and goes
-    return tensor._version, tensor.untyped_storage()._cdata if plain else 0
-
-
 def hooked_everywhere() -> bool:
     """Whether forward hooks on all modules are in force, other than those of tools."""
     after, before = _every._global_forward_hooks, _every._global_forward_pre_hooks
