@@ -8,13 +8,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _every
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from backbones.engine.ambient import OtherRandom, RandomState
-from backbones.engine.state import ModuleState
+from backbones.engine.state import ModuleState, hooked_everywhere
 
 Arguments = tuple[Any, ...]
 
@@ -81,7 +82,9 @@ _SEPARATE: WeakKeyDictionary[nn.Module, list[tuple[type, bool]]] = WeakKeyDictio
 
 
 def _is_hooked(block: nn.Module) -> bool:
-    """Whether hooks are inside, which must be called once."""
+    """Whether hooks are inside, or on all modules, which must be called once."""
+    if hooked_everywhere() or _every._global_backward_hooks or _every._global_backward_pre_hooks:
+        return True
     for part in block.modules():
         own = vars(part)
         forward = own["_forward_hooks"] or own["_forward_pre_hooks"]
