@@ -25,6 +25,7 @@ _Named = list[tuple[str, str]]  # path and class
 _VIDEO_NAME = re.compile(
     r".*\.(3gp|avi|flv|m2ts|m4v|mkv|mov|mp4|mpe?g|mts|ogv|ts|vob|webm|wmv)", re.IGNORECASE
 )
+_LABELS = range(-1, 100_000)  # the largest in a list says how many classes there are
 _SPLIT_NAMES = {"validation": "val", "validate": "val", "valid": "val", "testing": "test"}
 _logger = logging.getLogger(__name__)
 
@@ -151,9 +152,11 @@ def _guess_layout(root: Path, split: str, file: Path) -> Layout:
 
 
 def _row(line: str) -> tuple[str, str] | None:
-    """Path and label of a line of a list; None if it has no label."""
-    number = re.fullmatch(r"(.*?)(?:\s+|\s*,\s*)\"?(-?\d+)\"?", line)
-    name = re.fullmatch(rf"\"?({_VIDEO_NAME.pattern})\"?(?:\s+|\s*,\s*)(?P<label>.+)", line, re.I)
+    """Path and label of a line of a list; None if it has no label, or more behind it."""
+    number = re.fullmatch(r"(.*?)(?:\s+|\s*,\s*)\"?(-?\d+)(?:\.0*)?\"?", line)
+    name = re.fullmatch(
+        rf"\"?({_VIDEO_NAME.pattern})\"?(?:\s+|\s*,\s*)(?P<label>\".+\"|[^,]+)", line, re.I
+    )
     if found := number or name:
         return found[1].strip('" '), (found[2] if number else found["label"]).strip('" ')
     return None
@@ -270,11 +273,15 @@ def _listed(
         _logger.info("%s: the first line, %r, is taken for the names of columns", *rows.pop(0)[:2])
     numbers = [row is not None and _is_number(row[1]) for *_, row in rows]
     for (where, line, row), number in zip(rows, numbers, strict=True):
-        if row is None or number != numbers[0] or (number and int(row[1]) < -1):
+        if row is None or number != numbers[0] or (number and int(row[1]) not in _LABELS):
             raise UserError(
-                f"{where}: {line!r} is not `path label`, labels counting from 0 or names"
+                f"{where}: {line[:200]!r} is not `path label`, labels counting from 0 or names "
+                "(in quotes, if they have commas)"
             )
     named = [(_place(root, split, row[0]), row[1]) for *_, row in rows if row is not None]
+    counts = Counter(path for path, _ in dict.fromkeys(named))
+    if several := [path for path, count in counts.items() if count > 1]:
+        _logger.warning("%s: of several labels each: %s", file, some_of(several))
     if not all(numbers):
         found = {name for _, name in named}
         names = list(sorted(found, key=_order) if classes is None else classes)
@@ -309,9 +316,10 @@ def _is_header(line: str) -> bool:
 
 def _place(root: Path, split: str, path: str) -> str:
     """Where a listed file is; also as mp4 instead, as ``revvideo.transcode`` writes it."""
-    for name in (path, str(Path(path).with_suffix(".mp4"))):
+    as_mp4 = [str(Path(path).with_suffix(".mp4"))] if has_video_extension(Path(path)) else []
+    for name in (path, *as_mp4):
         for place in (name, os.path.join(split, name)):
-            if (root / place).exists():
+            if os.path.exists(root / place):  # not Path.exists, to which a name can be too long
                 return place
     return path
 
@@ -322,7 +330,7 @@ def _names_of(entries: Entries) -> list[str]:
     for path, label in entries:
         folders.setdefault(label, set()).add(Path(path).parent.name)
     own = {label: next(iter(names)) for label, names in folders.items() if len(names) == 1}
-    if len(own) < len(folders) or len(set(own.values())) < len(own):
+    if len(own) < len(folders) or len(set(own.values())) < len(own) or "" in own.values():
         own = {}
     return [own.get(label, str(label)) for label in range(max(folders, default=-1) + 1)]
 

@@ -123,10 +123,29 @@ def test_links_that_lead_back_are_followed_once(tmp_path):
     assert len(find_videos(tmp_path, "train")[1]) == 2
 
 
-@pytest.mark.parametrize("line", ["a/1.mp4 x", "a/1.mp4", "a/1.mp4 -2", "a/1.mp4 1.5"])
+# The last would be names for a billion classes.
+@pytest.mark.parametrize(
+    "line", ["a/1.mp4 x", "a/1.mp4", "a/1.mp4 -2", "a/1.mp4 1.5", "a/1.mp4 1000000000"]
+)
 def test_bad_list(tmp_path, line):
     (tmp_path / "train.txt").write_text(f"a/0.mp4 0\n{line}\n")
     refused(r"train\.txt, line 2: .* is not `path label`", tmp_path, "train", "train.txt")
+
+
+def test_lists_of_more_than_path_and_label(tmp_path, caplog):
+    """A third column is no part of a class's name, and a second label none of the path's."""
+    touch(tmp_path, "1.mp4")
+    (tmp_path / "train.csv").write_text("1.mp4,dive,train\n")
+    refused(
+        r"line 1: '1\.mp4,dive,train' is not `path label`.*quotes", tmp_path, "train", layout="list"
+    )
+    (tmp_path / "train.csv").write_text('1.mp4,"dive, deep"\n')
+    assert find_videos(tmp_path, "train")[0] == ["dive, deep"]
+    (tmp_path / "train.csv").write_text("1.mp4,0 1\n")
+    assert find_videos(tmp_path, "train", layout="list")[1] == [("1.mp4,0", 1)]  # which is missing
+    (tmp_path / "train.csv").write_text("1.mp4,0.0\n1.mp4,1.\n" + "x" * 5000 + ".mp4,1\n")
+    assert find_videos(tmp_path, "train")[0] == ["0", "1"]
+    assert "of several labels each: 1.mp4" in caplog.text
 
 
 HEADER = "label,youtube_id,time_start,time_end,split"
