@@ -28,7 +28,7 @@ from backbones.commands.image_models import add_options, infer, prepare
 from backbones.common.console import name_unreadable
 from backbones.common.errors import UserError, some_of
 from backbones.common.files import printable, write_json
-from backbones.common.images import IMAGENET_CLASSES, image_suffixes, import_images
+from backbones.common.images import IMAGENET_CLASSES, image_suffixes, labelled_images
 from backbones.registry import MODELS, input_shape, name_of
 
 
@@ -107,9 +107,7 @@ def find_classes(data: Path) -> ClassFolders:
         )
     if not classes:
         raise UserError(f"{root} has no folders; it should have one per class, with images in it")
-    make_dataset = import_images("torchvision.datasets.folder").make_dataset
-    index = {name: label for label, name in enumerate(classes)}
-    samples = make_dataset(str(root), index, suffixes, allow_empty=True)
+    samples = labelled_images(root, {name: label for label, name in enumerate(classes)})
     counts = Counter(label for _, label in samples)
     if empty := [name for label, name in enumerate(classes) if not counts[label]]:
         raise UserError(

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +54,24 @@ def image_suffixes() -> tuple[str, ...]:
     return tuple(sorted(found, key=lambda suffix: (suffix not in (".jpg", ".png"), suffix)))
 
 
+def labelled_images(root: str | os.PathLike[str], labels: Mapping[str, int]) -> list[Any]:
+    """Path and label of each image in the folders of some classes, as torchvision's ImageFolder.
+
+    A folder that links lead to again is left out there.
+
+    Args:
+        root: holds the folders.
+        labels: by the name of the folder.
+    """
+    make_dataset = import_images("torchvision.datasets.folder").make_dataset
+    found: dict[tuple[int, str, str], tuple[str, int]] = {}
+    real = cache(os.path.realpath)
+    for path, label in make_dataset(str(root), dict(labels), image_suffixes(), allow_empty=True):
+        folder, name = os.path.split(path)
+        found.setdefault((label, real(folder), name), (path, label))
+    return [*found.values()]
+
+
 def eval_transform(height: int, width: int) -> Any:
     """What the original evaluates with: the short side to 256/224 of the crop, then its centre.
 
@@ -87,7 +107,34 @@ def read_image(path: str | os.PathLike[str], upright: bool = False) -> Image.Ima
     Raises:
         Exception: of any kind, by the kind of damage.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
+
+    with _opened(path) as image:
+        return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
+
+
+def checked_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Width and height that the header of an image file names, in pixels.
+
+    Raises:
+        Exception: of any kind, where the header says that :func:`read_image` will not read it.
+    """
+    with _opened(path) as image:
+        return image.size
+
+
+def header_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """As :func:`checked_size`; (0, 0) of what is not read: reading it will say why."""
+    try:
+        return checked_size(path)
+    except Exception:
+        return 0, 0
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """An image file whose header has been looked at."""
+    from PIL import Image
 
     with warnings.catch_warnings():
         # Damaged EXIF data and odd palettes, of which ImageNet has some; the pixels are fine.
@@ -101,20 +148,12 @@ def read_image(path: str | os.PathLike[str], upright: bool = False) -> Image.Ima
                 raise ValueError(
                     f"more than 8 bits a channel (Pillow's mode {image.mode}): save it with 8"
                 )
-            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
+            yield image
 
 
-def header_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Width and height that the header of a picture names, in pixels; (0, 0) if it has none."""
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                return image.size
-    except Exception:  # PIL raises whatever a format's plugin raises; reading it will say so again
-        return 0, 0
+def why_unreadable(error: Exception, path: str | os.PathLike[str]) -> str:
+    """What an error of reading says, without the path, which every message about a file has."""
+    return error_line(error).replace(f" {os.fspath(path)!r}", "")
 
 
 class ImageFiles(Dataset[tuple[int, Tensor | str]]):
@@ -137,9 +176,7 @@ class ImageFiles(Dataset[tuple[int, Tensor | str]]):
         try:
             image = read_image(self.paths[index], self.upright)
         except Exception as error:  # a damaged file fails in any way
-            reason = error_line(error)
-            # Pillow repeats the path, which every message about the file has already.
-            return index, reason.replace(f" {self.paths[index]!r}", "")
+            return index, why_unreadable(error, self.paths[index])
         return index, self.transform(image)
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import make_dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from backbones.common.errors import UserError, error_line, some_of
-from backbones.common.images import header_size, image_suffixes, read_image
+from backbones.common.errors import UserError, some_of
+from backbones.common.images import (
+    checked_size,
+    labelled_images,
+    read_image,
+    why_unreadable,
+)
 from revvideo.data.decode import VideoInfo
 from revvideo.errors import VideoError
 
@@ -48,7 +51,7 @@ class Still:
         try:
             picture: Tensor = pil_to_tensor(read_image(self._path))
         except Exception as error:  # a damaged file fails in any way
-            raise VideoError(error_line(error).replace(f" {self._path!r}", "")) from error
+            raise VideoError(why_unreadable(error, self._path)) from error
         return picture.expand(len(indices), -1, -1, -1)
 
 
@@ -56,13 +59,14 @@ def probe_still(path: str | os.PathLike[str], *, deep: bool = False) -> VideoInf
     """The size of an image by its header; with ``deep``, all of it is decoded.
 
     Raises:
-        VideoError: it has no header that Pillow knows, or does not decode.
+        VideoError: it has no header that Pillow knows, or none of what is read; or does not decode.
     """
     if not Path(path).is_file():
         raise VideoError("file is missing")
-    width, height = header_size(path)
-    if not width:
-        raise VideoError("is no image that Pillow reads")
+    try:
+        width, height = checked_size(path)
+    except Exception as error:  # a damaged file fails in any way
+        raise VideoError(f"cannot be read ({why_unreadable(error, path)})") from error
     if deep:
         Still(path).frames([0])
     return VideoInfo(1, 0.0, 0.0, width, height)
@@ -85,8 +89,8 @@ def find_stills(
     names = list(classes or folders)
     if strange := sorted(set(folders) - set(names)):
         raise UserError(f"class {strange[0]!r} in {base} is none of the {len(names)} of the model")
-    index: dict[str, Any] = {name: names.index(name) for name in folders}
-    samples = make_dataset(str(base), index, image_suffixes(), allow_empty=True)
+    index = {name: names.index(name) for name in folders}
+    samples = labelled_images(base, index)
     if empty := sorted(set(index.values()) - {label for _, label in samples}):
         raise UserError(f"no image in {base} is of {some_of([names[i] for i in empty])}")
     return names, [(os.path.relpath(path, root), label) for path, label in samples]

@@ -58,6 +58,8 @@ def images(tmp_path_factory) -> Path:
     whole = (root / "val/coffee/12.png").read_bytes()
     (root / "val/coffee/cut.png").write_bytes(whole[:-300])
     (root / "train/coffee/text.jpg").write_text("no image")
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(root / "train/coffee/deep.png")
+    (root / "val/coffee/loop").symlink_to(root / "val/coffee")  # of 25 images no more are made
     return root
 
 
@@ -84,7 +86,8 @@ def test_a_stopped_run_goes_on_exactly_and_evaluation_agrees(
     assert left_by(stopped) == left_by(tmp_path / "whole")
 
     found, log = results(stopped), (stopped / "log.txt").read_text()
-    assert "train/coffee/text.jpg: is no image that Pillow reads" in log
+    assert "train/coffee/text.jpg: cannot be read (cannot identify image file)" in log
+    assert "train/coffee/deep.png: cannot be read (more than 8 bits a channel" in log
     assert "on 24 of 25 images" in log and "val/coffee/cut.png" in json.dumps(found)
     config = load_config(stopped / "config.yaml")
     model, classes = load_run(stopped / "checkpoints/last.ckpt", config)
