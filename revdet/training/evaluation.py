@@ -38,8 +38,14 @@ class FasterCOCOEvaluator(COCOEvaluator):
 
     def __init__(self, dataset_name: str, **kwargs: Any) -> None:
         super().__init__(dataset_name, use_fast_impl=False, **kwargs)
+        content = self._coco_api.dataset
+        # faster-coco-eval takes no images whose ids are negative: it sees others.
+        self._shift = max(0, -min((image["id"] for image in content["images"]), default=0))
+        for entries, key in (("images", "id"), ("annotations", "image_id")):
+            for entry in content.get(entries, ()):
+                entry[key] += self._shift
         with contextlib.redirect_stdout(io.StringIO()):
-            self._coco_api = COCO(self._metadata.json_file)
+            self._coco_api = COCO(content)
 
     def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: Any = None) -> None:
         results = list(itertools.chain.from_iterable(p["instances"] for p in predictions))
@@ -50,8 +56,11 @@ class FasterCOCOEvaluator(COCOEvaluator):
             write_json(Path(self._output_dir, "coco_instances_results.json"), results, indent=None)
         if not self._do_evaluation:  # a test set without annotations
             return
+        for result in results:
+            result["image_id"] += self._shift
+        shifted = None if img_ids is None else [number + self._shift for number in img_ids]
         for task in self._tasks or self._tasks_from_predictions(results):
-            self._results[task] = self._evaluate_task(task, results, img_ids)
+            self._results[task] = self._evaluate_task(task, results, shifted)
 
     def _evaluate_task(self, task: str, results: list[dict[str, Any]], img_ids: Any) -> Any:
         class_names = self._metadata.get("thing_classes")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -80,18 +83,27 @@ def predictions(record: dict, rng: np.random.Generator, noise: float) -> Instanc
     return instances
 
 
-@pytest.mark.parametrize("noise", [0.0, 4.0])
-def test_metrics_are_those_of_pycocotools(datasets_root, tmp_path, noise):
-    register_datasets()
-    records = DatasetCatalog.get("demo_val")
-    evaluator = FasterCOCOEvaluator("demo_val", output_dir=str(tmp_path))
+# The second: what is added to the ids of images, of which the first ones are then negative.
+@pytest.mark.parametrize("noise, more", [(0.0, 0), (4.0, 0), (4.0, -7)])
+def test_metrics_are_those_of_pycocotools(datasets_root, tmp_path, noise, more):
+    root = datasets_root / "demo"
+    content = json.loads((root / "annotations" / "instances_val.json").read_text())
+    for image in content["images"]:
+        image["id"] += more
+    for annotation in content["annotations"]:
+        annotation["image_id"] += more
+    file, name = tmp_path / "val.json", f"val {noise} {more}"
+    file.write_text(json.dumps(content))
+    register_coco_instances(name, {}, str(file), str(root / "val"))
+    records = DatasetCatalog.get(name)
+    evaluator = FasterCOCOEvaluator(name, output_dir=str(tmp_path))
     evaluator.reset()
     rng = np.random.default_rng(0)
     for record in records:
         evaluator.process([record], [{"instances": predictions(record, rng, noise)}])
     results = evaluator.evaluate()
 
-    truth = COCO(str(datasets_root / "demo" / "annotations" / "instances_val.json"))
+    truth = COCO(str(file))
     found = truth.loadRes(str(tmp_path / "coco_instances_results.json"))
     for task in ("bbox", "segm"):
         reference = COCOeval(truth, found, task)
