@@ -36,6 +36,8 @@ class FasterCOCOEvaluator(COCOEvaluator):
     for an area range without ground truth. A model that predicts nothing scores 0.
     """
 
+    _coco_api: Any
+
     def __init__(self, dataset_name: str, **kwargs: Any) -> None:
         super().__init__(dataset_name, use_fast_impl=False, **kwargs)
         content = self._coco_api.dataset
