@@ -6,8 +6,8 @@
 
 YOLO's boxes and polygons, VOC's boxes, LabelMe's polygons and rectangles. The images lie in
 --images (SOURCE, if it is not given) under the names of their label files. YOLO's numbers get names
-from `classes.txt` or `data.yaml` in SOURCE or above it. A file that cannot be read is left out,
-counted and named; so are images without a label file.
+from `classes.txt`, `obj.names` or `data.yaml` in SOURCE or above it. A file that cannot be read is
+left out, counted and named; so are images without a label file.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from backbones.common.console import make_parser, name_unreadable, run_command
 from backbones.common.errors import UserError, error_line
 from backbones.common.files import write_json
 from backbones.common.images import header_size, image_suffixes
+
+# Where YOLO has the names of classes.
+_NAMES = ("classes.txt", "obj.names", "data.yaml")
 
 Shape = tuple[str, list[float]]  # a class and a polygon x, y, x, y, …; of a box, its four numbers
 
@@ -44,7 +47,7 @@ def _convert(args: argparse.Namespace) -> None:
         if not given.is_dir():
             raise UserError(f"{given} is no folder: give the one of the labels, and --images")
     kinds = {".xml": _voc, ".json": _labelme, ".txt": _yolo(args.source)}
-    every, notes = sorted(args.source.rglob("*")), {"classes.txt", args.output.name}
+    every, notes = sorted(args.source.rglob("*")), {*_NAMES, args.output.name}
     labels = [file for file in every if file.suffix in kinds and file.name not in notes]
     if not labels:
         formats = ".txt (YOLO), .xml (VOC) or .json (LabelMe)"
@@ -53,6 +56,7 @@ def _convert(args: argparse.Namespace) -> None:
     files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in suffixes]
     there = {file.relative_to(folder).with_suffix(""): file for file in files}
     images: list[dict[str, Any]] = []
+    label_of: dict[Path, Path] = {}
     found: list[tuple[int, Shape]] = []
     unreadable: dict[str, str] = {}
     for file in labels:
@@ -60,13 +64,18 @@ def _convert(args: argparse.Namespace) -> None:
         try:
             if path is None:
                 raise ValueError(f"no image of this name in {folder}")
+            if path in label_of:
+                raise ValueError(f"{path.name} has another label file, {label_of[path].name}")
             width, height = header_size(path)
             if not width:
                 raise ValueError(f"{path} is no image")
             shapes = list(kinds[file.suffix](file, width, height))
+            for label, points in shapes:
+                _check(label, points, width, height)
         except Exception as error:  # a damaged file fails in any way
             unreadable[str(file)] = error_line(error)
             continue
+        label_of[path] = file
         name = path.relative_to(folder).as_posix()
         images.append({"id": len(images) + 1, "file_name": name, "width": width, "height": height})
         found += [(len(images), shape) for shape in shapes]
@@ -87,6 +96,18 @@ def _convert(args: argparse.Namespace) -> None:
     used = {str(there.get(file.relative_to(args.source).with_suffix(""))) for file in labels}
     unreadable |= {str(file): "has no label file" for file in files if str(file) not in used}
     name_unreadable(unreadable, None)
+
+
+def _check(name: str, points: list[float], width: int, height: int) -> None:
+    if not name:
+        raise ValueError("an object has no name")
+    for i, value in enumerate(points):
+        side = height if i % 2 else width
+        if not -side < value < 2 * side:
+            raise ValueError(
+                f"{name!r} reaches to {value:g}, far outside of {width} x {height} pixels (YOLO's "
+                "numbers are fractions of the image)"
+            )
 
 
 def _geometry(points: list[float]) -> dict[str, Any]:
@@ -112,7 +133,10 @@ def _voc(file: Path, width: int, height: int) -> Iterator[Shape]:
 
 
 def _labelme(file: Path, width: int, height: int) -> Iterator[Shape]:
-    for shape in json.loads(file.read_bytes())["shapes"]:
+    content = json.loads(file.read_bytes())
+    if not isinstance(content, dict) or "shapes" not in content:
+        raise ValueError("it has no shapes, as LabelMe's files have (COCO's need no converting)")
+    for shape in content["shapes"]:
         points = [float(value) for point in shape["points"] for value in point]
         if len(points) < 6 and shape.get("shape_type") != "rectangle":
             raise ValueError(f"a {shape.get('shape_type')} has no area: label it as a polygon")
@@ -120,16 +144,7 @@ def _labelme(file: Path, width: int, height: int) -> Iterator[Shape]:
 
 
 def _yolo(source: Path) -> Any:
-    names: list[str] | dict[Any, str] = []
-    for folder in (source, *source.resolve().parents[:2]):
-        if (file := folder / "classes.txt").is_file():
-            names = file.read_text(encoding="utf-8-sig").splitlines()
-        elif (file := folder / "data.yaml").is_file():
-            import yaml
-
-            names = yaml.safe_load(file.read_text(encoding="utf-8"))["names"]
-        if names:
-            break
+    names = _class_names(source)
 
     def read(file: Path, width: int, height: int) -> Iterator[Shape]:
         for line in filter(None, file.read_text(encoding="utf-8-sig").splitlines()):
@@ -140,9 +155,36 @@ def _yolo(source: Path) -> Any:
                 values = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
             elif len(values) < 6 or len(values) % 2:
                 raise ValueError(f"{line!r} is no `class x y w h` and no polygon")
-            yield str(names[int(label)]) if names else label, values
+            number = float(label)
+            if not number.is_integer() or (names and number not in names):
+                raise ValueError(f"class {label} is none of the {len(names)} that have names")
+            yield names.get(number, label), values
 
     return read
+
+
+def _class_names(source: Path) -> dict[float, str]:
+    """By their numbers; empty if there are no names."""
+    for folder in (source, *source.resolve().parents[:2]):
+        for file in filter(Path.is_file, (folder / name for name in _NAMES)):
+            try:
+                text = file.read_text(encoding="utf-8-sig")
+                if file.suffix != ".yaml":
+                    return {number: name.strip() for number, name in enumerate(text.splitlines())}
+                import yaml
+
+                content = yaml.safe_load(text)
+                names, points = content["names"], content.get("kpt_shape")
+                listed = names.items() if isinstance(names, dict) else enumerate(names)
+                by_number: dict[float, str] = {int(number): str(name) for number, name in listed}
+            except Exception as error:  # what is in it may be anything
+                raise UserError(f"{file} has no names of classes ({error_line(error)})") from error
+            if points:
+                raise UserError(
+                    f"{file}: key points (kpt_shape) cannot be taken, only boxes, masks"
+                )
+            return by_number
+    return {}
 
 
 if __name__ == "__main__":

@@ -134,6 +134,45 @@ def test_label_files_of_other_tools(tmp_path, capsys):
     assert re.search("c.xml: .*ParseError|c.xml: ", error) and "d.json: no image of this" in error
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "why"),
+    [
+        ("a.txt", "-1 0.5 0.5 0.5 0.25", "class -1 is none of the 1 that have names"),
+        ("a.txt", "1 0.5 0.5 0.5 0.25", "class 1 is none"),
+        ("a.txt", "0 10 8 5 4", "far outside of 20 x 16 pixels (YOLO's numbers are fractions"),
+        ("a.txt", "0 nan 0.5 0.5 0.25", "reaches to nan"),
+        ("a.xml", VOC.replace(" cat ", ""), "an object has no name"),
+        ("a.json", '{"images": []}', "it has no shapes"),
+    ],
+)
+def test_labels_that_would_become_something_else(tmp_path, capsys, file, content, why):
+    Image.new("RGB", (20, 16)).save(tmp_path / "a.png")
+    (tmp_path / "classes.txt").write_text("dog\n")
+    (tmp_path / file).write_text(content)
+    with pytest.raises(SystemExit, match="2"):
+        convert([str(tmp_path), str(tmp_path / "out.json")])
+    assert f"{tmp_path / file}: " in (error := capsys.readouterr().err) and why in error
+
+
+def test_names_of_yolo(tmp_path, capsys):
+    Image.new("RGB", (20, 16)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("1.0 0.5 0.5 0.5 0.25\n")
+    (tmp_path / "a.xml").write_text(VOC)
+    (tmp_path / "data.yaml").write_text("names: {0: cat, 1: dog}\n")
+    assert not convert([str(tmp_path), str(tmp_path / "out.json")])
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert [c["name"] for c in content["categories"]] == ["dog"] and len(content["images"]) == 1
+    assert "a.xml: a.png has another label file, a.txt" in capsys.readouterr().err
+    for text, why in (
+        ("nc: 2", "has no names of classes"),
+        ("names: [a]\nkpt_shape: [2]", "key p"),
+    ):
+        (tmp_path / "data.yaml").write_text(text)
+        with pytest.raises(SystemExit, match="2"):
+            convert([str(tmp_path), str(tmp_path / "out.json")])
+        assert why in error_of(capsys)
+
+
 def test_what_cannot_be_converted_or_split(train_net, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         convert([str(tmp_path), str(tmp_path / "out.json")])
