@@ -75,3 +75,11 @@ def test_two_processes_train_and_test_like_one(run, spoilt, tmp_path, strategy, 
     assert (results(two)["test"]["videos"], results(two)["test"]["of"]) == (6, 7)
     assert list(results(two)["left_out"]) == ["val/dark/04.mp4"]
     assert "on 6 of 7 videos" in (two / "log.txt").read_text()
+
+    if strategy == "ddp":  # which has nothing left to train
+        return
+    # What two have saved, one goes on with, the optimizer's state included.
+    for output in (one, two):
+        assert run(output, "optim.max_steps=4", "--resume", root=spoilt) == 0
+    assert sorted(losses(two)) == list(range(4))
+    assert losses(two) == pytest.approx(losses(one), rel=1e-3)
