@@ -31,8 +31,8 @@ def import_av() -> Any:
         raise UserError(str(error)) from error
 
 
-class UnreadableError(Exception):
-    """A file that is no video; the message does not repeat its path."""
+class UnreadableError(UserError):
+    """A file that is no video, or pictures that cannot be used; the message has no path."""
 
 
 class VideoReader:

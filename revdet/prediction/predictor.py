@@ -18,10 +18,11 @@ from torch.utils.data import Dataset
 
 from backbones.common.console import try_device
 from backbones.common.errors import UserError, error_line
-from backbones.common.images import read_image
+from backbones.common.images import read_image, why_unreadable
 from revdet.config import load_config
 from revdet.data.classes import categories_of
 from revdet.models import build_model
+from revdet.prediction.media import UnreadableError
 from revdet.training.checkpoint import Checkpointer, checkpoint_to_resume
 
 
@@ -49,11 +50,19 @@ class Preparation:
         self.is_bgr = mapper.image_format == "BGR"
 
     def __call__(self, index: int, pixels: np.ndarray) -> Frame:
-        """Prepare ``pixels`` (H, W, 3), uint8 RGB."""
+        """Prepare ``pixels`` (H, W, 3), uint8 RGB.
+
+        Raises:
+            UnreadableError: of one side next to nothing would be left.
+        """
+        height, width = pixels.shape[:2]
+        if max(height, width) > 100 * min(height, width):
+            raise UnreadableError(
+                f"{width} x {height} px is more than 100 times as long as wide: cut it into pieces"
+            )
         given = T.AugInput(pixels[:, :, ::-1] if self.is_bgr else pixels)
         self.augmentations(given)
         image = torch.as_tensor(np.ascontiguousarray(given.image.transpose(2, 0, 1)))
-        height, width = pixels.shape[:2]
         return Frame(index, pixels, {"image": image, "height": height, "width": width})
 
 
@@ -69,10 +78,9 @@ class PictureFiles(Dataset[Frame | str]):
 
     def __getitem__(self, index: int) -> Frame | str:
         try:
-            pixels = np.array(read_image(self.paths[index], upright=True))
+            return self.prepare(index, np.array(read_image(self.paths[index], upright=True)))
         except Exception as error:  # a damaged file fails in any way
-            return error_line(error)
-        return self.prepare(index, pixels)
+            return why_unreadable(error, self.paths[index])
 
 
 class Detector:
@@ -134,7 +142,7 @@ class Loaded:
             and ``names``, of the classes.
 
         Raises:
-            UserError: a file that cannot be read, or an array of another kind.
+            UserError: a file that cannot be read, or a picture of another kind or shape.
         """
         if isinstance(image, str | Path):
             try:

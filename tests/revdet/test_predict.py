@@ -157,18 +157,24 @@ def test_files_folders_and_patterns_each_once(predict, photos, tmp_path):
     assert names == ["000001.jpg", "000000.jpg", "000002.jpg", "below/000000.jpg"]
 
 
+BAD = ("empty.jpg", "cut.jpg", "fake.mp4", "line.png", "line.mp4")
+
+
 def test_what_cannot_be_read_is_counted_and_named(predict, photos, tmp_path, capsys):
     (photos / "empty.jpg").touch()
     whole = (photos / "000001.jpg").read_bytes()
     (photos / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (photos / "fake.mp4").write_bytes(b"no video")
+    Image.new("RGB", (3000, 1)).save(photos / "line.png")  # nothing is left of it at its new size
+    with video_writer(photos / "line.mp4", Fraction(1, 10), (1200, 4)) as write:
+        write(np.zeros((4, 1200, 3), np.uint8), 0)
     assert predict("--input", photos, "--no-drawings") == 0
     _, results = read(tmp_path / "out")
-    unreadable = {str(photos / name) for name in ("empty.jpg", "cut.jpg", "fake.mp4")}
+    unreadable = {str(photos / name) for name in BAD}
     assert results["unreadable"].keys() == unreadable
     assert len(results["pictures"]) == 4
     printed = capsys.readouterr().err
-    assert "3 unreadable" in printed and all(path in printed for path in unreadable)
+    assert "5 unreadable" in printed and all(path in printed for path in unreadable)
     assert predict("--input", photos / "empty.jpg") == 2
     assert "none of the 1 inputs" in error_of(capsys)
 
