@@ -126,7 +126,7 @@ class Checkpoints:
                 renamed = {f"{start}{name}": tensor for name, tensor in content.items()}
                 content.clear()
                 content.update(renamed)
-            case how if isinstance(value, torch.Tensor):
+            case how if is_plain(value):
                 odd: list[Any] = [
                     evil,
                     torch.zeros(0),
@@ -157,16 +157,23 @@ class Checkpoints:
             raise
 
 
+def is_plain(value: Any) -> bool:
+    """Whether it is a tensor that has not been made odd before."""
+    import torch
+
+    strided = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    return strided and value.numel() <= 10**6
+
+
 def arrays_in(tree: Any, rnd: random.Random) -> Any:
     """A tree with NumPy's arrays in place of tensors, as files of Detectron2's zoo have them."""
     import numpy as np
-    import torch
 
     if isinstance(tree, dict):
         return {key: arrays_in(value, rnd) for key, value in tree.items()}
     if isinstance(tree, list):
         return [arrays_in(value, rnd) for value in tree]
-    if not isinstance(tree, torch.Tensor) or tree.layout != torch.strided or tree.numel() > 10**6:
+    if not is_plain(tree):
         return tree
     array = tree.numpy()
     if rnd.random() < 0.003:
