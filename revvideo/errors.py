@@ -2,10 +2,9 @@
 
 
 class VideoError(Exception):
-    """A video file cannot be used. Datasets skip such a file, count it and name it.
+    """A video file cannot be used; ``reason`` is one line, without the name of the file.
 
-    Attributes:
-        reason: one line, without the name of the file.
+    Datasets skip such a file, count it and name it.
     """
 
     def __init__(self, reason: str) -> None:

@@ -16,12 +16,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from pytorchvideo.data.clip_sampling import ClipInfo, ClipSampler, make_clip_sampler
+from pytorchvideo.data.clip_sampling import (
+    ClipInfo,
+    ClipSampler,
+    ConstantClipsPerVideoSampler,
+    make_clip_sampler,
+)
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -29,7 +35,7 @@ from backbones.common.seeds import seed_of
 from revvideo.data.decode import Video
 from revvideo.data.manifest import VideoRecord
 from revvideo.data.stills import IMAGES, Still
-from revvideo.data.transforms import Erased
+from revvideo.data.transforms import Erased, TestTransform
 from revvideo.errors import VideoError
 from revvideo.settings import AugmentConfig, DataConfig, TestConfig
 
@@ -41,82 +47,54 @@ KINETICS_FPS = 30.0
 
 
 class RandomStart(ClipSampler):
-    """A clip that starts anywhere, drawn from torch's global generator: a sampler of PyTorchVideo.
-
-    Args:
-        clip_duration: in seconds.
-    """
-
-    def __init__(self, clip_duration: float) -> None:
-        super().__init__(clip_duration)
-        self.clip_duration = clip_duration
+    """A clip that starts anywhere, drawn from torch's global generator."""
 
     def __call__(self, last_clip_time: Any, video_duration: Any, annotation: Any) -> ClipInfo:
+        length = float(self._clip_duration)
         part = float(torch.rand((), dtype=torch.float64))
-        start = max(float(video_duration) - self.clip_duration, 0.0) * part
-        return ClipInfo(start, start + self.clip_duration, 0, 0, is_last_clip=True)
+        start = max(float(video_duration) - length, 0.0) * part
+        return ClipInfo(start, start + length, 0, 0, is_last_clip=True)
 
 
-class EvenStarts(ClipSampler):
+class EvenStarts(ConstantClipsPerVideoSampler):
     """Clips at equal distances, the first at the start of a video and the last at its end.
 
     A single clip lies in the middle. That is SlowFast's ``DATA.USE_OFFSET_SAMPLING``; without it,
-    and from PyTorchVideo's ``ConstantClipsPerVideoSampler``, the last of ``n`` clips starts at
-    ``(n - 1) / n`` of the latest start.
-
-    Args:
-        clip_duration: in seconds.
-        clips: how many.
+    and from PyTorchVideo's sampler, the last of ``n`` clips starts at ``(n - 1) / n`` of the latest
+    start.
     """
 
-    def __init__(self, clip_duration: float, clips: int = 1) -> None:
-        super().__init__(clip_duration)
-        self.clip_duration, self.clips, self.clip = clip_duration, clips, 0
-
     def __call__(self, last_clip_time: Any, video_duration: Any, annotation: Any) -> ClipInfo:
-        number, latest = self.clip, float(video_duration) - self.clip_duration
-        part, whole = (1, 2) if self.clips == 1 else (number, self.clips - 1)
-        start = max(latest, 0.0) * part / whole
-        last = number + 1 >= self.clips
-        self.clip = 0 if last else number + 1
-        return ClipInfo(start, start + self.clip_duration, number, 0, last)
-
-    def reset(self) -> None:
-        """Begin with the first clip."""
-        self.clip = 0
+        info = super().__call__(last_clip_time, video_duration, annotation)
+        length, last = float(self._clip_duration), self._clips_per_video - 1
+        part, whole = (info.clip_index, last) if last else (1, 2)
+        start = max(float(video_duration) - length, 0.0) * part / whole
+        return info._replace(clip_start_sec=start, clip_end_sec=start + length)
 
 
 @dataclass(frozen=True)
 class Clips:
     """The frames of clips that start where a sampler of PyTorchVideo says.
 
-    A video and a clip last from their first frame to their last one.
-
-    Attributes:
-        frames: of a clip.
-        stride: from a frame of the clip to the next, counted in frames of a video at
-            ``KINETICS_FPS``: clips of all videos are equally long in seconds, whatever their
-            frame rate. Where a video ends before the clip does, its last frame is repeated.
-        sampler: a name of PyTorchVideo's ``make_clip_sampler``: ``random``, ``random_multi`` or
-            ``constant_clips_per_video``.
-        arguments: its own, behind the duration of a clip.
-        views: how often to give each clip, for repeated augmentation.
+    A video and a clip last from their first frame to their last one. Strides are counted in frames
+    of a video at ``KINETICS_FPS``: clips of all videos are equally long in seconds, whatever their
+    frame rate. Where a video ends before the clip does, its last frame is repeated.
     """
 
-    frames: int
-    stride: int
-    sampler: str = "random"
-    arguments: tuple[int, ...] = ()
-    views: int = 1
+    frames: int  # of a clip
+    stride: int  # from one of them to the next
+    sampler: str = "random"  # a name of PyTorchVideo's make_clip_sampler …
+    arguments: tuple[int, ...] = ()  # … and what it takes after the duration
+    views: int = 1  # how often to give each clip, for repeated augmentation
 
     @property
-    def duration(self) -> float:
+    def duration(self) -> Fraction:
         """Of a clip, in seconds."""
-        return (self.frames - 1) * self.stride / KINETICS_FPS
+        return Fraction((self.frames - 1) * self.stride / KINETICS_FPS)
 
     def make_sampler(self) -> ClipSampler:
         """A fresh one: they remember where they are in a video."""
-        return make_clip_sampler(self.sampler, Fraction(self.duration), *self.arguments)
+        return make_clip_sampler(self.sampler, self.duration, *self.arguments)
 
     def __call__(self, timestamps: Sequence[float], rate: float = 0.0) -> list[list[int]]:
         clips = []
@@ -178,9 +156,8 @@ def train_clips(data: DataConfig, augment: AugmentConfig) -> Clips:
     frames, stride, repeats = data.num_frames, data.stride, augment.repeats
     if augment.clip_sampler == "random_multi":
         return Clips(frames, stride, "random_multi", (repeats,))
-    if augment.clip_sampler == "random":
-        return Clips(frames, stride, "random", views=repeats)
-    return RandomClip(frames, stride, views=repeats)
+    kind = RandomClip if augment.clip_sampler == "exact" else Clips
+    return kind(frames, stride, views=repeats)
 
 
 def test_clips(data: DataConfig, test: TestConfig) -> Clips:
@@ -191,19 +168,6 @@ def test_clips(data: DataConfig, test: TestConfig) -> Clips:
     if test.views == "even":
         return UniformClips(frames, stride, clips=clips)
     return Clips(frames, stride, test.views, (clips,))
-
-
-def opened_as(data: DataConfig) -> type[Video | Still]:
-    """What the files of a layout are."""
-    return Still if data.layout == IMAGES else Video
-
-
-def test_short_side(data: DataConfig, test: TestConfig) -> int | None:
-    """To which shorter side test videos are decoded; None: as they are."""
-    return None if test.views == "published" else data.decode_short_side or None
-
-
-test_clips.__test__ = test_short_side.__test__ = False  # type: ignore[attr-defined]  # pytest
 
 
 def _starts(sampler: ClipSampler, duration: float) -> Iterator[float]:
@@ -228,21 +192,18 @@ def _nearest(timestamps: Sequence[float], time: float) -> int:
 class ClipDataset(Dataset[dict[str, Any]]):
     """Clips of videos, each under a seed of its own.
 
-    A key is ``(index, position)``, as the samplers of :mod:`revvideo.data.sampler` give them. Which
+    A key is ``(index, position)``, as the samplers of :mod:`revvideo.data.loader` give them. Which
     clips are taken and what ``transform`` draws at random depends on ``seed`` and ``position``
     alone, not on the process, the worker or what was read before. The global generators are left
     as they were.
 
     Args:
-        records: the readable videos of a manifest.
-        root: the folder that their paths start from.
-        clips: which frames to take: one of the above, or a function like them.
+        records, root: videos of a manifest that can be read, and the folder of their paths.
+        clips: which frames to take.
         transform: from a clip, uint8 (T, 3, H, W), to (3, T, H, W), or (V, 3, T, H, W) for several
             crops; or to a clip and which box of it is to be erased, or None. May draw from the
             global generators of torch, Python and NumPy.
-        short_side: shrink frames to this many pixels on their shorter side while decoding.
-        seed: of the run.
-        opened: what a file is opened as.
+        short_side: as of :meth:`revvideo.data.decode.Video.frames`.
 
     A sample is a dict: ``video``, (V, 3, T, H, W), V being all clips times all crops, or None if
     the file broke after the scan; ``erased``, boxes by their number among these; ``label`` and
@@ -270,21 +231,17 @@ class ClipDataset(Dataset[dict[str, Any]]):
             if record.index
         }
         self.root = os.fspath(root)
-        self.clips = clips
-        self.transform = transform
-        self.short_side = short_side
-        self.seed = seed
-        self.opened = opened
+        self.clips, self.transform = clips, transform
+        self.short_side, self.seed, self.opened = short_side, seed, opened
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         index, position = key
-        path = os.fsdecode(self._paths[index])
+        path, seed = os.fsdecode(self._paths[index]), seed_of(self.seed, position)
         video, problem = None, ""
         erased: dict[int, Erased] = {}
-        seed = seed_of(self.seed, position)
         with isolate_rng(include_cuda=False):
             # Not torch.manual_seed, which would seed the generators of the GPUs as well.
             torch.default_generator.manual_seed(seed)
@@ -320,6 +277,30 @@ class ClipDataset(Dataset[dict[str, Any]]):
         return torch.cat(views) if len(views) > 1 else views[0], erased
 
 
+def opened_as(data: DataConfig) -> type[Video | Still]:
+    """What the files of a layout are."""
+    return Still if data.layout == IMAGES else Video
+
+
+def test_dataset(
+    records: Sequence[VideoRecord], root: str | Path, data: DataConfig, test: TestConfig, seed: int
+) -> ClipDataset:
+    """The clips and crops by which videos are tested."""
+    short_side = None if test.views == "published" else data.decode_short_side or None
+    return ClipDataset(
+        records,
+        root,
+        test_clips(data, test),
+        TestTransform(test, data),
+        short_side=short_side,
+        seed=seed,
+        opened=opened_as(data),
+    )
+
+
+test_clips.__test__ = test_dataset.__test__ = False  # type: ignore[attr-defined]  # pytest
+
+
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Join samples of a ``ClipDataset`` to a batch; of those that broke only the problem is kept.
 
@@ -330,7 +311,6 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     good = [sample for sample in samples if sample["video"] is not None]
     views = torch.tensor([len(sample["video"]) for sample in good], dtype=torch.int64)
-
     firsts = accumulate(views.tolist(), initial=0)
 
     def repeated(key: str) -> Tensor:

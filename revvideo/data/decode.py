@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -33,28 +33,18 @@ from revvideo.errors import VideoError
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a player would say about a video.
+    """What a player would say about a video."""
 
-    Attributes:
-        frames: how many.
-        duration: in seconds.
-        fps: frames per second, the mean.
-        width, height: of a frame in pixels, rotated as the file asks for.
-        index: of the packets of a long file, for ``Video``; else "".
-    """
-
-    frames: int
-    duration: float
-    fps: float
-    width: int
-    height: int
-    index: str = ""
+    frames: int  # how many
+    duration: float  # in seconds
+    fps: float  # frames per second, the mean
+    width: int  # of a frame in pixels, rotated as the file asks for
+    height: int  # likewise
+    index: str = ""  # of the packets of a long file, for `Video`
 
 
 def probe(path: str | os.PathLike[str], *, deep: bool = False) -> VideoInfo:
-    """Open a video, read through it without decoding, and decode its first frame.
-
-    With ``deep``, all of them.
+    """Open a video, read through it without decoding, and decode its first frame; ``deep``: all.
 
     Raises:
         VideoError: the file is missing or empty, is no video, is cut off, or does not decode.
@@ -67,7 +57,7 @@ def probe(path: str | os.PathLike[str], *, deep: bool = False) -> VideoInfo:
         return video.info
 
 
-class Video:
+class Video(AbstractContextManager["Video"]):
     """A video file, as a sequence of frames in the order in which a player shows them.
 
     Opening it reads all packets of the video stream, which costs far less than decoding them.
@@ -80,7 +70,6 @@ class Video:
     taken for square. Use it as a context manager, or call :meth:`close`.
 
     Args:
-        path: of the file.
         known_frames: how many frames a scan has found. Saves decoding a file whose timestamps
             cannot be relied upon once more, to count them; not used for others.
         known_index: what a scan has noted of this very file; saves reading through it.
@@ -137,9 +126,6 @@ class Video:
 
     def __len__(self) -> int:
         return len(self.timestamps)
-
-    def __enter__(self) -> Video:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -246,9 +232,7 @@ class Video:
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Number and picture, uint8 (H, W, 3), of each frame that comes out of the decoder.
 
-        Args:
-            short_side: as of :meth:`frames`.
-            wanted: the numbers of some frames; None for all.
+        Of those in ``wanted``, if it is not None; shrunk as by :meth:`frames`.
 
         Raises:
             VideoError: at the first damage that the decoder reports.
@@ -302,11 +286,9 @@ class Video:
 
 
 def _upright(picture: np.ndarray, display_matrix: bytes) -> np.ndarray:
-    """Turn and mirror ``picture`` as the file asks for, by multiples of 90 degrees.
-
-    ``display_matrix`` holds nine int32 by rows, of which the upper left 2 x 2 take (x, y), a row
-    vector with y downwards, to where it is shown: ISO 14496-12, 6.2.2.
-    """
+    """Turn and mirror ``picture`` as the file asks for, by multiples of 90 degrees."""
+    # Of nine int32 by rows the upper left 2 x 2 take (x, y), a row vector with y downwards, to
+    # where it is shown: ISO 14496-12, 6.2.2.
     (a, b), (c, d) = np.frombuffer(display_matrix, np.int32).reshape(3, 3)[:2, :2].tolist()
     if abs(b) + abs(c) > abs(a) + abs(d):
         picture, right, down = picture.swapaxes(0, 1), c, b

@@ -55,9 +55,6 @@ def find_videos(
       the first line of the annotations looks like.
 
     Args:
-        root: the folder that holds the set.
-        split: ``train``, ``val``, ``test``, …
-        annotations, layout: see above.
         classes: the names that labels stand for, where they are known: of the training set, when
             this is the validation set. Otherwise they are found and sorted by name, with ``_``
             taken for a space, which for Kinetics is the order of the released weights.
@@ -68,8 +65,7 @@ def find_videos(
         also when it is missing.
 
     Raises:
-        UserError: nothing is found, the annotations cannot be read, or a class is not in
-            ``classes``.
+        UserError: nothing is found, annotations cannot be read, a class is not in ``classes``.
     """
     root = _existing_folder(root)
     if layout == "images":
@@ -89,9 +85,7 @@ def find_videos(
             found, named = _kinetics(root, split, file)
         else:
             found, named = _folders(root, split, file)
-        names = list(sorted(found, key=_order) if classes is None else classes)
-        labels = _labels_by_name(names, found, file or root / split)
-        entries = [(path, labels.get(name, -1)) for path, name in named]
+        names, entries = _labelled(found, named, classes, file or root / split)
     if not entries:
         raise UserError(f"split {split!r} of {root} holds no video: check the folder and the split")
     return names, entries
@@ -178,8 +172,11 @@ def _order(name: str) -> str:
     return name.replace("_", " ").strip()
 
 
-def _labels_by_name(names: Sequence[str], found: Collection[str], where: Path) -> dict[str, int]:
-    """The label of each of the names that were found."""
+def _labelled(
+    found: Collection[str], named: _Named, classes: Sequence[str] | None, where: Path
+) -> tuple[list[str], Entries]:
+    """The classes, and videos with labels in the place of names; -1 in that of an empty one."""
+    names = list(sorted(found, key=_order) if classes is None else classes)
     known = {_order(name): label for label, name in enumerate(names)}
     for name in sorted(found):
         if _order(name) not in known:
@@ -187,7 +184,7 @@ def _labels_by_name(names: Sequence[str], found: Collection[str], where: Path) -
                 f"class {name!r} in {where} is none of the {len(names)} classes of the model, such "
                 f"as {some_of(near_names(name, names) or names)}: rename it, or take it out"
             )
-    return {name: known[_order(name)] for name in found}
+    return names, [(path, known[_order(name)] if name else -1) for path, name in named]
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -240,8 +237,7 @@ def _kinetics(root: Path, split: str, file: Path) -> tuple[Collection[str], _Nam
     missing = {"youtube_id", "time_start", "time_end"} - set(rows[0] if rows else ())
     if missing:
         raise UserError(f"{file} has no column {', '.join(sorted(missing))}")
-    splits = {_canonical(row["split"]) for row in rows if row.get("split")}
-    if splits:
+    if splits := {_canonical(row["split"]) for row in rows if row.get("split")}:
         if _canonical(split) not in splits:
             raise UserError(f"{file} has no split {split!r}, only {', '.join(sorted(splits))}")
         rows = [row for row in rows if _canonical(row["split"]) == _canonical(split)]
@@ -283,20 +279,15 @@ def _listed(
     if several := [path for path, count in counts.items() if count > 1]:
         _logger.warning("%s: of several labels each: %s", file, some_of(several))
     if not all(numbers):
-        found = {name for _, name in named}
-        names = list(sorted(found, key=_order) if classes is None else classes)
-        labels = _labels_by_name(names, found, file)
-        return names, [(path, labels[name]) for path, name in named]
+        return _labelled({name for _, name in named}, named, classes, file)
     entries = [(path, int(label)) for path, label in named]
     if classes is None:
         names = _names_of(entries)
         if without := sorted(set(range(len(names))) - {label for _, label in entries}):
+            absent, last = some_of([str(label) for label in without]), len(names) - 1
             _logger.warning(
-                "%s: no video has the label %s: it is a class that is never seen; labels count "
-                "from 0, to %d here",
-                file,
-                some_of([str(label) for label in without]),
-                len(names) - 1,
+                f"{file}: no video has the label {absent}: it is a class that is never seen; "
+                f"labels count from 0, to {last} here"
             )
         return names, entries
     for (where, _, _), (_, label) in zip(rows, entries, strict=True):

@@ -27,11 +27,8 @@ class ResumableSampler(Sampler[tuple[int, int]]):
     Args:
         size: of the dataset.
         batch_size: videos in a batch of one process.
-        seed: of the permutations.
-        rank, world_size: this process, and the number of processes.
 
     Attributes:
-        steps_per_epoch: equal on every process.
         epoch: counted from 0, that the next iteration goes through.
         start_step: how many steps of the epoch the next iteration passes over: set it to resume in
             the middle of an epoch. It applies once; epochs after that start at their beginning.
@@ -51,8 +48,7 @@ class ResumableSampler(Sampler[tuple[int, int]]):
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = size // (batch_size * world_size)
-        self.epoch = 0
-        self.start_step = 0
+        self.epoch = self.start_step = 0
 
     def __len__(self) -> int:
         """Videos of this process in a whole epoch."""
@@ -68,29 +64,22 @@ class ResumableSampler(Sampler[tuple[int, int]]):
         for position in range(start + self.rank, stop, self.world_size):
             if position // self.size != permutation:
                 permutation = position // self.size
-                order = self._permutation(permutation)
+                generator = torch.Generator().manual_seed(seed_of(self.seed, permutation))
+                order = torch.randperm(self.size, generator=generator).tolist()
             yield order[position % self.size], position
-
-    def _permutation(self, number: int) -> list[int]:
-        generator = torch.Generator().manual_seed(seed_of(self.seed, number))
-        return torch.randperm(self.size, generator=generator).tolist()
 
 
 class ResumableLoader(DataLoader[Any]):
     """A loader whose state is the number of steps it has given batches for.
 
     Lightning saves that state with each checkpoint. Its own count of epochs reaches the sampler
-    only after the workers have started on the wrong one.
-
-    Args:
-        batches_per_step: of the optimizer; a checkpoint falls between two steps.
-        arguments: as for ``DataLoader``; ``sampler`` is a :class:`ResumableSampler`.
+    only after the workers have started on the wrong one. Its ``sampler`` is a
+    :class:`ResumableSampler`; ``batches_per_step`` are those of a step of the optimizer.
     """
 
     def __init__(self, *arguments: Any, batches_per_step: int, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.batches_per_step = batches_per_step
-        self.batches = 0
+        self.batches_per_step, self.batches = batches_per_step, 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         sampler = self.sampler
@@ -110,16 +99,12 @@ class ResumableLoader(DataLoader[Any]):
         self.batches = state_dict["steps"] * self.batches_per_step
 
 
-class TestBatches(Sampler[list[tuple[int, int]]]):
+class TestBatches(list[list[tuple[int, int]]]):
     """Batches of ``(index, index)`` for testing: every video once over all processes, none twice.
 
     Every process makes the same number of steps, as a sharded model needs; where it has fewer
-    videos, its last batches are smaller or empty. Gather results at the end.
-
-    Args:
-        size: of the dataset.
-        batch_size: videos in a batch of one process.
-        rank, world_size: this process, and the number of processes.
+    videos, its last batches are smaller or empty. Gather results at the end. ``batch_size`` is that
+    of one process.
     """
 
     __test__ = False  # no test case, whatever pytest takes its name for
@@ -128,10 +113,4 @@ class TestBatches(Sampler[list[tuple[int, int]]]):
         indices = [(index, index) for index in range(rank, size, world_size)]
         largest = -(-size // world_size)  # of all processes
         starts = range(0, largest, batch_size)
-        self._batches = [indices[start : start + batch_size] for start in starts]
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self._batches)
+        super().__init__(indices[start : start + batch_size] for start in starts)

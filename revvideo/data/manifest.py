@@ -22,13 +22,9 @@ class VideoRecord:
     Attributes:
         path: relative to the root of its manifest, or absolute.
         label: index into the classes; -1 if it is not known.
-        frames: how many.
-        duration: in seconds.
-        fps: frames per second, the mean.
-        width, height: in pixels, upright.
+        frames, duration, fps, width, height, index: as of :class:`revvideo.data.decode.VideoInfo`.
         problem: why the file cannot be used; "" if it can.
         size, mtime_ns: of the file when it was scanned, in bytes and nanoseconds; -1 if absent.
-        index: where the frames of a long file lie, as ``Video`` takes it; else "".
     """
 
     path: str
@@ -46,31 +42,25 @@ class VideoRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A set of videos.
+    """A set of videos."""
 
-    Attributes:
-        root: the folder that relative paths start from.
-        classes: their names, in the order of the labels.
-        records: one for each video that the set should have, also for those that it lacks.
-    """
-
-    root: Path
-    classes: list[str]
-    records: list[VideoRecord]
+    root: Path  # the folder that relative paths start from
+    classes: list[str]  # in the order of the labels
+    records: list[VideoRecord]  # of each video that the set should have, also of those it lacks
 
     @property
     def readable(self) -> list[VideoRecord]:
-        """The records of the videos that can be used."""
+        """The videos that can be opened."""
         return [record for record in self.records if not record.problem]
 
     @property
     def unreadable(self) -> list[VideoRecord]:
-        """The records of the videos that cannot, each with its ``problem``."""
+        """The videos that cannot, each with its ``problem``."""
         return [record for record in self.records if record.problem]
 
     @property
     def usable(self) -> list[VideoRecord]:
-        """The records of the videos that can be trained and tested on: readable, with a label."""
+        """The videos that can be trained and tested on: readable, with a label."""
         return [record for record in self.readable if record.label >= 0]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -108,14 +98,11 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
             ]
             return Manifest(Path(header["root"]), list(header["classes"]), records)
     except OSError as error:
-        raise UserError(
-            f"the manifest {path} cannot be read ({error_line(error)}): write it with "
-            "`python -m revvideo.scan`"
-        ) from error
+        reason = f"cannot be read ({error_line(error)}): write it with `python -m revvideo.scan`"
+        raise UserError(f"the manifest {path} {reason}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is no manifest ({error}): delete it, and scan the videos again"
-        ) from error
+        reason = f"is no manifest ({error}): delete it, and scan the videos again"
+        raise UserError(f"{path} {reason}") from error
 
 
 def default_manifest(root: str | os.PathLike[str], split: str) -> Path:
@@ -124,18 +111,14 @@ def default_manifest(root: str | os.PathLike[str], split: str) -> Path:
 
 
 def describe(manifest: Manifest, most: int | None = None) -> str:
-    """What a person wants to know about a manifest: how many videos can be used, why others cannot.
-
-    One line for all readable videos, then one for each of those that are not, up to ``most``.
-    """
+    """How many videos of a manifest can be used, in a line, and why each other, up to ``most``,
+    cannot."""
     readable, unreadable = manifest.readable, manifest.unreadable
     hours = sum(record.duration for record in readable) / 3600
-    count, classes = f"{len(readable):,} of {len(manifest.records):,}", len(manifest.classes)
-    lines = [f"{count} images can be used: {classes} classes"]
-    if hours or not readable:
-        lines = [f"{count} videos can be used: {classes} classes, {hours:.2f} hours"]
-    named = unreadable[:most]
-    lines += [f"  {record.path}: {record.problem}" for record in named]
-    if len(named) < len(unreadable):
-        lines.append(f"  and {len(unreadable) - len(named):,} more")
+    what, length = ("videos", f", {hours:.2f} hours") if hours or not readable else ("images", "")
+    count = f"{len(readable):,} of {len(manifest.records):,} {what}"
+    lines = [f"{count} can be used: {len(manifest.classes)} classes{length}"]
+    lines += [f"  {record.path}: {record.problem}" for record in unreadable[:most]]
+    if most is not None and len(unreadable) > most:
+        lines.append(f"  and {len(unreadable) - most:,} more")
     return "\n".join(lines)

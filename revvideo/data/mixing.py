@@ -19,19 +19,12 @@ class Mixing:
     Told that its input is a video, torchvision takes five dimensions; the box of cutmix lies in the
     last two, so it is the same in every frame. Each clip is mixed with its neighbour in the batch,
     so clips of one video must not be neighbours.
-
-    Args:
-        augment: that section of the config.
-        num_classes: of the data.
     """
 
     def __init__(self, augment: AugmentConfig, num_classes: int) -> None:
         self.num_classes = num_classes
-        ways = []
-        if augment.mixup:
-            ways.append(v2.MixUp(alpha=augment.mixup, num_classes=num_classes))
-        if augment.cutmix:
-            ways.append(v2.CutMix(alpha=augment.cutmix, num_classes=num_classes))
+        both = ((v2.MixUp, augment.mixup), (v2.CutMix, augment.cutmix))
+        ways = [way(alpha=alpha, num_classes=num_classes) for way, alpha in both if alpha]
         self._mix = v2.RandomChoice(ways) if ways else None
 
     def __call__(self, video: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:

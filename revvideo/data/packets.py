@@ -10,6 +10,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -41,29 +42,21 @@ if int(av.__version__.partition(".")[0]) < 19:
 
 @dataclass(frozen=True)
 class PacketIndex:
-    """The packets of a video stream.
+    """The packets of a video stream, by their presentation timestamps (pts)."""
 
-    Attributes:
-        packets: the presentation timestamp (pts) of each, in the order in which they are stored.
-        places: of each pts in ``packets``.
-        keyframes: the places of packets from which decoding can start, ascending.
-        shown: the pts of the frames that a player shows, ascending.
-        numbers: of each pts in ``shown``: its place there.
-        reliable: whether a frame can be found by its pts. If not, the lists above mean nothing.
-        times: the pts of all packets, ascending, where they can be told apart; else empty.
-        data: the packets themselves, so that a small file is read once; empty for a large file.
-        truncated: why the file is taken to be cut off; "" if it is whole.
-    """
+    packets: Sequence[int]  # the pts of each, in the order in which they are stored
+    keyframes: Sequence[int]  # the places of packets from which decoding can start, ascending
+    shown: Sequence[int]  # the pts of the frames that a player shows, ascending
+    numbers: dict[int | None, int]  # of each pts in `shown`: its place there
+    reliable: bool = True  # whether a frame can be found by its pts; if not, the above mean nothing
+    times: Sequence[int] = ()  # the pts of all packets, ascending, where they can be told apart
+    data: Sequence[Packet[VideoStream]] = ()  # the packets of a small file, which is read once
+    truncated: str = ""  # why the file is taken to be cut off
 
-    packets: Sequence[int]
-    places: dict[int | None, int]
-    keyframes: Sequence[int]
-    shown: Sequence[int]
-    numbers: dict[int | None, int]
-    reliable: bool
-    times: Sequence[int]
-    data: Sequence[Packet[VideoStream]]
-    truncated: str
+    @cached_property
+    def places(self) -> dict[int | None, int]:
+        """Of each pts in ``packets``."""
+        return {pts: place for place, pts in enumerate(self.packets)}
 
     def keyframe_before(self, place: int) -> int:
         """The place of the keyframe from which to decode the frame at ``place``.
@@ -95,27 +88,16 @@ def index_from_text(text: str) -> PacketIndex | None:
     except (ValueError, zlib.error):
         return None
     first, second = 2 + numbers[0], 2 + numbers[:2].sum()
-    packets = np.cumsum(numbers[2:first])
+    packets, keyframes = np.cumsum(numbers[2:first]), np.cumsum(numbers[first:second])
     shown = np.sort(np.delete(packets, numbers[second:])).tolist()
-    return PacketIndex(
-        packets=packets.tolist(),
-        places={pts: place for place, pts in enumerate(packets.tolist())},
-        keyframes=np.cumsum(numbers[first:second]).tolist(),
-        shown=shown,
-        numbers={pts: number for number, pts in enumerate(shown)},
-        reliable=True,
-        times=(),
-        data=(),
-        truncated="",
-    )
+    by_pts: dict[int | None, int] = {pts: number for number, pts in enumerate(shown)}
+    return PacketIndex(packets.tolist(), keyframes.tolist(), shown, by_pts)
 
 
 def open_video(path: str | os.PathLike[str], threads: int) -> tuple[InputContainer, VideoStream]:
     """Open a file with PyAV. Returns the container and its video stream; others are not read.
 
-    Args:
-        path: of the file.
-        threads: of the decoder; 0 for one per core.
+    ``threads`` are those of the decoder; 0 for one per core.
 
     Raises:
         VideoError: the file is missing or empty, or is no video.
@@ -193,8 +175,9 @@ def read_index(container: InputContainer, stream: VideoStream) -> PacketIndex:
             timed = timed and packet.pts is not None
             pts = packet.pts or 0
             start = memoryview(packet)[:1].tolist()[0]
-            if name == "mpeg4" and (packet.size < _NOT_CODED or _packed(packet, len(packets))):
-                reliable = False
+            if name == "mpeg4" and reliable:
+                first = b"" if packets else bytes(packet)[:4096]
+                reliable = packet.size >= _NOT_CODED and not _DIVX_PACKED.search(first)
             if packet.is_keyframe and not (name == "vp8" and start & 1):
                 keyframes.append(len(packets))
             if packet.dts is not None:
@@ -211,12 +194,8 @@ def read_index(container: InputContainer, stream: VideoStream) -> PacketIndex:
             end = max(end, pts + (packet.duration or 0))
     except av.error.FFmpegError:
         broken = True
-    places: dict[int | None, int] = {pts: place for place, pts in enumerate(packets)}
-    timed = (
-        timed
-        and len(places) == len(packets) > 0
-        and all(earlier < later for earlier, later in pairwise(dts))
-    )
+    timed = timed and len(set(packets)) == len(packets) > 0
+    timed = timed and all(earlier < later for earlier, later in pairwise(dts))
     reliable = (
         reliable
         and timed
@@ -228,20 +207,15 @@ def read_index(container: InputContainer, stream: VideoStream) -> PacketIndex:
     if reliable:
         shown.sort()
     return PacketIndex(
-        packets=packets,
-        places=places,
-        keyframes=keyframes,
-        shown=shown,
-        numbers={pts: number for number, pts in enumerate(shown)},
-        reliable=reliable,
+        packets,
+        keyframes,
+        shown,
+        {pts: number for number, pts in enumerate(shown)},
+        reliable,
         times=sorted(packets) if timed else [],
         data=data if size <= _KEEP_BYTES else [],
         truncated=_what_is_missing(container, stream, len(packets), broken, latest, end),
     )
-
-
-def _packed(packet: Packet[VideoStream], number: int) -> bool:
-    return number == 0 and _DIVX_PACKED.search(bytes(packet)[:4096]) is not None
 
 
 def _what_is_missing(

@@ -23,30 +23,16 @@ _ROUNDING = 1e-6
 
 
 class ExactVideo(interfaces.Video):
-    """A :class:`revvideo.data.decode.Video` as one of PyTorchVideo; see :class:`VideoPathHandler`.
+    """A :class:`revvideo.data.decode.Video` as one of PyTorchVideo."""
 
-    Attributes:
-        name: of the file.
-        duration: in seconds, of the last frame too; a ``Fraction``, as their samplers need it.
-    """
-
-    def __init__(
-        self,
-        file: str,
-        video_name: str | None = None,
-        decode_audio: bool = False,
-        *,
-        frames: int | None = None,
-        short_side: int | None = None,
-    ) -> None:
-        self._video = Video(file)
+    def __init__(self, file: str, name: str, frames: int | None, short_side: int | None) -> None:
+        self.name, self._video = name, Video(file)
         self._frames, self._short_side = frames, short_side
-        self.name = video_name or Path(file).name
-        self._duration = Fraction(self._video.timestamps[-1]) + 1 / Fraction(self._video.rate)
 
     @property
     def duration(self) -> Fraction:
-        return self._duration
+        """In seconds, of the last frame too; as their samplers need it."""
+        return Fraction(self._video.timestamps[-1]) + 1 / Fraction(self._video.rate)
 
     def get_clip(self, start_sec: Any, end_sec: Any) -> dict[str, Tensor | None]:
         """The frames that are shown from ``start_sec`` on and before ``end_sec``, in seconds.
@@ -59,19 +45,18 @@ class ExactVideo(interfaces.Video):
             bisect_left(self._video.timestamps, float(time) - _ROUNDING)
             for time in (start_sec, end_sec)
         )
-        numbers = torch.arange(start, end)
+        numbers, video = torch.arange(start, end), None
         if self._frames and len(numbers):
             numbers = torch.linspace(start, end - 1, self._frames).long()
         try:
-            clip = self._video.frames(numbers.tolist(), self._short_side) if len(numbers) else None
+            if len(numbers):
+                clip = self._video.frames(numbers.tolist(), self._short_side)
+                video = clip.transpose(0, 1).float().contiguous()
         except VideoError as error:
             logger.warning("%s: the clip from %s s on is left out: %s", self.name, start_sec, error)
-            clip = None
-        video = None if clip is None else clip.transpose(0, 1).float().contiguous()
         return {"video": video, "audio": None}
 
     def close(self) -> None:
-        """Close the file."""
         self._video.close()
 
 
@@ -108,6 +93,4 @@ class VideoPathHandler(interfaces.VideoPathHandler):
             self._silent = True
             logger.warning("revvideo decodes no sound: set decode_audio=False")
         local = g_pathmgr.get_local_path(filepath)
-        return ExactVideo(
-            local, Path(filepath).name, frames=self._frames, short_side=self._short_side
-        )
+        return ExactVideo(local, Path(filepath).name, self._frames, self._short_side)

@@ -6,9 +6,8 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import cast
 
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -39,28 +38,24 @@ def scan(
     """Find the videos of a split, and open each.
 
     Args:
-        root, split, annotations, layout, classes: as for ``find_videos``.
+        root, split, annotations, layout, classes: as for ``find_videos``, whose order is kept.
         workers: processes that open files; None for one per core.
         manifest_path: where to write the manifest. If it is there already, it says which files
             need not be opened again: readable ones of the same size and time of change. A scan
             that was interrupted leaves what it has found out beside it, for the next one.
         deep: decode every frame of every file, also of those that are known.
 
-    Returns:
-        The manifest; videos in the order in which ``find_videos`` gives them.
-
     Raises:
         UserError: as ``find_videos``; ``manifest_path`` is no manifest, or cannot be written.
     """
     names, entries = find_videos(root, split, annotations, layout, classes)
     known: dict[str, VideoRecord] = {}
-    unfinished = None
-    if manifest_path is not None:
-        manifest_path = Path(manifest_path)
-        make_folder(str(manifest_path.parent), "the folder of the manifest")
-        unfinished = manifest_path.with_name(f"{manifest_path.name}.unfinished")
-        for file in (manifest_path, unfinished):
-            if file.exists() and not deep:
+    path = None if manifest_path is None else Path(manifest_path)
+    unfinished = path and path.with_name(f"{path.name}.unfinished")
+    if path and unfinished:
+        make_folder(str(path.parent), "the folder of the manifest")
+        for file in () if deep else (path, unfinished):
+            if file.exists():
                 known |= {record.path: record for record in load_manifest(file).readable}
     files = _Files(Path(root).absolute(), entries, known, deep, layout == IMAGES)
     most = (os.cpu_count() or 1) if workers is None else workers
@@ -77,34 +72,25 @@ def scan(
         if unfinished and not deep:
             manifest.save(unfinished)
         raise
-    if manifest_path is not None:
+    if path and unfinished:
         try:
-            manifest.save(manifest_path)
-            cast(Path, unfinished).unlink(missing_ok=True)
+            manifest.save(path)
+            unfinished.unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(
-                f"the manifest {manifest_path} cannot be written ({error_line(error)}): choose "
-                "another place"
-            ) from error
+            reason = f"cannot be written ({error_line(error)}): choose another place"
+            raise UserError(f"the manifest {path} {reason}") from error
     return manifest
 
 
+@dataclass
 class _Files(Dataset[VideoRecord]):
     """The record of each file, made by opening it unless ``known`` has one that still holds."""
 
-    def __init__(
-        self,
-        root: Path,
-        entries: Entries,
-        known: dict[str, VideoRecord],
-        deep: bool,
-        images: bool,
-    ) -> None:
-        self.root = root
-        self.entries = entries
-        self.known = known
-        self.deep = deep
-        self.images = images
+    root: Path
+    entries: Entries
+    known: dict[str, VideoRecord]
+    deep: bool
+    images: bool
 
     def __len__(self) -> int:
         return len(self.entries)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -23,21 +24,16 @@ from revvideo.errors import VideoError
 IMAGES = "images"  # the layout
 
 
-class Still:
+class Still(AbstractContextManager["Still"]):
     """An image file in the place of a :class:`revvideo.data.decode.Video`.
 
     It is not turned by its EXIF data, as the published scores of ImageNet were not.
     """
 
-    timestamps = (0.0,)
-    rate = 1.0
-    truncated = ""
+    timestamps, rate, truncated = (0.0,), 1.0, ""
 
     def __init__(self, path: str | os.PathLike[str], **known: object) -> None:
         self._path = os.fspath(path)
-
-    def __enter__(self) -> Still:
-        return self
 
     def __exit__(self, *_: object) -> None:
         pass
@@ -78,9 +74,7 @@ def find_stills(
     """As :func:`revvideo.data.layouts.find_videos`, for ``root/split/class/…/image``.
 
     The classes are the sorted names of the folders, as ``python -m backbones evaluate`` has them.
-
-    Raises:
-        UserError: no folders of classes, one without an image, or one that is none of ``classes``.
+    One without an image is refused.
     """
     base = root / split
     folders = sorted(p.name for p in base.glob("*/") if p.name[0] != ".") if base.is_dir() else []

@@ -30,17 +30,11 @@ _FINEST = 1_000_000  # parts of a second in which mp4 can count
 
 @dataclass(frozen=True)
 class Encoding:
-    """How videos are written.
+    """How videos are written."""
 
-    Attributes:
-        short_side: to which frames are shrunk, in pixels; smaller ones stay as they are.
-        crf: the constant rate factor of x264, 0 to 51.
-        keyframes: frames from one to the next.
-    """
-
-    short_side: int = 256
-    crf: int = 23
-    keyframes: int = 16
+    short_side: int = 256  # to which frames are shrunk, in pixels; smaller ones stay as they are
+    crf: int = 23  # the constant rate factor of x264, 0 to 51
+    keyframes: int = 16  # frames from one to the next
 
     def __post_init__(self) -> None:
         if not 0 <= self.crf <= 51:
@@ -54,34 +48,21 @@ class Encoding:
         four the decoder has only those between to pass through: see ``Video.frames``.
         """
         fixed = "bframes=3:b-adapt=0:b-pyramid=none:weightb=0:scenecut=0"
-        return {
-            "crf": str(self.crf),
-            "g": str(self.keyframes),
-            "preset": "fast",
-            "tune": "fastdecode",
-            "x264-params": fixed,
-        }
+        fast = {"preset": "fast", "tune": "fastdecode", "x264-params": fixed}
+        return {"crf": str(self.crf), "g": str(self.keyframes), **fast}
 
 
 @dataclass
 class Outcome:
-    """What became of the videos of a split.
+    """What became of the videos of a split."""
 
-    Attributes:
-        videos: how many there were.
-        written, left: how many were written now, and stood there already.
-        before, after: bytes of these together.
-        psnr: of each that was written now, in dB, by its path.
-        problems: why others could not be written, by their paths.
-    """
-
-    videos: int
+    videos: int  # how many there were
     written: int = 0
-    left: int = 0
-    before: int = 0
-    after: int = 0
-    psnr: dict[str, float] = field(default_factory=dict)
-    problems: dict[str, str] = field(default_factory=dict)
+    left: int = 0  # of them stood there already
+    before: int = 0  # bytes of those that are written or left …
+    after: int = 0  # … and of what they became
+    psnr: dict[str, float] = field(default_factory=dict)  # of those written, in dB, by path
+    problems: dict[str, str] = field(default_factory=dict)  # why others could not be written
 
     def __str__(self) -> str:
         text = (
@@ -126,11 +107,13 @@ def transcode(
         if done.problem:
             outcome.problems[done.path] = done.problem
             continue
-        outcome.before, outcome.after = outcome.before + done.before, outcome.after + done.after
+        outcome.before += done.before
+        outcome.after += done.after
         if done.psnr is None:
             outcome.left += 1
         else:
-            outcome.written, outcome.psnr[done.path] = outcome.written + 1, done.psnr
+            outcome.written += 1
+            outcome.psnr[done.path] = done.psnr
     if len(outcome.problems) == len(files):
         path, why = next(iter(outcome.problems.items()))
         raise UserError(f"none of the {len(files)} videos can be written, such as {path}: {why}")
@@ -151,16 +134,18 @@ class _Written:
     psnr: float | None = None
 
 
+@dataclass
 class _Files(Dataset[_Written]):
     """Each file is written as it is asked for, by the process that asks."""
 
-    def __init__(
-        self, source: Path, target: Path, paths: Sequence[str], encoding: Encoding
-    ) -> None:
-        self.source, self.target, self.paths, self.encoding = source, target, paths, encoding
-        self.first: dict[Path, str] = {}
-        for path in paths:
-            self.first.setdefault(Path(path).with_suffix(".mp4"), path)
+    source: Path
+    target: Path
+    paths: Sequence[str]
+    encoding: Encoding
+
+    def __post_init__(self) -> None:
+        # Of files that would have one name the first one gets it.
+        self.first = {Path(path).with_suffix(".mp4"): path for path in reversed(self.paths)}
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -185,8 +170,10 @@ class _Files(Dataset[_Written]):
         status = source.stat()
         made_of = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
         note = json.dumps({"revvideo transcode": 1, **asdict(self.encoding), **made_of})
-        psnr = None
-        if _note_in(target) != note:
+        psnr, noted = None, ""
+        with suppress(OSError, av.error.FFmpegError), av.open(str(target)) as container:
+            noted = container.metadata.get("comment", "")
+        if noted != note:
             target.parent.mkdir(parents=True, exist_ok=True)
             with Video(source) as video, replacing(target) as partial:
                 if video.truncated:
@@ -239,10 +226,3 @@ def _check(video: Video, path: Path, compared: dict[int, np.ndarray]) -> float:
     with np.errstate(divide="ignore"):
         psnr = 10 * np.log10(255**2 / np.square(errors).mean())
     return round(min(float(psnr), _BEST_PSNR), 2)
-
-
-def _note_in(path: Path) -> str:
-    """What a file says about what it was made of; nothing where there is no such file."""
-    with suppress(OSError, av.error.FFmpegError), av.open(str(path)) as container:
-        return container.metadata.get("comment", "")
-    return ""

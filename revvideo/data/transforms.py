@@ -54,16 +54,11 @@ class _RandAugment:
 
 
 class Erased(NamedTuple):
-    """A box of a clip that is filled with noise once its pixels are normalised.
-
-    Attributes:
-        top, left: its corner.
-        noise: float32 (3, height, width), the same for all frames.
-    """
+    """A box of a clip that is filled with noise once its pixels are normalised."""
 
     top: int
     left: int
-    noise: Tensor
+    noise: Tensor  # float32 (3, height, width), the same for all frames
 
 
 class TrainTransform(v2.Compose):
@@ -73,9 +68,6 @@ class TrainTransform(v2.Compose):
     crop, resized bicubically, and fills with ImageNet's mean, as in its ``imagenet.py`` and timm.
     In both it takes the place of colour jitter. Draws from torch's RNG; with RandAugment those of
     Python and NumPy are seeded anew.
-
-    Args:
-        augment, data: the sections of the config.
     """
 
     def __init__(self, augment: AugmentConfig, data: DataConfig) -> None:
@@ -112,11 +104,8 @@ class TestTransform:
 
     For published views, normalised pixels are resized, bilinearly and without smoothing, and an odd
     rest of the centre goes before the crop: ``random_short_side_scale_jitter`` and
-    ``uniform_crop`` of SlowFast's ``slowfast/datasets/transform.py``.
-
-    Args:
-        test, data: the sections of the config.
-        crops: how many, 1 or 3; None for ``test.crops``.
+    ``uniform_crop`` of SlowFast's ``slowfast/datasets/transform.py``. ``crops`` stands in the place
+    of ``test.crops``.
     """
 
     __test__ = False
@@ -138,8 +127,7 @@ class TestTransform:
         uint8; of published views and of images float32, normalised already.
         """
         if self._of_image is not None:  # exactly as python -m backbones evaluate
-            image: Tensor = self._of_image(F.to_pil_image(clip[0]))
-            return image[None, :, None]
+            return cast(Tensor, self._of_image(F.to_pil_image(clip[0])))[None, :, None]
         if self._data is not None:
             clip = normalised(clip.transpose(0, 1), self._data).transpose(0, 1)
         video = self._resize(tv_tensors.Video(clip))
@@ -156,24 +144,18 @@ class TestTransform:
 def normalised(video: Tensor, data: DataConfig, erased: Mapping[int, Erased] = {}) -> Tensor:
     """What the model sees of clips, made where they are: until then they are a quarter as large.
 
-    Args:
-        video: (…, 3, T, H, W), uint8; float ones are left as they are.
-        data: that section of the config.
-        erased: of clips (N, 3, T, H, W), by their numbers.
-
-    Returns:
-        float32, of the same shape.
+    Takes (…, 3, T, H, W), uint8 (float ones are left as they are), and what is erased of clips
+    (N, 3, T, H, W) by their numbers; gives float32, of the same shape.
     """
     if video.dtype == torch.uint8:
-        mean, std = [data.mean] * 3, [data.std] * 3
-        if data.layout == IMAGES:
-            mean, std = [*IMAGENET_MEAN], [*IMAGENET_STD]
-        scale = torch.tensor([mean, std]).to(video.device, non_blocking=True)[..., None, None, None]
+        images = data.layout == IMAGES
+        rows = (IMAGENET_MEAN, IMAGENET_STD) if images else ([data.mean] * 3, [data.std] * 3)
+        scale = torch.tensor(rows).to(video.device, non_blocking=True)[..., None, None, None]
         video = F.to_dtype(video, torch.float32, scale=True).sub_(scale[0]).div_(scale[1])
     for number, box in erased.items():
         height, width = box.noise.shape[-2:]
-        rows, columns = slice(box.top, box.top + height), slice(box.left, box.left + width)
-        video[number, :, :, rows, columns] = box.noise[:, None].to(video)
+        part = video[number, :, :, box.top : box.top + height, box.left : box.left + width]
+        part.copy_(box.noise[:, None])
     return video
 
 

@@ -14,20 +14,12 @@ from torch.utils.data import DataLoader
 
 from backbones.common.errors import UserError
 from backbones.common.paths import local_path
-from revvideo.data.clips import (
-    ClipDataset,
-    Clips,
-    collate,
-    opened_as,
-    test_clips,
-    test_short_side,
-    train_clips,
-)
+from revvideo.data.clips import ClipDataset, collate, opened_as, test_dataset, train_clips
 from revvideo.data.layouts import Layout
 from revvideo.data.loader import ResumableLoader, ResumableSampler, TestBatches
-from revvideo.data.manifest import Manifest, VideoRecord, default_manifest, describe, load_manifest
+from revvideo.data.manifest import VideoRecord, default_manifest, describe, load_manifest
 from revvideo.data.scan import scan
-from revvideo.data.transforms import TestTransform, TrainTransform
+from revvideo.data.transforms import TrainTransform
 from revvideo.settings import Config, TestConfig
 
 logger = logging.getLogger("revvideo")
@@ -42,14 +34,12 @@ class VideoData(pl.LightningDataModule):
     save it opening every video again.
 
     Args:
-        config: of the run.
         train: whether training videos are needed.
-        classes: the names that labels stand for; None: those of the training videos.
+        classes: the names that labels stand for; none: those of the training videos.
         resume: take the manifests of the run as they are, so that the order of the videos is the
             same as before.
 
     Attributes:
-        classes: as given or found.
         val_total: how many videos the validation set should have, readable or not.
         steps_per_epoch: of the optimizer.
     """
@@ -59,14 +49,12 @@ class VideoData(pl.LightningDataModule):
         config: Config,
         *,
         train: bool = True,
-        classes: Sequence[str] | None = None,
+        classes: Sequence[str] = (),
         resume: bool = False,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.train = train
-        self.resume = resume
-        self.classes = list(classes or ())
+        self.config, self.train, self.resume = config, train, resume
+        self.classes = list(classes)
         # The manifests lie in a folder that all machines share.
         self.prepare_data_per_node = False
         self._prepared = False
@@ -87,14 +75,10 @@ class VideoData(pl.LightningDataModule):
             scanned = default_manifest(local_path(data.manifests, "data.manifests") or root, split)
             if scanned.is_file() and not path.is_file():
                 shutil.copyfile(scanned, path)
-            annotations = data.annotations.replace("{split}", split)
+            listed = local_path(data.annotations.replace("{split}", split), "data.annotations")
+            layout = cast(Layout, data.layout)
             manifest = scan(
-                root,
-                split,
-                local_path(annotations, "data.annotations") or None,
-                layout=cast(Layout, data.layout),
-                classes=classes,
-                manifest_path=path,
+                root, split, listed or None, layout=layout, classes=classes, manifest_path=path
             )
             classes = manifest.classes
             logger.info("%s (%s): %s", split, path, describe(manifest, most=NAMED))
@@ -152,9 +136,17 @@ class VideoData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled clips; resumable in the middle of an epoch."""
         data, augment = self.config.data, self.config.augment
-        clips, transform = train_clips(data, augment), TrainTransform(augment, data)
+        dataset = ClipDataset(
+            self._train.usable,
+            self._train.root,
+            train_clips(data, augment),
+            TrainTransform(augment, data),
+            short_side=data.decode_short_side or None,
+            seed=self.config.train.seed,
+            opened=opened_as(data),
+        )
         return ResumableLoader(
-            self._dataset(self._train, clips, transform, data.decode_short_side or None),
+            dataset,
             self.loader_batch_size,
             sampler=self._train_sampler(),
             batches_per_step=self.config.optim.accumulate,
@@ -170,18 +162,10 @@ class VideoData(pl.LightningDataModule):
         return self._test_loader(self.config.test)
 
     def _test_loader(self, test: TestConfig) -> DataLoader[Any]:
-        data = self.config.data
-        clips, transform = test_clips(data, test), TestTransform(test, data)
-        dataset = self._dataset(self._val, clips, transform, test_short_side(data, test))
+        data, seed = self.config.data, self.config.train.seed
+        dataset = test_dataset(self._val.usable, self._val.root, data, test, seed)
         batches = TestBatches(len(dataset), test.batch_size, **self._process())
         return DataLoader(dataset, batch_sampler=batches, **self._workers())
-
-    def _dataset(
-        self, manifest: Manifest, clips: Clips, transform: Any, short_side: int | None
-    ) -> ClipDataset:
-        videos, root, seed = manifest.usable, manifest.root, self.config.train.seed
-        how: dict[str, Any] = {"short_side": short_side, "opened": opened_as(self.config.data)}
-        return ClipDataset(videos, root, clips, transform, seed=seed, **how)
 
     def _train_sampler(self) -> ResumableSampler:
         videos = self.loader_batch_size * self.config.optim.accumulate

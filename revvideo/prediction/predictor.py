@@ -14,15 +14,7 @@ from tqdm import tqdm
 
 from backbones.common.console import try_device
 from revvideo.config import load_config
-from revvideo.data.clips import (
-    KINETICS_FPS,
-    ClipDataset,
-    UniformClips,
-    collate,
-    opened_as,
-    test_clips,
-    test_short_side,
-)
+from revvideo.data.clips import UniformClips, collate, test_dataset
 from revvideo.data.decode import Video
 from revvideo.data.loader import TestBatches
 from revvideo.data.manifest import VideoRecord
@@ -65,14 +57,8 @@ class Windows(NamedTuple):
 class Predictor:
     """Scores videos as testing does: the softmax of each view, averaged.
 
-    Args:
-        config, weights: as for :func:`revvideo.training.weights.load_run`.
-        device: to compute on.
-        batch_size: clips that go through the model at a time.
-
-    Attributes:
-        classes: the names.
-        model: in eval mode, on ``device``.
+    ``config`` and ``weights`` are as for :func:`revvideo.training.weights.load_run`, which gives
+    ``model`` and ``classes``; ``batch_size`` counts clips.
 
     Raises:
         UserError: weights that cannot be read or do not fit.
@@ -82,10 +68,8 @@ class Predictor:
         self, config: Config, weights: str, *, device: torch.device, batch_size: int
     ) -> None:
         model, self.classes = load_run(weights, config)
-        self.config = config
-        self.device = device
-        self.batch_size = batch_size
-        self.model = model.to(self.device)
+        self.config, self.device, self.batch_size = config, device, batch_size
+        self.model = model.to(device)
 
     def best(self, scores: Tensor) -> list[dict[str, Any]]:
         """The ``TOP_K`` best of scores (classes,), each as its ``class`` and ``score``."""
@@ -123,26 +107,15 @@ class Predictor:
     ) -> Iterator[tuple[Path, Tensor | None, str]]:
         """Score whole videos, decoded by ``workers`` processes besides this, or by this one.
 
-        Yields:
-            path, scores (classes,) or None, and "" or the reason why the file cannot be used.
+        Yields path, scores (classes,) or None, and "" or the reason why the file cannot be used.
         """
-        data, test = self.config.data, self.config.test
-        dataset = ClipDataset(
-            [VideoRecord(str(path), label=-1) for path in paths],
-            "",
-            test_clips(data, test),
-            TestTransform(test, data),
-            short_side=test_short_side(data, test),
-            opened=opened_as(data),
-        )
+        test = self.config.test
         views = test.clips * test.crops
-        loader: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_sampler=TestBatches(len(dataset), max(1, self.batch_size // views)),
-            collate_fn=collate,
-            num_workers=workers,
-        )
-        for batch in loader:
+        records = [VideoRecord(str(path), label=-1) for path in paths]
+        dataset = test_dataset(records, "", self.config.data, test, seed=0)
+        batches = TestBatches(len(dataset), max(1, self.batch_size // views))
+        how: dict[str, Any] = {"collate_fn": collate, "num_workers": workers}
+        for batch in DataLoader(dataset, batch_sampler=batches, **how):
             for path, problem in batch["problems"]:
                 yield Path(path), None, problem
             if len(batch["index"]):
@@ -160,7 +133,7 @@ class Predictor:
             VideoError: a frame does not decode.
         """
         data, test = self.config.data, self.config.test
-        length = (data.num_frames - 1) * data.stride / KINETICS_FPS
+        length = float(UniformClips(data.num_frames, data.stride).duration)
         last = video.timestamps[-1]
         if last <= LONG * length:  # equal where both are 0: a single frame, of stills
             return None
@@ -170,7 +143,7 @@ class Predictor:
         transform = TestTransform(test, data, crops=1)
         # A clip's worth of large frames is fine, a group's would fill the memory.
         short_side = data.decode_short_side or 2 * test.short_side
-        starts, ends, scores = [], [], []
+        scores = []
         shown = {"desc": "over time", "unit": "batch", "leave": False, "delay": 2, "disable": None}
         for first in tqdm(range(0, count, self.batch_size), **shown):
             # Neighbours share frames: decoded together, each is decoded once.
@@ -180,6 +153,5 @@ class Predictor:
             row = {number: row for row, number in enumerate(numbers)}
             views = [transform(frames[[row[number] for number in clip]]) for clip in group]
             scores.append(self.score(torch.cat(views)))
-            starts += [video.timestamps[clip[0]] for clip in group]
-            ends += [video.timestamps[clip[-1]] for clip in group]
+        starts, ends = ([video.timestamps[clip[place]] for clip in clips] for place in (0, -1))
         return Windows(starts, ends, torch.cat(scores))
