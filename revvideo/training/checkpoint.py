@@ -34,15 +34,19 @@ class CheckpointIO(TorchCheckpointIO):
         before: the one to continue from, which is read here; None for none.
         hand_out: whether Lightning will ask for it. It is then kept until that happens.
 
-    Attributes:
-        step, classes: steps of the optimizer taken before, and the names of the classes.
-
     Raises:
         UserError: it is damaged, or something else.
     """
 
     def __init__(self, before: Path | None, *, hand_out: bool) -> None:
-        content = {} if before is None else _read(before)
+        content: dict[str, Any] = {}
+        if before is not None:
+            try:
+                content = read_checkpoint(before).content
+            except WeightsError as error:
+                raise UserError(f"{error}: move it away to train from the beginning") from error
+            if not {CLASSES, _STEP} <= content.keys():
+                raise UserError(f"{before} is no checkpoint of a run: move it away")
         self.step = int(content.get(_STEP, 0))
         self.classes: list[str] = content.get(CLASSES, [])
         self._content = content if hand_out else {}
@@ -54,11 +58,7 @@ class CheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a file that is whole, or not there; the one before becomes ``previous.ckpt``.
-
-        Lightning writes to the system's folder for temporary files, from where the file may have
-        to be copied.
-        """
+        """Write a file that is whole, or not there; the one before becomes ``previous.ckpt``."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         for leftover in path.parent.glob(f"{path.name}.*.partial"):
@@ -109,13 +109,3 @@ def checkpoint_to_resume(folder: Path) -> Path | None:
 def saved_in(folder: Path) -> list[Path]:
     """The checkpoints of a run, whole or not, newest first."""
     return [path for path in (folder / LAST, folder / PREVIOUS) if path.is_file()]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = read_checkpoint(path).content
-    except WeightsError as error:
-        raise UserError(f"{error}: move it away to train from the beginning") from error
-    if not {CLASSES, _STEP} <= content.keys():
-        raise UserError(f"{path} is no checkpoint of a run: move it away")
-    return content

@@ -39,20 +39,13 @@ def join_scores(batches: Sequence[Scores]) -> Scores:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracy and what it was measured on.
+    """Accuracy and what it was measured on."""
 
-    Attributes:
-        top1, top5: in percent; top5 is of as many classes as there are, if they are fewer.
-        videos: how many were tested.
-        of: how many the set should have.
-        what: they are.
-    """
-
-    top1: float
-    top5: float
-    videos: int
-    of: int
-    what: str = "videos"
+    top1: float  # in percent
+    top5: float  # likewise; of as many classes as there are, if they are fewer
+    videos: int  # how many were tested
+    of: int  # how many the set should have
+    what: str = "videos"  # they are
 
     def __str__(self) -> str:
         scores = f"{self.top1:.1f} top-1, {self.top5:.1f} top-5"

@@ -21,7 +21,6 @@ from revvideo.training.module import VideoModule
 
 logger = logging.getLogger("revvideo")
 
-
 # What Lightning says that users of this command cannot act on.
 _NOISE = (
     ".*isinstance.treespec, LeafSpec.. is deprecated",
@@ -34,8 +33,7 @@ _NOISE = (
 
 class _Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        # Above the progress bars.
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(self.format(record), file=sys.stderr)  # above the progress bars
 
 
 def set_up_log(output_dir: Path) -> None:
@@ -72,8 +70,7 @@ class StepLog(pl.Callback):
 
     def _begin_epoch(self) -> None:
         self._before = (self.seconds, self.waited)
-        self._clips = 0
-        self._validated = False
+        self._clips, self._validated = 0, False
 
     def on_train_start(self, *_: Any) -> None:
         self._free_since = perf_counter()

@@ -60,38 +60,30 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a ``metrics.csv``, each with what it holds; none where there is no file."""
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     # A kill may have cut the last one off; its step comes after the last checkpoint.
-    whole = [line for line in lines if line.endswith("\n")]
-    return [
-        {key: float(value) for key, value in row.items() if value} for row in csv.DictReader(whole)
-    ]
+    rows = csv.DictReader(line for line in lines if line.endswith("\n"))
+    return [{key: float(value) for key, value in row.items() if value} for row in rows]
 
 
 def cut_metrics(path: Path, step: int) -> None:
     """Drop what an interrupted session has logged from ``step`` on: it will be logged again."""
-
-    def stays(line: str) -> bool:
-        first = line.partition(",")[0]
-        return first == _STEP or float(first) < step
-
-    cut_lines(path, stays)
+    cut_lines(path, lambda line: line.startswith(_STEP) or float(line.partition(",")[0]) < step)
 
 
 def trackers(names: Sequence[str], output_dir: Path, start_step: int) -> list[Logger]:
     """Lightning's loggers of ``train.loggers``."""
+    name, database = output_dir.name, f"sqlite:///{output_dir.absolute() / 'mlflow.db'}"
     made: dict[str, Callable[[], Logger]] = {
         "tensorboard": lambda: TensorBoardLogger(
             output_dir, name="tensorboard", version="", purge_step=start_step or None
         ),
         "wandb": lambda: WandbLogger(
-            name=output_dir.name, save_dir=output_dir, project="revvideo", resume="allow"
+            name=name, save_dir=output_dir, project="revvideo", resume="allow"
         ),
         "mlflow": lambda: MLFlowLogger(
             experiment_name="revvideo",
-            run_name=output_dir.name,
+            run_name=name,
             run_id=os.environ.get("MLFLOW_RUN_ID"),
-            tracking_uri=os.environ.get(
-                "MLFLOW_TRACKING_URI", f"sqlite:///{output_dir.absolute() / 'mlflow.db'}"
-            ),
+            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", database),
         ),
     }
     return [made[name]() for name in names]

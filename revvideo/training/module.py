@@ -45,30 +45,24 @@ class VideoModule(pl.LightningModule):
     the process, so that a resumed run continues as if it had never stopped.
 
     Args:
-        config: of the run.
         weights: to start from or to test, or None; let go once they are in the network.
 
     Attributes:
         backbone: the network; there once the trainer has started.
-        accuracy: of the last validation or test.
-        predictions: the scores behind it.
+        accuracy, predictions: of the last validation or test, and the scores behind it.
         problems: the reason for each file that turned out to be unreadable, on this process.
-        memory, stored_blocks, memory_keep, memory_slices: the policy, also where a budget has
-            chosen it.
+        memory: the policy by the keys of the config, also where a budget has chosen it.
     """
 
     backbone: nn.Module
 
     def __init__(self, config: Config, weights: Weights | None) -> None:
         super().__init__()
-        self.config = config
-        self.weights = weights
+        self.config, self.weights = config, weights
         self._scores: list[Scores] = []
         self.problems: dict[str, str] = {}
-        self.memory: str = config.train.memory
-        self.stored_blocks = config.train.stored_blocks
-        self.memory_keep = config.train.memory_keep
-        self.memory_slices = config.train.memory_slices
+        keys = ("memory", "stored_blocks", "memory_keep", "memory_slices")
+        self.memory = {key: getattr(config.train, key) for key in keys}
         self._empty = 0  # batches in a row
         self._step_loss = torch.zeros(())  # the sum over the parts of a step so far
 
@@ -101,18 +95,17 @@ class VideoModule(pl.LightningModule):
             shard(model, blocks_of(model).values(), mesh["data_parallel"])
 
     def _fit_memory(self, model: nn.Module) -> None:
-        data, budget = self.config.data, self.config.train.memory_budget
+        budget, autocast = self.config.train.memory_budget, AUTOCAST[self.config.train.precision]
         clips = self.data.loader_batch_size * self.config.augment.repeats
-        size = (clips, 3, data.num_frames, data.crop_size, data.crop_size)
-        autocast = AUTOCAST[self.config.train.precision]
+        example = torch.empty(clips, *self._clip_shape, device="meta")
         model.to(self.trainer.strategy.root_device)
         try:
-            plan = backbones.fit_memory(model, torch.empty(size, device="meta"), budget, autocast)
+            plan = backbones.fit_memory(model, example, budget, autocast)
         except ValueError as error:
             raise UserError(f"train.memory_budget={budget}: {error}") from error
-        self.memory, self.stored_blocks = plan.policy, plan.stored_blocks
-        self.memory_keep = [plan.keep] if isinstance(plan.keep, str) else [*plan.keep]
-        self.memory_slices = plan.slices
+        keep = [plan.keep] if isinstance(plan.keep, str) else [*plan.keep]
+        self.memory = {"memory": plan.policy, "stored_blocks": plan.stored_blocks}
+        self.memory |= {"memory_keep": keep, "memory_slices": plan.slices}
         logger.info("%s", plan)
 
     def _note(self, problems: list[tuple[str, str]]) -> None:
@@ -127,10 +120,9 @@ class VideoModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Log what the network is made of; a sharded one cannot be run by one process."""
-        data = self.config.data
         if self.trainer.is_global_zero and self.config.train.strategy != "fsdp":
-            clip = (1, 3, data.num_frames, data.crop_size, data.crop_size)
-            logger.info("multiply-adds of a clip:\n%s", complexity_table(self.backbone, clip))
+            table = complexity_table(self.backbone, (1, *self._clip_shape))
+            logger.info("multiply-adds of a clip:\n%s", table)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         seed = self.config.train.seed
@@ -159,11 +151,9 @@ class VideoModule(pl.LightningModule):
         order = torch.arange(len(label)).view(-1, repeats).T.flatten()
         video = normalised(video, self.config.data, {} if empty else batch["erased"])
         video, target = self._mix(video[order], label[order])
-        loss = F.cross_entropy(
-            self(video), target, label_smoothing=self.config.augment.label_smoothing
-        )
-        if empty:
-            loss = 0 * loss
+        smoothing = self.config.augment.label_smoothing
+        loss = F.cross_entropy(self(video), target, label_smoothing=smoothing)
+        loss = 0 * loss if empty else loss
         part = batch_idx % self.config.optim.accumulate
         self._step_loss = loss.detach() + (self._step_loss if part else 0)
         shared: dict[str, Any] = {"sync_dist": True, "batch_size": len(label)}
@@ -186,21 +176,20 @@ class VideoModule(pl.LightningModule):
         scores = logits.float().softmax(dim=1).view(-1, views, logits.shape[1]).mean(dim=1)
         self._scores.append((index[::views], label[::views], scores))
 
-    def _blank_clip(self) -> Tensor:
+    @property
+    def _clip_shape(self) -> tuple[int, int, int, int]:
         data = self.config.data
-        shape = (1, 3, data.num_frames, data.crop_size, data.crop_size)
-        return torch.zeros(shape, device=self.device)
+        return 3, data.num_frames, data.crop_size, data.crop_size
+
+    def _blank_clip(self) -> Tensor:
+        return torch.zeros(1, *self._clip_shape, device=self.device)
 
     def on_validation_epoch_end(self) -> None:
-        self._conclude()
-        self.log("val/top1", self.accuracy.top1, sync_dist=True)
-        self.log("val/top5", self.accuracy.top5, sync_dist=True)
-        self.log("val/videos", float(self.accuracy.videos), sync_dist=True)
+        self.on_test_epoch_end()
+        for name in ("top1", "top5", "videos"):
+            self.log(f"val/{name}", float(getattr(self.accuracy, name)), sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
-        self._conclude()
-
-    def _conclude(self) -> None:
         self.predictions = _, label, scores = join_scores(self._scores)
         self._scores.clear()
         what = "images" if self.config.data.layout == IMAGES else "videos"
@@ -208,17 +197,12 @@ class VideoModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optim, per_epoch = self.config.optim, self.data.steps_per_epoch
-        steps = optim.epochs * per_epoch
-        optimizer, scheduler = build_optimizer(
-            self.backbone,
-            optim,
-            warmup_steps=round(optim.warmup_epochs * per_epoch),
-            total_steps=min(steps, optim.max_steps or steps),
+        steps, warmup = optim.epochs * per_epoch, round(optim.warmup_epochs * per_epoch)
+        total = min(steps, optim.max_steps or steps)
+        optimizer, schedule = build_optimizer(
+            self.backbone, optim, warmup_steps=warmup, total_steps=total
         )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CLASSES] = list(self.data.classes)

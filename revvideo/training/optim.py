@@ -21,21 +21,10 @@ from revvideo.settings import OptimConfig
 def build_optimizer(
     model: nn.Module, config: OptimConfig, *, warmup_steps: int, total_steps: int
 ) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """AdamW and its schedule, which is to be stepped after every step of the optimizer.
-
-    Args:
-        model: of :mod:`backbones`.
-        config: that section of the config.
-        warmup_steps, total_steps: of the optimizer.
-    """
+    """AdamW and its schedule, which is to be stepped after every step of the optimizer."""
     groups = param_groups(model, config.lr, config.weight_decay, config.layer_decay)
-    factor = partial(
-        lr_factor,
-        warmup=warmup_steps,
-        total=total_steps,
-        start=config.start_factor,
-        end=config.end_factor,
-    )
+    start, end = config.start_factor, config.end_factor
+    factor = partial(lr_factor, warmup=warmup_steps, total=total_steps, start=start, end=end)
     optimizer = torch.optim.AdamW(groups, lr=config.lr)
     return optimizer, LambdaLR(optimizer, factor)
 
@@ -56,10 +45,8 @@ def param_groups(
             continue
         depth, decays = depths[name], parameter.ndim > 1
         rate, decay = lr * layer_decay**depth, weight_decay if decays else 0.0
-        group = groups.setdefault(
-            (depth, decays), {"params": [], "lr": rate, "weight_decay": decay}
-        )
-        group["params"].append(parameter)
+        new = {"params": [], "lr": rate, "weight_decay": decay}
+        groups.setdefault((depth, decays), new)["params"].append(parameter)
     # The head first: its learning rate is the one that is logged.
     return [groups[key] for key in sorted(groups)]
 

@@ -28,13 +28,8 @@ def write_results(
     facts: dict[str, Any],
     left_out: dict[str, str],
 ) -> None:
-    """Write and log what a test came to.
-
-    Args:
-        config, data, module: of the run, after the test.
-        facts: of the training; empty if this session has not trained.
-        left_out: the reason for each file that could not be used, by its path.
-    """
+    """Write and log what a test came to, with the facts of the training, if this session has
+    trained, and the reason for each file that could not be used, by its path."""
     output_dir, test = Path(config.train.output_dir), config.test
     results = output_dir / "results.json"
     if not facts.get("seconds") and results.is_file():
@@ -55,9 +50,8 @@ def write_results(
 
 def _write_predictions(path: Path, data: VideoData, module: VideoModule) -> None:
     """One line for each tested video: its class, and the best classes with their scores."""
-    index, label, scores = module.predictions
+    (index, label, scores), names = module.predictions, data.classes
     best, order = scores.topk(min(TOP_K, scores.shape[1]), dim=1)
-    names = data.classes
     ranks = range(1, best.shape[1] + 1)
     with replacing(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,6 @@ def run(config: Config, *, resume: bool, eval_only: bool, weights: str = "") -> 
     """Train and test, or only test. Every process of the run calls this.
 
     Args:
-        config: of the run.
         resume: continue from the last checkpoint, if there is one.
         eval_only: test without training, and what: ``weights``, or the last checkpoint, or else
             the weights of the config.
@@ -68,38 +67,23 @@ def run(config: Config, *, resume: bool, eval_only: bool, weights: str = "") -> 
     if eval_only:
         weights = weights or (config.model.weights if last is None else str(last))
         if not weights:
-            raise UserError(
-                f"--eval-only: {output_dir} holds no checkpoint; train first, or set "
-                "model.weights=FILE"
-            )
+            remedy = "train first, or set model.weights=FILE"
+            raise UserError(f"--eval-only: {output_dir} holds no checkpoint; {remedy}")
+    lock: AbstractContextManager[None] = nullcontext()
     if is_first_process():
         if not eval_only:
             build_model(config, num_classes=1)  # what it cannot be made of, before the data
+            lock = locked(output_dir, "train.output_dir")
         make_folder(config.train.output_dir, "train.output_dir")
     set_up_log(output_dir)
-    with ExitStack() as held:
-        if is_first_process() and not eval_only:
-            held.enter_context(locked(output_dir, "train.output_dir"))
-        _run(config, hardware, last, resume=resume, eval_only=eval_only, weights=weights)
-
-
-def _run(
-    config: Config,
-    hardware: Hardware,
-    last: Path | None,
-    *,
-    resume: bool,
-    eval_only: bool,
-    weights: str,
-) -> None:
-    output_dir = Path(config.train.output_dir)
     pl.seed_everything(config.train.seed, workers=True, verbose=False)
     facts: dict[str, Any] = {}
     try:
-        if not eval_only:
-            facts = _fit(config, hardware, last if resume else None)
-            weights = str(last_checkpoint(output_dir))
-        _evaluate(config, hardware, weights, facts)
+        with lock:
+            if not eval_only:
+                facts = _fit(config, hardware, last if resume else None)
+                weights = str(last_checkpoint(output_dir))
+            _evaluate(config, hardware, weights, facts)
     except torch.OutOfMemoryError as error:
         # Said here, because it may be this process alone that says it.
         reason = str(error).partition(". ")[0]
@@ -117,6 +101,7 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
     settings, optim = config.train, config.optim
     require_trackers(settings.loggers)
     output_dir = Path(settings.output_dir)
+    last = last_checkpoint(output_dir)
     sharded = settings.strategy == "fsdp"
     # Of a sharded run, Lightning maps the file into memory itself.
     checkpoints = CheckpointIO(checkpoint, hand_out=not sharded)
@@ -127,23 +112,16 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
         data.prepare_data()  # before other processes are started, so that errors come at once
         data.setup("fit")
     module = VideoModule(config, weights)
-    steps = StepLog(settings.log_every)
-    callbacks: list[pl.Callback] = [
-        steps,
-        ProgressBar(refresh_rate=min(settings.log_every, 10)),
-        Saving(last_checkpoint(output_dir), settings.checkpoint_every),
-    ]
-    if optim.ema:
-        callbacks.insert(0, EMAWeightAveraging(decay=optim.ema))
+    steps, saving = StepLog(settings.log_every), Saving(last, settings.checkpoint_every)
+    bar = ProgressBar(refresh_rate=min(settings.log_every, 10))
+    ema = [EMAWeightAveraging(decay=optim.ema)] if optim.ema else []
+    others = trackers(settings.loggers, output_dir, checkpoints.step)
     trainer = pl.Trainer(
         **trainer_arguments(config, hardware, sharded=sharded),
         plugins=[checkpoints],
         enable_checkpointing=False,  # by Lightning itself
-        callbacks=callbacks,
-        logger=[
-            MetricsLogger(output_dir / METRICS),
-            *trackers(settings.loggers, output_dir, checkpoints.step),
-        ],
+        callbacks=[*ema, steps, bar, saving],
+        logger=[MetricsLogger(output_dir / METRICS), *others],
         max_epochs=optim.epochs,
         max_steps=optim.max_steps or -1,
         accumulate_grad_batches=optim.accumulate,
@@ -155,25 +133,22 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
     if is_first_process():
         save_config(config, output_dir / "config.yaml")
         cut_metrics(output_dir / METRICS, checkpoints.step)
-    where = f"continuing at step {checkpoints.step:,}" if checkpoint else "training"
-    logger.info("%s; results in %s", where, output_dir)
+    what = f"continuing at step {checkpoints.step:,}" if checkpoint else "training"
+    logger.info("%s; results in %s", what, output_dir)
     with step_by_step():
         try:
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         except UserError:
             print(file=sys.stderr)  # behind the progress bar
             raise
-        trainer.save_checkpoint(last_checkpoint(output_dir))
+        trainer.save_checkpoint(last)
     if number := told_to_stop(trainer):
-        raise stopped_at(trainer, number, last_checkpoint(output_dir))
+        raise stopped_at(trainer, number, last)
     return {
         "steps": trainer.global_step,
         "seconds": round(steps.seconds, 1),  # in training steps, since the last resume
         "data_wait": round(steps.waited / steps.seconds, 4) if steps.seconds else None,
-        "memory": module.memory,
-        "stored_blocks": module.stored_blocks,
-        "memory_keep": module.memory_keep,
-        "memory_slices": module.memory_slices,
+        **module.memory,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() or None,
         "left_out": _left_out(data, module),
     }

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from backbones.common.stopping import Stopped, asked_to_stop, listen_again
 
@@ -16,10 +17,6 @@ class Saving(pl.Callback):
     Not behind the last batch of an epoch, because from there Lightning counts the epoch twice when
     it resumes: it is then written one step later. Told to stop, all processes finish the step, save
     it, and raise :class:`Stopped`; a validation is finished, and one step more.
-
-    Args:
-        path: of the checkpoint.
-        every: steps between two.
     """
 
     def __init__(self, path: Path, every: int) -> None:
@@ -52,8 +49,6 @@ def told_to_stop(trainer: pl.Trainer) -> int:
     heard = asked_to_stop()
     if trainer.world_size == 1:
         return heard
-    import torch
-
     tensor = torch.tensor(heard, device=trainer.strategy.root_device)
     return int(trainer.strategy.reduce(tensor, reduce_op="max"))
 

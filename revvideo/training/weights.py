@@ -27,14 +27,11 @@ _OF_IMAGES = ". Released weights for images have the architecture of model.name=
 
 @dataclass(frozen=True)
 class Weights:
-    """The state dict of a file, which the user named ``source``.
+    """The state dict of a file."""
 
-    ``classes`` are their names, which a run's checkpoint holds; empty for others.
-    """
-
-    source: str
+    source: str  # as the user named it
     checkpoint: Checkpoint
-    classes: list[str]
+    classes: list[str]  # their names, which a run's checkpoint holds; empty for others
 
 
 def read_weights(source: str | Path) -> Weights:
@@ -87,11 +84,8 @@ def load_pretrained(model: nn.Module, weights: Weights) -> LoadReport:
 
 
 def load_run(source: str | Path, config: Config) -> tuple[nn.Module, list[str]]:
-    """The model of a finished run, to predict with.
-
-    Returns:
-        the model in eval mode, on the CPU, and the names of its classes, which are their numbers
-        where the file does not say.
+    """The model of a finished run, to predict with, in eval mode, on the CPU; and the names of its
+    classes, which are their numbers where the file does not say.
 
     Raises:
         UserError: weights that cannot be read, do not fit the config, or have no head.
@@ -121,15 +115,12 @@ def _inflate(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, str]:
         return {}
     inflated: dict[str, str] = {}
     for name, value in tensors.items():
-        target = own.get(name)
-        if target is None or target.ndim != 5:
-            continue
-        if value.ndim == 4:
-            value = value.unsqueeze(2)
-        if value.ndim == 5 and value.shape[2] == 1 < target.shape[2]:
-            tensors[name] = value.new_zeros(*value.shape[:2], target.shape[2], *value.shape[3:])
-            tensors[name][:, :, target.shape[2] // 2] = value[:, :, 0]
-            inflated[name] = f"from 1 to {target.shape[2]} frames, around the middle one"
+        frames = own[name].shape[2] if name in own and own[name].ndim == 5 else 1
+        value = value.unsqueeze(2) if value.ndim == 4 else value
+        if value.ndim == 5 and value.shape[2] == 1 < frames:
+            tensors[name] = value.new_zeros(*value.shape[:2], frames, *value.shape[3:])
+            tensors[name][:, :, frames // 2] = value[:, :, 0]
+            inflated[name] = f"from 1 to {frames} frames, around the middle one"
     tensors[spatial] = tensors.pop("pos_embed.weight")
     tensors[temporal] = torch.zeros_like(own[temporal])
     if inflated:
