@@ -16,13 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from backbones.common.errors import UserError
-from backbones.common.settings import (
-    check_values,
-    keys_of,
-    split_override,
-    unknown_key,
-    verbatim,
-)
+from backbones.common.settings import check_values, keys_of, split_override, unknown_key, verbatim
 from revvideo.data.stills import IMAGES
 from revvideo.settings import RECIPES, Config, DataConfig
 
@@ -128,47 +122,43 @@ def _explain(error: OmegaConfBaseException, tree: Tree, where: str) -> UserError
 
 def _check_together(config: Config) -> None:
     """What bounds of single keys do not say."""
-    for name in ("scale", "ratio"):
-        value = getattr(config.augment, name)
+    data, augment, train, test = config.data, config.augment, config.train, config.test
+    for name, value in (("scale", augment.scale), ("ratio", augment.ratio)):
         if len(value) != 2 or not 0 < value[0] <= value[1]:
             raise UserError(f"augment.{name}={value}: give two numbers, the smaller one first")
-    if config.data.layout == IMAGES:
-        one = {"data.num_frames": config.data.num_frames, "test.clips": config.test.clips}
-        for name, value in {**one, "test.crops": config.test.crops}.items():
-            if value != 1:
+    if data.layout == IMAGES:
+        one = {"data.num_frames": data.num_frames, "test.clips": test.clips}
+        for name, number in {**one, "test.crops": test.crops}.items():
+            if number != 1:
                 raise UserError(f"data.layout=images: an image is one frame, set {name}=1")
-        if (config.data.mean, config.data.std) != (DataConfig().mean, DataConfig().std):
+        if (data.mean, data.std) != (DataConfig().mean, DataConfig().std):
             raise UserError(
-                f"data.mean={config.data.mean} data.std={config.data.std} are of videos: images "
-                "are normalised by ImageNet's, leave both out"
+                f"data.mean={data.mean} data.std={data.std} are of videos: images are normalised "
+                "by ImageNet's, leave both out"
             )
-    views, given = config.test.views, (config.test.clips, config.test.crops)
-    if views == "published" and given != (5, 1):
+    if test.views == "published" and (test.clips, test.crops) != (5, 1):
         raise UserError(
-            f"test.views=published is of 5 clips and 1 crop, got test.clips={given[0]} test.crops="
-            f"{given[1]}: set these, or test.views=even"
+            f"test.views=published is of 5 clips and 1 crop, got test.clips={test.clips} "
+            f"test.crops={test.crops}: set these, or test.views=even"
         )
-    if (text := config.augment.rand_augment) and not _RAND_AUGMENT.fullmatch(text):
-        raise UserError(
-            f"augment.rand_augment={text}: write it as timm does, such as rand-m7-n4-mstd0.5-inc1"
-        )
-    train = config.train
+    if (text := augment.rand_augment) and not _RAND_AUGMENT.fullmatch(text):
+        example = "rand-m7-n4-mstd0.5-inc1"
+        raise UserError(f"augment.rand_augment={text}: write it as timm does, such as {example}")
     for name, free in (("memory_keep", []), ("memory_slices", 1)):
-        if train.memory_budget and getattr(train, name) != free:
+        if train.memory_budget and (kept := getattr(train, name)) != free:
             raise UserError(
                 f"train.memory_budget={train.memory_budget} chooses what is kept, and so does "
-                f"train.{name}={getattr(train, name)}: set one of the two"
+                f"train.{name}={kept}: set one of the two"
             )
-    crop, short_side = config.data.crop_size, config.test.short_side
-    if short_side < crop:
-        raise UserError(f"test.short_side={short_side}: use at least data.crop_size={crop}")
-    decoded = config.data.decode_short_side
-    if 0 < decoded < short_side:
+    if test.short_side < data.crop_size:
+        least = f"data.crop_size={data.crop_size}"
+        raise UserError(f"test.short_side={test.short_side}: use at least {least}")
+    if 0 < data.decode_short_side < test.short_side:
         raise UserError(
-            f"data.decode_short_side={decoded}: use at least test.short_side={short_side}, or 0, "
-            "or frames would be enlarged again"
+            f"data.decode_short_side={data.decode_short_side}: use at least test.short_side="
+            f"{test.short_side}, or 0, or frames would be enlarged again"
         )
-    if config.test.crops == 2:
+    if test.crops == 2:
         raise UserError("test.crops=2: use 1 (centre) or 3 (along the longer side)")
 
 

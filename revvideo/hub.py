@@ -7,8 +7,7 @@ by block where that counts no batch twice.
 from __future__ import annotations
 
 import copy
-import importlib
-import pkgutil
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -24,7 +23,6 @@ from revvideo.settings import Config
 
 PREFIX = "pytorchvideo/"
 
-_ONE_PATH = "models of one pathway are trained here, such as pytorchvideo/slow_r50"
 # Of a clip, for which the hub has trained them: frames, and pixels on a side.
 _MADE_FOR = {
     "mvit_base_16x4": (16, 224),
@@ -39,7 +37,6 @@ _MADE_FOR = {
     "x3d_m": (16, 224),
     "x3d_l": (16, 312),
 }
-_Builder = Callable[..., nn.Module]
 
 
 def classifier_of(model: nn.Module) -> nn.Linear:
@@ -55,21 +52,18 @@ def address(source: str) -> str:
     if not source.startswith(PREFIX):
         return source
     name = source.removeprefix(PREFIX)
-    _builder(name)
-    for module in pkgutil.iter_modules(hub.__path__):
-        path = f"{hub.__name__}.{module.name}"
-        paths = getattr(importlib.import_module(path), "checkpoint_paths", {})
-        if name in paths:
-            return cast(str, paths[name])
-    raise UserError(f"the hub has no weights of {source}")
+    paths = getattr(sys.modules[_builder(name).__module__], "checkpoint_paths", {})
+    if name not in paths:
+        raise UserError(f"the hub has no weights of {source}")
+    return cast(str, paths[name])
 
 
 def build(config: Config, num_classes: int) -> nn.Module:
     """A model of the hub, freshly initialised, whose outputs are logits.
 
     Raises:
-        UserError: no such model, one of two pathways, one that does not take the config's clips, or
-            a setting that it does not have.
+        UserError: no such model, one that does not take the config's clips, or a setting that it
+            does not have.
     """
     settings, data, train = config.model, config.data, config.train
     name = settings.name.removeprefix(PREFIX)
@@ -122,13 +116,14 @@ def load(model: nn.Module, weights: Checkpoint, source: str) -> LoadReport:
     return LoadReport(source, "PyTorchVideo", loaded=loaded, left_out=left_out, missing=missing)
 
 
-def _builder(name: str) -> _Builder:
+def _builder(name: str) -> Callable[..., nn.Module]:
     if name.startswith("slowfast"):
-        raise UserError(f"{PREFIX}{name} takes two clips, a slow and a fast one: {_ONE_PATH}")
+        ours = "models of one pathway are trained here, such as pytorchvideo/slow_r50"
+        raise UserError(f"{PREFIX}{name} takes two clips, a slow and a fast one: {ours}")
     if name not in _MADE_FOR:
         near = ", ".join(near_names(name, _MADE_FOR) or _MADE_FOR)
         raise UserError(f"{PREFIX}{name} is no classifier of clips of PyTorchVideo's hub: {near}")
-    return cast(_Builder, getattr(hub, name))
+    return cast(Callable[..., nn.Module], getattr(hub, name))
 
 
 def _give_logits(model: nn.Module, num_classes: int, drop_rate: float) -> None:

@@ -50,11 +50,10 @@ def build_model(config: Config, num_classes: int = 0) -> nn.Module:
         "drop_path_rate": settings.drop_path_rate,
         **settings.arguments,
     }
-    policy = cast(backbones.MemoryPolicy, config.train.memory)
+    train, policy = config.train, cast(backbones.MemoryPolicy, config.train.memory)
+    kept = train.stored_blocks, train.memory_keep, train.memory_slices
     try:
         model = backbones.create_model(settings.name, num_classes=outputs, **arguments)
-        train = config.train
-        kept = train.stored_blocks, train.memory_keep, train.memory_slices
         backbones.set_memory(model, policy, *kept)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())

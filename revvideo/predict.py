@@ -21,7 +21,6 @@ key=value after the options, as for run.py.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -35,8 +34,8 @@ from backbones.common.stopping import Stopped, stoppable
 from revvideo.settings import RECIPES
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; see ``--help``."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns the exit status: 2 for what the user can fix."""
     parser = config_parser("revvideo/predict.py", __doc__, RECIPES)
     add, processes = parser.add_argument, min(4, os.cpu_count() or 1)
     add("--weights", required=True, metavar="FILE", help="a checkpoint of that run or recipe")
@@ -48,12 +47,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", metavar="NAME", help="cuda, cpu, … (train.device of the config)")
     add("--workers", type=int, default=processes, metavar="N", help="that decode (%(default)s)")
     add("--no-drawings", action="store_true", help="write the JSON files only")
-    return parser.parse_intermixed_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit status: 2 for what the user can fix."""
-    args = parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         with stoppable(), extra("video"):
             from revvideo.prediction.run import run  # late: --help needs none of it

@@ -21,7 +21,6 @@ model.arguments.depth=8.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -35,18 +34,13 @@ from backbones.common.stopping import Stopped, stoppable
 from revvideo.settings import RECIPES, describe_schema
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; see ``--help``."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns the exit status: 2 for what the user can fix."""
     parser = config_parser("revvideo/run.py", f"{__doc__}{describe_schema()}", RECIPES)
     add = parser.add_argument
     add("--resume", action="store_true", help="continue from the last checkpoint, if there is one")
     add("--eval-only", action="store_true", help="test model.weights=…, or the last checkpoint")
-    return parser.parse_intermixed_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit status: 2 for what the user can fix."""
-    args = parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         with stoppable(), extra("video"):
             from revvideo.config import load_config  # late: --help needs none of it
@@ -55,13 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Later still, because Lightning takes seconds to import: a misspelt key shows at once.
             from revvideo.training.run import run
 
-            weights = [o for o in args.overrides if o.startswith("model.weights=")]
-            run(
-                config,
-                resume=args.resume,
-                eval_only=args.eval_only,
-                weights=config.model.weights if weights else "",
-            )
+            given = any(override.startswith("model.weights=") for override in args.overrides)
+            weights = config.model.weights if given else ""
+            run(config, resume=args.resume, eval_only=args.eval_only, weights=weights)
     except Stopped as stopped:
         if _rank() == 0:
             print(f"\n{stopped}", file=sys.stderr)  # behind the progress bar

@@ -84,13 +84,11 @@ def _tag(label: str, size: tuple[int, int]) -> Image.Image:
     """The label on a dark band, RGBA, as wide as the picture of ``size`` px."""
     width, height = size
     points = max(13, height // 16)
-    font = _font(points)
-    while font.getlength(label) > 0.96 * width and points > 8:
+    while _font(points).getlength(label) > 0.96 * width and points > 8:
         points -= 1
-        font = _font(points)
     tag = Image.new("RGBA", (width, round(1.7 * points)), (0, 0, 0, 150))
     place = (0.02 * width, tag.height / 2)
-    ImageDraw.Draw(tag).text(place, label, fill="white", font=font, anchor="lm")
+    ImageDraw.Draw(tag).text(place, label, fill="white", font=_font(points), anchor="lm")
     return tag
 
 

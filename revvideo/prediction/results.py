@@ -14,17 +14,12 @@ from backbones.common.files import write_json
 
 @dataclass
 class Predictions:
-    """Collects what is known about the inputs, ``paths``, and writes it into ``folder``.
-
-    Attributes:
-        videos: of each input that could be read.
-        unreadable: the reason, for each other one. A video may be in both: it broke off.
-    """
+    """Collects what is known about the inputs, ``paths``, and writes it into ``folder``."""
 
     folder: Path
     paths: Sequence[Path]
-    videos: list[dict[str, Any]] = field(default_factory=list)
-    unreadable: dict[str, str] = field(default_factory=dict)
+    videos: list[dict[str, Any]] = field(default_factory=list)  # of inputs that could be read
+    unreadable: dict[str, str] = field(default_factory=dict)  # why; of one that broke off, too
 
     def __post_init__(self) -> None:
         self._names = drawing_names(self.paths)
@@ -35,16 +30,11 @@ class Predictions:
         file.parent.mkdir(parents=True, exist_ok=True)
         return file
 
-    def write(self, classes: Sequence[str], **facts: Any) -> None:
+    def write(self, classes: Sequence[str], facts: dict[str, Any]) -> None:
         """Write ``results.json``, with ``facts`` about the run."""
-        results = {
-            "inputs": len(self.paths),
-            "videos": len(self.videos),
-            "unreadable": self.unreadable,
-            "classes": classes,
-            "run": facts,
-        }
-        write_json(self.folder / "results.json", results)
+        results = {"inputs": len(self.paths), "videos": len(self.videos)}
+        about = {"unreadable": self.unreadable, "classes": classes, "run": facts}
+        write_json(self.folder / "results.json", results | about)
 
     def write_videos(self) -> None:
         """Write ``predictions.json``."""

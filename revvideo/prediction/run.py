@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import time
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from revvideo.prediction.predictor import Predictor
 from revvideo.prediction.results import Predictions
 
 STRIP_FRAMES = 8
+Entry = dict[str, Any]  # what predictions.json says about a video
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Namespace) -> None:
     """Do what the command line of ``predict.py`` says.
 
     Raises:
@@ -51,15 +52,14 @@ def run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     # Starting a process takes longer than decoding a few videos.
     found = predictor.videos(paths, min(args.workers, len(paths) // 4))
+    shown = {"total": len(paths), "desc": "predicting", "unit": "video", "disable": None}
     try:
-        for path, scores, problem in tqdm(
-            found, total=len(paths), desc="predicting", unit="video", disable=None
-        ):
+        for path, scores, problem in tqdm(found, **shown):
             if scores is None:
                 predictions.unreadable[str(path)] = problem
                 continue
             best = predictor.best(scores)
-            entry: dict[str, Any] = {"path": str(path), "top": best}
+            entry: Entry = {"path": str(path), "top": best}
             predictions.videos.append(entry)
             try:
                 look_closer(predictor, path, entry, predictions, args)
@@ -69,22 +69,17 @@ def run(args: argparse.Namespace) -> None:
             tqdm.write(f"{printable(path)}: {', '.join(words)}")
     finally:
         predictions.write_videos()  # also where it is stopped
-    predictions.write(
-        predictor.classes,
-        config=args.config,
-        weights=args.weights,
-        device=str(device),
-        clips=config.test.clips,
-        crops=config.test.crops,
-        seconds=round(time.perf_counter() - began, 1),
-    )
+    facts = {"config": args.config, "weights": args.weights, "device": str(device)}
+    facts |= {"clips": config.test.clips, "crops": config.test.crops}
+    facts["seconds"] = round(time.perf_counter() - began, 1)
+    predictions.write(predictor.classes, facts)
     print(f"{len(predictions.videos)} of {len(paths)} videos -> {output}")
     name_unreadable(predictions.unreadable, output / "results.json")
     if not predictions.videos:
         raise UserError(f"not one of the {len(paths)} inputs can be read")
 
 
-def _check_options(args: argparse.Namespace) -> None:
+def _check_options(args: Namespace) -> None:
     for option, value, least in (("batch-size", args.batch_size, 1), ("workers", args.workers, 0)):
         if value < least:
             raise UserError(f"--{option} {value}: use a number from {least} on")
@@ -95,11 +90,7 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def look_closer(
-    predictor: Predictor,
-    path: Path,
-    entry: dict[str, Any],
-    predictions: Predictions,
-    args: argparse.Namespace,
+    predictor: Predictor, path: Path, entry: Entry, predictions: Predictions, args: Namespace
 ) -> None:
     """Add the facts of a video and its classes over time to its ``entry``, and draw them.
 
