@@ -7,13 +7,12 @@ rotation, and hides the decoder's errors.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from typing import Literal, cast
 
 import av
@@ -27,7 +26,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from revvideo.data.packets import index_from_text, open_video, read_index
+from revvideo.data.packets import AnyPath, index_from_text, open_video, read_index
 from revvideo.errors import VideoError
 
 
@@ -43,7 +42,7 @@ class VideoInfo:
     index: str = ""  # of the packets of a long file, for `Video`
 
 
-def probe(path: str | os.PathLike[str], *, deep: bool = False) -> VideoInfo:
+def probe(path: AnyPath, *, deep: bool = False) -> VideoInfo:
     """Open a video, read through it without decoding, and decode its first frame; ``deep``: all.
 
     Raises:
@@ -85,11 +84,7 @@ class Video(AbstractContextManager["Video"]):
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        known_frames: int | None = None,
-        known_index: str = "",
+        self, path: AnyPath, *, known_frames: int | None = None, known_index: str = ""
     ) -> None:
         self._path = path
         self._threads = 1 if get_worker_info() is not None else 0
@@ -172,8 +167,10 @@ class Video(AbstractContextManager["Video"]):
             with suppress(av.error.FFmpegError):
                 for number, frame in self._frames_near(wanted):
                     pictures[number] = self._picture(frame, short_side)
-        if pictures.keys() != wanted:
-            pictures = self._decode_from_start(wanted, short_side)
+        if pictures.keys() != wanted:  # decode from the start, up to the last of them
+            pictures = dict(islice(self.pictures(short_side, wanted), len(wanted)))
+        if lost := wanted - pictures.keys():
+            raise VideoError(f"frame {min(lost)} of {len(self)} does not come out of the decoder")
         if len({picture.shape for picture in pictures.values()}) > 1:
             raise VideoError("has frames of several sizes")
         return torch.from_numpy(np.stack([pictures[i] for i in indices])).permute(0, 3, 1, 2)
@@ -217,15 +214,6 @@ class Video(AbstractContextManager["Video"]):
             for packet in self._container.demux(self._stream)
             if index.places.get(packet.pts, -1) >= keyframe
         )
-
-    def _decode_from_start(self, wanted: set[int], short_side: int | None) -> dict[int, np.ndarray]:
-        pictures: dict[int, np.ndarray] = {}
-        for number, picture in self.pictures(short_side, wanted):
-            pictures[number] = picture
-            if len(pictures) == len(wanted):
-                return pictures
-        lost = min(wanted - pictures.keys())
-        raise VideoError(f"frame {lost} of {len(self)} does not come out of the decoder")
 
     def pictures(
         self, short_side: int | None = None, wanted: Collection[int] | None = None

@@ -26,6 +26,8 @@ _VIDEO_NAME = re.compile(
     r".*\.(3gp|avi|flv|m2ts|m4v|mkv|mov|mp4|mpe?g|mts|ogv|ts|vob|webm|wmv)", re.IGNORECASE
 )
 _LABELS = range(-1, 100_000)  # the largest in a list says how many classes there are
+# A line of words alone, none of which could be a path.
+_HEADER = re.compile(r"[\w\s,\"-]*[a-z][\w\s,\"-]*", re.IGNORECASE)
 _SPLIT_NAMES = {"validation": "val", "validate": "val", "valid": "val", "testing": "test"}
 _logger = logging.getLogger(__name__)
 
@@ -265,7 +267,8 @@ def _listed(
 ) -> tuple[list[str], Entries]:
     lines = list(_lines(file))
     rows = [(f"{file}, line {number}", line, _row(line)) for number, line in lines]
-    if rows and (rows[0][2] is None or not _is_number(rows[0][2][1])) and _is_header(rows[0][1]):
+    _, first, row = rows[0] if rows else ("", "", None)
+    if _HEADER.fullmatch(first) and (row is None or not _is_number(row[1])):
         _logger.info("%s: the first line, %r, is taken for the names of columns", *rows.pop(0)[:2])
     numbers = [row is not None and _is_number(row[1]) for *_, row in rows]
     for (where, line, row), number in zip(rows, numbers, strict=True):
@@ -298,11 +301,6 @@ def _listed(
 
 def _is_number(label: str) -> bool:
     return re.fullmatch(r"-?\d+", label) is not None
-
-
-def _is_header(line: str) -> bool:
-    """Whether a line holds words alone, none of which could be a path."""
-    return re.fullmatch(r"[\w\s,\"-]*[a-z][\w\s,\"-]*", line, re.IGNORECASE) is not None
 
 
 def _place(root: Path, split: str, path: str) -> str:

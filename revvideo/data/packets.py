@@ -24,6 +24,8 @@ from av.video.stream import VideoStream
 from backbones.common.errors import error_line
 from revvideo.errors import VideoError
 
+AnyPath = str | os.PathLike[str]
+
 # Of these one packet is one frame, and every frame carries the timestamp of its packet; but for
 # frames of VP8 that are never shown, and those of MPEG-4 that stand for the one before.
 _ONE_FRAME_PER_PACKET = frozenset(
@@ -94,7 +96,7 @@ def index_from_text(text: str) -> PacketIndex | None:
     return PacketIndex(packets.tolist(), keyframes.tolist(), shown, by_pts)
 
 
-def open_video(path: str | os.PathLike[str], threads: int) -> tuple[InputContainer, VideoStream]:
+def open_video(path: AnyPath, threads: int) -> tuple[InputContainer, VideoStream]:
     """Open a file with PyAV. Returns the container and its video stream; others are not read.
 
     ``threads`` are those of the decoder; 0 for one per core.

@@ -46,7 +46,10 @@ def write_labelled(video: Video, labels: Sequence[str], output: Path) -> None:
         VideoError: a frame does not decode.
     """
     with replacing(output) as partial, av.open(partial, "w", format="mp4") as container:
-        size = _drawn_size(video.info.width, video.info.height)
+        width, height = video.info.width, video.info.height
+        side = min(width, height)
+        scale = min(max(side, SMALLEST_SIDE), LARGEST_SIDE) / side
+        size = 2 * round(width * scale / 2), 2 * round(height * scale / 2)  # even, for H.264
         rate = Fraction(video.info.fps).limit_denominator(1001)
         stream = container.add_stream("libx264", rate, {"crf": "20", "preset": "veryfast"})
         stream.width, stream.height = size
@@ -63,13 +66,6 @@ def write_labelled(video: Video, labels: Sequence[str], output: Path) -> None:
             frame.pts, frame.time_base = round(time / TIME_BASE), TIME_BASE
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-
-
-def _drawn_size(width: int, height: int) -> tuple[int, int]:
-    """Of the copy. Sides are even, as H.264 wants them."""
-    side = min(width, height)
-    scale = min(max(side, SMALLEST_SIDE), LARGEST_SIDE) / side
-    return 2 * round(width * scale / 2), 2 * round(height * scale / 2)
 
 
 def _pictures(video: Video) -> Iterator[Image.Image]:

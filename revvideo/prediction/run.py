@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from backbones.common.console import name_unreadable, try_device
 from backbones.common.errors import UserError, error_line
-from backbones.common.files import find_files, printable
+from backbones.common.files import find_files, printable, write_json
 from revvideo.config import load_config
 from revvideo.data.decode import Video
 from revvideo.data.layouts import has_video_extension
@@ -21,7 +21,7 @@ from revvideo.errors import VideoError
 from revvideo.prediction.media import frame_labels, write_labelled
 from revvideo.prediction.pictures import draw_curve, draw_strip, some_frames
 from revvideo.prediction.predictor import Predictor
-from revvideo.prediction.results import Predictions
+from revvideo.prediction.results import drawing, drawing_names
 
 STRIP_FRAMES = 8
 Entry = dict[str, Any]  # what predictions.json says about a video
@@ -48,34 +48,37 @@ def run(args: Namespace) -> None:
     predictor = Predictor(config, args.weights, device=device, batch_size=args.batch_size)
     if args.classes:
         predictor.classes = _read_classes(args.classes, len(predictor.classes))
-    predictions = Predictions(output, paths)
-    began = time.perf_counter()
+    names, began = drawing_names(paths), time.perf_counter()
+    videos: list[Entry] = []
+    unreadable: dict[str, str] = {}  # why; also of a video that breaks off
     # Starting a process takes longer than decoding a few videos.
     found = predictor.videos(paths, min(args.workers, len(paths) // 4))
     shown = {"total": len(paths), "desc": "predicting", "unit": "video", "disable": None}
     try:
         for path, scores, problem in tqdm(found, **shown):
             if scores is None:
-                predictions.unreadable[str(path)] = problem
+                unreadable[str(path)] = problem
                 continue
             best = predictor.best(scores)
             entry: Entry = {"path": str(path), "top": best}
-            predictions.videos.append(entry)
+            videos.append(entry)
             try:
-                look_closer(predictor, path, entry, predictions, args)
+                look_closer(predictor, path, entry, names[path], args)
             except VideoError as error:  # in frames that the scores did not need
-                predictions.unreadable[str(path)] = error.reason
+                unreadable[str(path)] = error.reason
             words = (f"{top['class']} {100 * top['score']:.1f}%" for top in best)
             tqdm.write(f"{printable(path)}: {', '.join(words)}")
     finally:
-        predictions.write_videos()  # also where it is stopped
+        write_json(output / "predictions.json", videos)  # also where it is stopped
     facts = {"config": args.config, "weights": args.weights, "device": str(device)}
     facts |= {"clips": config.test.clips, "crops": config.test.crops}
     facts["seconds"] = round(time.perf_counter() - began, 1)
-    predictions.write(predictor.classes, facts)
-    print(f"{len(predictions.videos)} of {len(paths)} videos -> {output}")
-    name_unreadable(predictions.unreadable, output / "results.json")
-    if not predictions.videos:
+    results = {"inputs": len(paths), "videos": len(videos), "unreadable": unreadable}
+    results |= {"classes": predictor.classes, "run": facts}
+    write_json(output / "results.json", results)
+    print(f"{len(videos)} of {len(paths)} videos -> {output}")
+    name_unreadable(unreadable, output / "results.json")
+    if not videos:
         raise UserError(f"not one of the {len(paths)} inputs can be read")
 
 
@@ -89,9 +92,7 @@ def _check_options(args: Namespace) -> None:
         raise UserError(f"--output {args.output} is a file: name a folder")
 
 
-def look_closer(
-    predictor: Predictor, path: Path, entry: Entry, predictions: Predictions, args: Namespace
-) -> None:
+def look_closer(predictor: Predictor, path: Path, entry: Entry, name: str, args: Namespace) -> None:
     """Add the facts of a video and its classes over time to its ``entry``, and draw them.
 
     Raises:
@@ -107,17 +108,17 @@ def look_closer(
             ]
         if args.no_drawings:
             return
-        drawings = entry["drawings"] = {}
+        drawings, output = entry.setdefault("drawings", {}), Path(args.output)
         frames = some_frames(video, STRIP_FRAMES)
         best = [(top["class"], top["score"]) for top in entry["top"]]
-        draw_strip(frames, best, strip := predictions.drawing("strips", path, ".png"))
+        draw_strip(frames, best, strip := drawing(output, "strips", f"{name}.png"))
         drawings["strip"] = str(strip)
         if windows is not None:
-            curve = predictions.drawing("curves", path, ".png")
+            curve = drawing(output, "curves", f"{name}.png")
             draw_curve(windows, predictor.classes, frames, curve)
             drawings["curve"] = str(curve)
         labels = frame_labels(video.timestamps, entry)
-        write_labelled(video, labels, copy := predictions.drawing("videos", path, ".mp4"))
+        write_labelled(video, labels, copy := drawing(output, "videos", f"{name}.mp4"))
         drawings["video"] = str(copy)
 
 

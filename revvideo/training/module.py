@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
+import warnings
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from fvcore.nn import FlopCountAnalysis, flop_count_table
+from fvcore.nn.jit_handles import get_shape
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from omegaconf import OmegaConf
@@ -25,7 +29,6 @@ from revvideo.data.videos import VideoData
 from revvideo.hub import classifier_of
 from revvideo.models import AUTOCAST, build_model
 from revvideo.settings import Config
-from revvideo.training.complexity import complexity_table
 from revvideo.training.evaluation import Scores, accuracy, join_scores
 from revvideo.training.optim import build_optimizer
 from revvideo.training.weights import CLASSES, Weights, load_pretrained, require_complete
@@ -207,6 +210,30 @@ class VideoModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CLASSES] = list(self.data.classes)
         checkpoint["config"] = OmegaConf.to_yaml(OmegaConf.structured(self.config))
+
+
+def complexity_table(model: nn.Module, size: tuple[int, ...]) -> str:
+    """Parameters and multiply-adds of a forward pass, of the two uppermost levels of modules.
+
+    Runs the model once in eval mode on one clip, of ``size`` (1, 3, T, H, W), where it is.
+    """
+    training = model.training
+    clip = torch.zeros(size, device=next(model.parameters()).device)
+    analysis = FlopCountAnalysis(model.eval(), clip)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    analysis.set_op_handle("aten::scaled_dot_product_attention", _attention)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of torch.jit, on being old and on constants
+            return cast(str, flop_count_table(analysis, max_depth=2, show_param_shapes=False))
+    finally:
+        model.train(training)
+
+
+def _attention(inputs: list[Any], outputs: list[Any]) -> int:
+    """The two products of fused attention, which fvcore does not know."""
+    query, key, value = (get_shape(entry) for entry in inputs[:3])
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _check_labels(data: VideoData, outputs: int) -> None:
