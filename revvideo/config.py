@@ -20,7 +20,6 @@ from backbones.common.settings import check_values, keys_of, split_override, unk
 from revvideo.data.stills import IMAGES
 from revvideo.settings import RECIPES, Config, DataConfig
 
-BASE = "base"
 Tree = dict[str, Any]  # as YAML has it: sections, or what stands in their place
 
 _KEYS = {entry.path: entry for entry in keys_of(Config)}
@@ -39,9 +38,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         overrides: ``section.key=value``: a text as it is (``null`` is the empty one, as in YAML),
             any other value in YAML.
 
-    Raises:
-        UserError: no such file, one that is no recipe, an unknown key (the message lists the near
-            ones), or a value of the wrong type or out of its range.
+    A UserError says that there is no such file, that it is no recipe, which key is unknown (and
+    which are near), or which value is of the wrong type or out of its range.
     """
     merged = OmegaConf.structured(Config)
     for where, tree in [*_read(str(path), ()), *map(_parse_override, overrides)]:
@@ -85,7 +83,7 @@ def _read(name: str, seen: tuple[Path, ...]) -> list[tuple[str, Tree]]:
         raise UserError(f"{where} cannot be read: {_one_line(error)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{where} is no recipe: it holds no sections")
-    base = tree.pop(BASE, None)
+    base = tree.pop("base", None)
     before = [] if base is None else _read(str(path.parent / str(base)), (*seen, path.resolve()))
     return [*before, (where, cast(Tree, tree))]
 

@@ -61,9 +61,7 @@ def address(source: str) -> str:
 def build(config: Config, num_classes: int) -> nn.Module:
     """A model of the hub, freshly initialised, whose outputs are logits.
 
-    Raises:
-        UserError: no such model, one that does not take the config's clips, or a setting that it
-            does not have.
+    A UserError names what the hub does not have, or its model does not take.
     """
     settings, data, train = config.model, config.data, config.train
     name = settings.name.removeprefix(PREFIX)
@@ -95,8 +93,7 @@ def build(config: Config, num_classes: int) -> nn.Module:
 def load(model: nn.Module, weights: Checkpoint, source: str) -> LoadReport:
     """Load a file of the hub, or of a run, into a hub model; a head of other classes is left out.
 
-    Raises:
-        UserError: a file that does not fit; the model is then untouched.
+    A file that does not fit is a UserError, and leaves the model untouched.
     """
     own, tensors = model.state_dict(), dict(weights.tensors)
     for prefix in ("module.", "backbone."):  # of torch's DDP; of a run

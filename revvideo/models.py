@@ -28,10 +28,8 @@ AUTOCAST: dict[str, torch.dtype | None] = {
 def build_model(config: Config, num_classes: int = 0) -> nn.Module:
     """The network of a config with its memory policy, freshly initialised.
 
-    ``num_classes``, of the data, counts where ``model.num_classes`` leaves it open.
-
-    Raises:
-        UserError: a model that does not exist, takes no clips or not these arguments.
+    ``num_classes``, of the data, counts where ``model.num_classes`` leaves it open. A UserError
+    names a model that does not exist, or does not take these clips or arguments.
     """
     settings = config.model
     outputs = settings.num_classes or num_classes

@@ -30,11 +30,7 @@ from revvideo.data.manifest import default_manifest, describe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Scan, write manifests, and print what cannot be used and why.
-
-    Raises:
-        SystemExit: with status 2 for what the user can fix, after a line on stderr.
-    """
+    """Scan, write manifests, print what cannot be used; status 2 for what the user can fix."""
     parser = make_parser("python -m revvideo.scan", __doc__)
     add = parser.add_argument
     add("data", nargs="+", type=Path, metavar="DATA", help="folder of a set of videos")

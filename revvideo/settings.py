@@ -12,10 +12,7 @@ from backbones.common.settings import describe, key
 RECIPES = Recipes(Path(__file__).parent, ("video", "image"), ".yaml")
 
 _LOGGERS = ("tensorboard", "wandb", "mlflow")
-_STRATEGIES = ("auto", "ddp", "fsdp")
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-_SAMPLERS = ("exact", "random", "random_multi")
-_VIEWS = ("even", "published", "constant_clips_per_video")
 _POLICIES = ("store", "checkpoint", "reversible")
 
 
@@ -51,7 +48,7 @@ class AugmentConfig:
         "exact",
         "which clips: anywhere; by PyTorchVideo's random; by its random_multi, so that repeats are "
         "different clips",
-        choices=_SAMPLERS,
+        choices=("exact", "random", "random_multi"),
     )
     repeats: int = key(1, "differently augmented copies of a clip (repeated augmentation)", low=1)
     scale: list[float] = key([0.08, 1.0], "area of the random crop over that of the frame")  # noqa: RUF009
@@ -110,7 +107,7 @@ class TrainConfig:
     device: str = key("auto", "cuda where there is one", choices=("auto", "cuda", "cpu"))
     devices: int = key(0, "processes on this machine; 0: one for each GPU, one on the CPU", low=0)
     nodes: int = key(1, "machines", low=1)
-    strategy: str = key("auto", "auto: ddp for several processes", choices=_STRATEGIES)
+    strategy: str = key("auto", "auto: ddp for several processes", choices=("auto", "ddp", "fsdp"))
     precision: str = key("32-true", "float32, or autocast to a half one", choices=_PRECISIONS)
     memory: str = key("reversible", "what blocks keep for the backward pass", choices=_POLICIES)
     stored_blocks: int = key(0, "how many of the last blocks store whatever the policy", low=0)
@@ -136,7 +133,7 @@ class TestConfig:
         "even",
         "even: first to last; published: the frames, resizing and crop of SlowFast's scores, for 5 "
         "clips and 1 crop; or PyTorchVideo's sampler of that name",
-        choices=_VIEWS,
+        choices=("even", "published", "constant_clips_per_video"),
     )
     clips: int = key(5, "clips of a video, evenly spread", low=1)
     crops: int = key(1, "crops of a clip: 1 (centre) or 3 (along the longer side)", low=1, high=3)

@@ -38,11 +38,7 @@ from revvideo.data.layouts import splits_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Transcode, and print what it cost and what could not be read.
-
-    Raises:
-        SystemExit: with status 2 for what the user can fix, after a line on stderr.
-    """
+    """Transcode, print what it cost and what was unreadable; status 2 for what the user can fix."""
     parser = make_parser("python -m revvideo.transcode", __doc__)
     add = parser.add_argument
     add("data", type=Path, metavar="DATA", help="folder of a set of videos")

@@ -45,8 +45,7 @@ class VideoInfo:
 def probe(path: AnyPath, *, deep: bool = False) -> VideoInfo:
     """Open a video, read through it without decoding, and decode its first frame; ``deep``: all.
 
-    Raises:
-        VideoError: the file is missing or empty, is no video, is cut off, or does not decode.
+    A VideoError says why it cannot be used: it is missing, no video, cut off, or does not decode.
     """
     with Video(path) as video:
         if video.truncated:
@@ -131,11 +130,7 @@ class Video(AbstractContextManager["Video"]):
 
     @cached_property
     def info(self) -> VideoInfo:
-        """Length, rate and size. Decodes one frame, because only frames say how they are rotated.
-
-        Raises:
-            VideoError: the first frame does not decode.
-        """
+        """Length, rate and, of the first frame decoded, which may raise a VideoError, the size."""
         height, width = self.frames([0]).shape[-2:]
         duration = round(len(self) / self._fps, 3)
         fps, index = round(self._fps, 3), self._index.to_text()
@@ -220,10 +215,8 @@ class Video(AbstractContextManager["Video"]):
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Number and picture, uint8 (H, W, 3), of each frame that comes out of the decoder.
 
-        Of those in ``wanted``, if it is not None; shrunk as by :meth:`frames`.
-
-        Raises:
-            VideoError: at the first damage that the decoder reports.
+        Of those in ``wanted``, if it is not None; shrunk as by :meth:`frames`. A VideoError comes
+        at the first damage.
         """
         for count, frame in enumerate(self._all_frames()):
             number = self._index.numbers.get(frame.pts) if self._index.reliable else count
@@ -231,11 +224,7 @@ class Video(AbstractContextManager["Video"]):
                 yield number, self._picture(frame, short_side)
 
     def decode_all(self) -> int:
-        """Decode the whole file; the number of frames that came out.
-
-        Raises:
-            VideoError: at the first damage that the decoder reports.
-        """
+        """The number of frames that come out of the decoder; a VideoError at the first damage."""
         return sum(1 for _ in self._all_frames())
 
     def _count_frames(self) -> int:

@@ -21,6 +21,8 @@ from backbones.common.errors import UserError, near_names, some_of
 Layout = Literal["auto", "folders", "list", "csv", "images"]
 Entries = list[tuple[str, int]]  # path and label
 _Named = list[tuple[str, str]]  # path and class
+_Classes = Sequence[str] | None  # their names, where they are known
+_Found = tuple[list[str], Entries]  # the names of the classes, and the videos
 
 _VIDEO_NAME = re.compile(
     r".*\.(3gp|avi|flv|m2ts|m4v|mkv|mov|mp4|mpe?g|mts|ogv|ts|vob|webm|wmv)", re.IGNORECASE
@@ -82,12 +84,10 @@ def find_videos(
         raise UserError(f"no annotations for split {split!r} in {root}: tried {tried}; name yours")
     if file is not None and layout == "list":
         names, entries = _listed(root, split, file, classes)
+    elif file is not None and layout == "csv":
+        names, entries = _kinetics(root, split, file, classes)
     else:
-        if file is not None and layout == "csv":
-            found, named = _kinetics(root, split, file)
-        else:
-            found, named = _folders(root, split, file)
-        names, entries = _labelled(found, named, classes, file or root / split)
+        names, entries = _folders(root, split, file, classes)
     if not entries:
         raise UserError(f"split {split!r} of {root} holds no video: check the folder and the split")
     return names, entries
@@ -99,11 +99,7 @@ def has_video_extension(path: Path) -> bool:
 
 
 def splits_of(root: str | os.PathLike[str]) -> list[str]:
-    """Those of train, val and test that ``find_videos`` would find something for.
-
-    Raises:
-        UserError: none of them.
-    """
+    """Those of train, val, test that ``find_videos`` finds something for; a UserError if none."""
     root = _existing_folder(root)
     usual = ("train", "val", "test")
     found = [s for s in usual if _subfolders(root / s) or annotation_file(root, s, None)]
@@ -174,9 +170,7 @@ def _order(name: str) -> str:
     return name.replace("_", " ").strip()
 
 
-def _labelled(
-    found: Collection[str], named: _Named, classes: Sequence[str] | None, where: Path
-) -> tuple[list[str], Entries]:
+def _labelled(named: _Named, found: Collection[str], classes: _Classes, where: Path) -> _Found:
     """The classes, and videos with labels in the place of names; -1 in that of an empty one."""
     names = list(sorted(found, key=_order) if classes is None else classes)
     known = {_order(name): label for label, name in enumerate(names)}
@@ -201,7 +195,7 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(where, name) for name in sorted(files) if name[0] != ".")
 
 
-def _folders(root: Path, split: str, file: Path | None) -> tuple[Collection[str], _Named]:
+def _folders(root: Path, split: str, file: Path | None, classes: _Classes) -> _Found:
     base = root / split
     if not _subfolders(base):
         if file is None:
@@ -220,7 +214,7 @@ def _folders(root: Path, split: str, file: Path | None) -> tuple[Collection[str]
             if name not in found:
                 raise UserError(f"{file}, line {number}: {base} has no folder {name!r} for {path}")
             named.append((_place(root, split, os.path.relpath(base / path, root)), name))
-        return found, named
+        return _labelled(named, found, classes, file)
     others: Counter[str] = Counter()
     for name in found:
         for each in _files(base / name):
@@ -231,10 +225,10 @@ def _folders(root: Path, split: str, file: Path | None) -> tuple[Collection[str]
     if others:
         counts = ", ".join(f"{count:,} with {suffix!r}" for suffix, count in others.items())
         _logger.warning("%s: passed over files without the extension of a video, %s", base, counts)
-    return found, named
+    return _labelled(named, found, classes, root / split)
 
 
-def _kinetics(root: Path, split: str, file: Path) -> tuple[Collection[str], _Named]:
+def _kinetics(root: Path, split: str, file: Path, classes: _Classes) -> _Found:
     rows = list(csv.DictReader(io.StringIO(_text(file))))
     missing = {"youtube_id", "time_start", "time_end"} - set(rows[0] if rows else ())
     if missing:
@@ -255,16 +249,14 @@ def _kinetics(root: Path, split: str, file: Path) -> tuple[Collection[str], _Nam
         stem = f"{name}_{start:06d}_{end:06d}"
         path = files.get(stem) or files.get(name) or base / f"{stem}.mp4"
         named.append((str(path.relative_to(root)), row.get("label") or ""))
-    return {label for _, label in named if label}, named
+    return _labelled(named, {label for _, label in named if label}, classes, file)
 
 
 def _canonical(split: str) -> str:
     return _SPLIT_NAMES.get(split.lower(), split.lower())
 
 
-def _listed(
-    root: Path, split: str, file: Path, classes: Sequence[str] | None
-) -> tuple[list[str], Entries]:
+def _listed(root: Path, split: str, file: Path, classes: _Classes) -> _Found:
     lines = list(_lines(file))
     rows = [(f"{file}, line {number}", line, _row(line)) for number, line in lines]
     _, first, row = rows[0] if rows else ("", "", None)
@@ -282,7 +274,7 @@ def _listed(
     if several := [path for path, count in counts.items() if count > 1]:
         _logger.warning("%s: of several labels each: %s", file, some_of(several))
     if not all(numbers):
-        return _labelled({name for _, name in named}, named, classes, file)
+        return _labelled(named, {name for _, name in named}, classes, file)
     entries = [(path, int(label)) for path, label in named]
     if classes is None:
         names = _names_of(entries)

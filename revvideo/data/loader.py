@@ -22,19 +22,8 @@ class ResumableSampler(Sampler[tuple[int, int]]):
     One endless sequence of permutations of the dataset is dealt out: position p goes to process
     ``p % world_size``. So each global batch is the same for any number of processes, and every
     video comes once before any comes again. An epoch of the trainer is ``steps_per_epoch`` global
-    batches; videos beyond the last full batch of an epoch open the next one.
-
-    Args:
-        size: of the dataset.
-        batch_size: videos in a batch of one process.
-
-    Attributes:
-        epoch: counted from 0, that the next iteration goes through.
-        start_step: how many steps of the epoch the next iteration passes over: set it to resume in
-            the middle of an epoch. It applies once; epochs after that start at their beginning.
-
-    Raises:
-        UserError: the dataset does not fill one batch of every process.
+    batches; videos beyond the last full batch of an epoch open the next one. A data set whose
+    ``size`` does not fill one batch of ``batch_size`` on each process is a UserError.
     """
 
     def __init__(
@@ -48,7 +37,8 @@ class ResumableSampler(Sampler[tuple[int, int]]):
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = size // (batch_size * world_size)
-        self.epoch = self.start_step = 0
+        self.epoch = 0  # that the next iteration goes through …
+        self.start_step = 0  # … from this step on; it applies once, to resume in its middle
 
     def __len__(self) -> int:
         """Videos of this process in a whole epoch."""

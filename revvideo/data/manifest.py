@@ -17,26 +17,18 @@ _FORMAT = "revvideo manifest 1"
 
 @dataclass(frozen=True)
 class VideoRecord:
-    """One video file.
+    """One video file, with what :class:`revvideo.data.decode.VideoInfo` says about it."""
 
-    Attributes:
-        path: relative to the root of its manifest, or absolute.
-        label: index into the classes; -1 if it is not known.
-        frames, duration, fps, width, height, index: as of :class:`revvideo.data.decode.VideoInfo`.
-        problem: why the file cannot be used; "" if it can.
-        size, mtime_ns: of the file when it was scanned, in bytes and nanoseconds; -1 if absent.
-    """
-
-    path: str
-    label: int
+    path: str  # relative to the root of its manifest, or absolute
+    label: int  # index into the classes; -1 if it is not known
     frames: int = 0
     duration: float = 0.0
     fps: float = 0.0
     width: int = 0
     height: int = 0
-    problem: str = ""
-    size: int = -1
-    mtime_ns: int = -1
+    problem: str = ""  # why the file cannot be used
+    size: int = -1  # of the file when it was scanned, in bytes; -1 if absent
+    mtime_ns: int = -1  # likewise
     index: str = ""
 
 
@@ -81,11 +73,7 @@ class Manifest:
 
 
 def load_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """Read what ``Manifest.save`` wrote.
-
-    Raises:
-        UserError: there is no such file, or it is no manifest.
-    """
+    """Read what ``Manifest.save`` wrote; a UserError if it is not there, or no manifest."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             header = json.loads(file.readline().removeprefix("#"))
@@ -111,8 +99,7 @@ def default_manifest(root: str | os.PathLike[str], split: str) -> Path:
 
 
 def describe(manifest: Manifest, most: int | None = None) -> str:
-    """How many videos of a manifest can be used, in a line, and why each other, up to ``most``,
-    cannot."""
+    """How many videos of a manifest can be used, and why up to ``most`` of the others cannot."""
     readable, unreadable = manifest.readable, manifest.unreadable
     hours = sum(record.duration for record in readable) / 3600
     what, length = ("videos", f", {hours:.2f} hours") if hours or not readable else ("images", "")

@@ -97,12 +97,9 @@ def index_from_text(text: str) -> PacketIndex | None:
 
 
 def open_video(path: AnyPath, threads: int) -> tuple[InputContainer, VideoStream]:
-    """Open a file with PyAV. Returns the container and its video stream; others are not read.
+    """The container and the video stream of a file; others are not read. 0 threads: one per core.
 
-    ``threads`` are those of the decoder; 0 for one per core.
-
-    Raises:
-        VideoError: the file is missing or empty, or is no video.
+    A VideoError says that the file is missing or empty, or is no video.
     """
     path = Path(path)
     try:

@@ -37,9 +37,8 @@ class ExactVideo(interfaces.Video):
     def get_clip(self, start_sec: Any, end_sec: Any) -> dict[str, Tensor | None]:
         """The frames that are shown from ``start_sec`` on and before ``end_sec``, in seconds.
 
-        Returns:
-            ``video``: float32 (3, T, H, W) in [0, 255], or None where there is no such frame or it
-            does not decode, which their datasets then pass over, and the log says; ``audio``: None.
+        ``video`` is float32 (3, T, H, W) in [0, 255], or None where there is no such frame or it
+        does not decode, which their datasets then pass over, and the log says; ``audio`` is None.
         """
         start, end = (
             bisect_left(self._video.timestamps, float(time) - _ROUNDING)
@@ -82,11 +81,7 @@ class VideoPathHandler(interfaces.VideoPathHandler):
     def video_from_path(
         self, filepath: str, decode_audio: bool = False, decoder: str = "pyav", fps: int = 30
     ) -> interfaces.Video:
-        """Open a video, or a folder of frames at ``fps`` per second; ``decoder`` is not used.
-
-        Raises:
-            VideoError: as of :class:`revvideo.data.decode.Video`.
-        """
+        """A video, or a folder of frames at ``fps`` per second; a VideoError if it is not read."""
         if g_pathmgr.isdir(filepath):
             return super().video_from_path(filepath, decode_audio, decoder, fps)
         if decode_audio and not self._silent:

@@ -39,11 +39,7 @@ class Still(AbstractContextManager["Still"]):
         pass
 
     def frames(self, indices: Sequence[int], short_side: int | None = None) -> Tensor:
-        """The image for each of the ``indices``: uint8 (T, 3, H, W).
-
-        Raises:
-            VideoError: it does not decode.
-        """
+        """The image for each index: uint8 (T, 3, H, W); a VideoError if it does not decode."""
         try:
             picture: Tensor = pil_to_tensor(read_image(self._path))
         except Exception as error:  # a damaged file fails in any way
@@ -52,11 +48,7 @@ class Still(AbstractContextManager["Still"]):
 
 
 def probe_still(path: str | os.PathLike[str], *, deep: bool = False) -> VideoInfo:
-    """The size of an image by its header; with ``deep``, all of it is decoded.
-
-    Raises:
-        VideoError: it has no header that Pillow knows, or none of what is read; or does not decode.
-    """
+    """The size by the header, or a VideoError; with ``deep``, all of the image is decoded."""
     if not Path(path).is_file():
         raise VideoError("file is missing")
     try:

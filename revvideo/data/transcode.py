@@ -87,12 +87,9 @@ def transcode(
 ) -> Outcome:
     """Write the videos of a split again, below the folder ``to``.
 
-    Args:
-        root, split, annotations, layout: as for ``find_videos``.
-        workers: processes; None for one per core.
-
-    Raises:
-        UserError: as ``find_videos``; ``to`` is ``root`` or lies in it; no video can be written.
+    Arguments are as for ``find_videos``; without ``workers`` there is a process per core. Errors
+    are those of ``find_videos``, and a UserError where ``to`` lies in ``root``, or if no video can
+    be written.
     """
     source, target = Path(root).absolute(), Path(to).absolute()
     if target.resolve().is_relative_to(source.resolve()):

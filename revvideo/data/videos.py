@@ -38,10 +38,6 @@ class VideoData(pl.LightningDataModule):
         classes: the names that labels stand for; none: those of the training videos.
         resume: take the manifests of the run as they are, so that the order of the videos is the
             same as before.
-
-    Attributes:
-        val_total: how many videos the validation set should have, readable or not.
-        steps_per_epoch: of the optimizer.
     """
 
     def __init__(
@@ -93,6 +89,7 @@ class VideoData(pl.LightningDataModule):
             self._manifests = [replace(manifest, root=root) for manifest in self._manifests]
         self._train, self._val = self._manifests[0], self._manifests[-1]  # one, where not trained
         self.classes = self.classes or self._train.classes
+        # How many videos the validation set should have, readable or not.
         self.val_total = sum(record.label >= 0 for record in self._val.records)
         if not self.val_records:
             split = self.config.data.val_split

@@ -42,8 +42,7 @@ def frame_labels(times: Sequence[float], prediction: dict[str, Any]) -> list[str
 def write_labelled(video: Video, labels: Sequence[str], output: Path) -> None:
     """Write an H.264 copy of a video, each frame with its label and at its time, without sound.
 
-    Raises:
-        VideoError: a frame does not decode.
+    A VideoError says which frame does not decode.
     """
     with replacing(output) as partial, av.open(partial, "w", format="mp4") as container:
         width, height = video.info.width, video.info.height

@@ -25,12 +25,9 @@ Clip = Sequence[tuple[float, Picture]]  # pictures with their times in seconds
 
 
 def some_frames(video: Video, count: int, short_side: int = 180) -> Clip:
-    """``count`` frames, or all if they are fewer, from the first to the last.
+    """``count`` frames (or all) from the first to the last, shrunk to ``short_side`` px.
 
-    Larger ones are shrunk to ``short_side`` px.
-
-    Raises:
-        VideoError: one of them does not decode.
+    A VideoError says which of them does not decode.
     """
     numbers = np.unique(np.linspace(0, len(video) - 1, count).round().astype(int)).tolist()
     pictures = video.frames(numbers, short_side).permute(0, 2, 3, 1).numpy()

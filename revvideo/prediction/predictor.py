@@ -58,10 +58,7 @@ class Predictor:
     """Scores videos as testing does: the softmax of each view, averaged.
 
     ``config`` and ``weights`` are as for :func:`revvideo.training.weights.load_run`, which gives
-    ``model`` and ``classes``; ``batch_size`` counts clips.
-
-    Raises:
-        UserError: weights that cannot be read or do not fit.
+    ``model`` and ``classes``, or a UserError; ``batch_size`` counts clips.
     """
 
     def __init__(
@@ -80,11 +77,7 @@ class Predictor:
         ]
 
     def __call__(self, path: str | Path) -> list[dict[str, Any]]:
-        """The best classes of a video, the likeliest first.
-
-        Raises:
-            VideoError: it cannot be read.
-        """
+        """The best classes of a video, the likeliest first; a VideoError if it cannot be read."""
         ((_, scores, problem),) = self.videos([Path(path)], workers=0)
         if scores is None:
             raise VideoError(problem)
@@ -127,10 +120,7 @@ class Predictor:
         """Scores of clips all along a video; None if it is no longer than ``LONG`` clips.
 
         From one window to the next it is at most ``step`` seconds, or half a clip's length, or
-        more, so that there are no more than ``MOST_WINDOWS``.
-
-        Raises:
-            VideoError: a frame does not decode.
+        more, so that there are no more than ``MOST_WINDOWS``. Raises VideoError.
         """
         data, test = self.config.data, self.config.test
         length = float(UniformClips(data.num_frames, data.stride).duration)

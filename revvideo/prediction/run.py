@@ -28,11 +28,7 @@ Entry = dict[str, Any]  # what predictions.json says about a video
 
 
 def run(args: Namespace) -> None:
-    """Do what the command line of ``predict.py`` says.
-
-    Raises:
-        UserError: a wrong option, input, config or checkpoint, or not one input can be read.
-    """
+    """Do what the command line of ``predict.py`` says; a UserError if it cannot be done."""
     _check_options(args)
     config = load_config(args.config, args.overrides)
     if config.data.layout == IMAGES:
@@ -95,8 +91,7 @@ def _check_options(args: Namespace) -> None:
 def look_closer(predictor: Predictor, path: Path, entry: Entry, name: str, args: Namespace) -> None:
     """Add the facts of a video and its classes over time to its ``entry``, and draw them.
 
-    Raises:
-        VideoError: a frame does not decode. What was done before that is in ``entry``.
+    After a VideoError, for a frame that does not decode, what was done before is in ``entry``.
     """
     with Video(path) as video:
         entry |= {key: fact for key, fact in asdict(video.info).items() if key != "index"}

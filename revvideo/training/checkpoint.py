@@ -30,12 +30,8 @@ _STEP = "global_step"  # Lightning's entry: steps of the optimizer taken
 class CheckpointIO(TorchCheckpointIO):
     """How Lightning reads and writes the checkpoints of a run.
 
-    Args:
-        before: the one to continue from, which is read here; None for none.
-        hand_out: whether Lightning will ask for it. It is then kept until that happens.
-
-    Raises:
-        UserError: it is damaged, or something else.
+    ``before`` is the one to continue from, or None. It is read here (a UserError says that it is
+    damaged, or something else), and kept until Lightning asks for it if it is to ``hand_out``.
     """
 
     def __init__(self, before: Path | None, *, hand_out: bool) -> None:
@@ -83,11 +79,7 @@ class CheckpointIO(TorchCheckpointIO):
 
 
 def checkpoint_to_resume(folder: Path) -> Path | None:
-    """The newest checkpoint in a folder that is whole; None if there is none.
-
-    Raises:
-        UserError: all are damaged.
-    """
+    """The newest whole checkpoint of a folder, None if it has none; a UserError if all are bad."""
     reasons = []
     for path in saved_in(folder):
         other = has_other_checksum(path)

@@ -35,11 +35,7 @@ class Hardware:
 
 
 def find_hardware(config: Config) -> Hardware:
-    """Find out whether this machine can do what the config asks for.
-
-    Raises:
-        UserError: with the setting and the remedy.
-    """
+    """What the config comes to here; a UserError, with the remedy, if this machine cannot do it."""
     settings, gpus = config.train, torch.cuda.device_count()
     device = settings.device
     if device == "auto":

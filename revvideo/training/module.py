@@ -46,26 +46,18 @@ class VideoModule(pl.LightningModule):
 
     Everything random in a step (mixing, dropout, drop path) is a function of the seed, the step and
     the process, so that a resumed run continues as if it had never stopped.
-
-    Args:
-        weights: to start from or to test, or None; let go once they are in the network.
-
-    Attributes:
-        backbone: the network; there once the trainer has started.
-        accuracy, predictions: of the last validation or test, and the scores behind it.
-        problems: the reason for each file that turned out to be unreadable, on this process.
-        memory: the policy by the keys of the config, also where a budget has chosen it.
     """
 
-    backbone: nn.Module
+    backbone: nn.Module  # the network; there once the trainer has started
 
     def __init__(self, config: Config, weights: Weights | None) -> None:
         super().__init__()
-        self.config, self.weights = config, weights
+        self.config = config
+        self.weights = weights  # to start from or to test; let go once they are in the network
         self._scores: list[Scores] = []
-        self.problems: dict[str, str] = {}
+        self.problems: dict[str, str] = {}  # why, of files that this process could not read
         keys = ("memory", "stored_blocks", "memory_keep", "memory_slices")
-        self.memory = {key: getattr(config.train, key) for key in keys}
+        self.memory = {key: getattr(config.train, key) for key in keys}  # or what a budget chose
         self._empty = 0  # batches in a row
         self._step_loss = torch.zeros(())  # the sum over the parts of a step so far
 
@@ -132,11 +124,7 @@ class VideoModule(pl.LightningModule):
         torch.manual_seed(seed_of(seed, self.global_step, batch_idx, self.global_rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of a batch; of one without any readable video, zero.
-
-        Raises:
-            UserError: too many of these in a row, or nothing else in an epoch.
-        """
+        """The loss of a batch, zero if it is empty; a UserError if too many in a row are."""
         self._note(batch["problems"])
         video, label, repeats = batch["video"], batch["label"], self.config.augment.repeats
         self._empty = 0 if len(label) else self._empty + 1

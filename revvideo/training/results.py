@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from backbones.common.files import replacing, write_json
-from revvideo.data.videos import VideoData
 from revvideo.models import TOP_K
-from revvideo.settings import Config
 from revvideo.training.module import VideoModule
 from revvideo.training.pictures import draw_curves
 
@@ -21,16 +19,13 @@ logger = logging.getLogger("revvideo")
 METRICS = "metrics.csv"
 
 
-def write_results(
-    config: Config,
-    data: VideoData,
-    module: VideoModule,
-    facts: dict[str, Any],
-    left_out: dict[str, str],
-) -> None:
-    """Write and log what a test came to, with the facts of the training, if this session has
-    trained, and the reason for each file that could not be used, by its path."""
-    output_dir, test = Path(config.train.output_dir), config.test
+def write_results(module: VideoModule, facts: dict[str, Any], left_out: dict[str, str]) -> None:
+    """Write and log what a test came to.
+
+    ``facts`` are of the training, if this session has trained; ``left_out`` has the reason for each
+    file that could not be used, by its path.
+    """
+    output_dir, test = Path(module.config.train.output_dir), module.config.test
     results = output_dir / "results.json"
     if not facts.get("seconds") and results.is_file():
         # This session has not trained: what an earlier one wrote about its training stands.
@@ -38,7 +33,7 @@ def write_results(
     views = {"clips": test.clips, "crops": test.crops}
     content = {"test": {**asdict(module.accuracy), **views}, "run": facts, "left_out": left_out}
     write_json(results, content)
-    _write_predictions(output_dir / "predictions.csv", data, module)
+    _write_predictions(output_dir / "predictions.csv", module)
     if (output_dir / METRICS).is_file():
         draw_curves(output_dir / METRICS, output_dir / "curves.png")
     if left_out:
@@ -48,9 +43,9 @@ def write_results(
     logger.info("%s: %s", output_dir, ", ".join(sorted(path.name for path in output_dir.iterdir())))
 
 
-def _write_predictions(path: Path, data: VideoData, module: VideoModule) -> None:
+def _write_predictions(path: Path, module: VideoModule) -> None:
     """One line for each tested video: its class, and the best classes with their scores."""
-    (index, label, scores), names = module.predictions, data.classes
+    (index, label, scores), names = module.predictions, module.data.classes
     best, order = scores.topk(min(TOP_K, scores.shape[1]), dim=1)
     ranks = range(1, best.shape[1] + 1)
     with replacing(path) as partial, partial.open("w", newline="") as file:
@@ -58,7 +53,7 @@ def _write_predictions(path: Path, data: VideoData, module: VideoModule) -> None
         head = [f"{what}{rank}" for rank in ranks for what in ("top", "score")]
         writer.writerow(["path", "class", *head])
         for row, video in enumerate(index.tolist()):
-            cells = [data.val_records[video].path, names[int(label[row])]]
+            cells = [module.data.val_records[video].path, names[int(label[row])]]
             for name, score in zip(order[row].tolist(), best[row].tolist(), strict=True):
                 cells += [names[name] if name < len(names) else str(name), f"{score:.7f}"]
             writer.writerow(cells)

@@ -44,15 +44,11 @@ _SAVE_MEMORY = (
 
 
 def run(config: Config, *, resume: bool, eval_only: bool, weights: str = "") -> None:
-    """Train and test, or only test. Every process of the run calls this.
+    """Train and test, or only test; every process of the run calls this.
 
-    Args:
-        resume: continue from the last checkpoint, if there is one.
-        eval_only: test without training, and what: ``weights``, or the last checkpoint, or else
-            the weights of the config.
-
-    Raises:
-        UserError: for what the user can fix; most of it before anything is started.
+    ``resume`` continues from the last checkpoint, if there is one. ``eval_only`` tests ``weights``,
+    or the last checkpoint, or else the weights of the config. What the user can fix is a UserError,
+    mostly before anything is started.
     """
     output_dir = Path(config.train.output_dir)
     folder = last_checkpoint(output_dir).parent
@@ -150,7 +146,7 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
         "data_wait": round(steps.waited / steps.seconds, 4) if steps.seconds else None,
         **module.memory,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() or None,
-        "left_out": _left_out(data, module),
+        "left_out": _left_out(module),
     }
 
 
@@ -168,12 +164,12 @@ def _evaluate(config: Config, hardware: Hardware, source: str, facts: dict[str, 
         enable_checkpointing=False,
     )
     trainer.test(module, data, verbose=False)
-    left_out = {**facts.pop("left_out", {}), **_left_out(data, module)}
+    left_out = {**facts.pop("left_out", {}), **_left_out(module)}
     if is_first_process():
-        write_results(config, data, module, facts, left_out)
+        write_results(module, facts, left_out)
 
 
-def _left_out(data: VideoData, module: VideoModule) -> dict[str, str]:
+def _left_out(module: VideoModule) -> dict[str, str]:
     """What the scan could not open, and what turned out later, on any process, to be unreadable."""
     later = (problem for part in gathered(module.problems) for problem in part.items())
-    return {**data.unreadable(), **dict(later)}
+    return {**module.data.unreadable(), **dict(later)}

@@ -35,11 +35,7 @@ class Weights:
 
 
 def read_weights(source: str | Path) -> Weights:
-    """Read weights from a file, an address, or the released file of a model of that name.
-
-    Raises:
-        UserError: a file that cannot be had or read.
-    """
+    """Of a file, an address, or a model's name: its released file; a UserError if not to be had."""
     source = str(source)
     released = MODELS[source].weights if source in MODELS else None
     if source.startswith(hub.PREFIX):
@@ -84,11 +80,10 @@ def load_pretrained(model: nn.Module, weights: Weights) -> LoadReport:
 
 
 def load_run(source: str | Path, config: Config) -> tuple[nn.Module, list[str]]:
-    """The model of a finished run, to predict with, in eval mode, on the CPU; and the names of its
-    classes, which are their numbers where the file does not say.
+    """The model of a finished run, in eval mode on the CPU, and the names of its classes.
 
-    Raises:
-        UserError: weights that cannot be read, do not fit the config, or have no head.
+    These are their numbers where the file does not say. A UserError says that the weights cannot be
+    read, do not fit the config, or have no head.
     """
     weights = read_weights(source)
     model = build_model(config, len(weights.classes) or config.model.num_classes)
