@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(parser, _transcode_all, argv)
 
 
-def _transcode_all(options: argparse.Namespace) -> int:
+def _transcode_all(options: argparse.Namespace) -> None:
     if options.annotations and len(options.split or ()) != 1:
         raise UserError("--annotations goes with one --split")
     with extra("video"):
@@ -67,7 +67,6 @@ def _transcode_all(options: argparse.Namespace) -> int:
         unreadable |= outcome.problems
     name_unreadable(unreadable, None)
     print(f"train on them with data.root={options.to}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -60,8 +60,7 @@ class EvenStarts(ConstantClipsPerVideoSampler):
     """Clips at equal distances, the first at the start of a video and the last at its end.
 
     A single clip lies in the middle. That is SlowFast's ``DATA.USE_OFFSET_SAMPLING``; without it,
-    and from PyTorchVideo's sampler, the last of ``n`` clips starts at ``(n - 1) / n`` of the latest
-    start.
+    and from PyTorchVideo, the last of ``n`` starts at ``(n - 1) / n`` of the latest start.
     """
 
     def __call__(self, last_clip_time: Any, video_duration: Any, annotation: Any) -> ClipInfo:

@@ -65,7 +65,8 @@ class Video(AbstractContextManager["Video"]):
     decode.
 
     Inside of a ``DataLoader``'s worker the decoder uses one thread, elsewhere all cores. Pixels are
-    taken for square. Use it as a context manager, or call :meth:`close`.
+    taken for square. Use it as a context manager, or call :meth:`close`. A file that is missing,
+    empty, no video or without frames is a VideoError.
 
     Args:
         known_frames: how many frames a scan has found. Saves decoding a file whose timestamps
@@ -77,9 +78,6 @@ class Video(AbstractContextManager["Video"]):
         unit: of which they are whole multiples, in seconds.
         rate: frames per second as the file states them, or else the mean.
         truncated: why the file is taken to be cut off; "" if it is whole.
-
-    Raises:
-        VideoError: the file is missing or empty, is no video, or has no frames.
     """
 
     def __init__(

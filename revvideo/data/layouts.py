@@ -66,10 +66,8 @@ def find_videos(
     Returns:
         The names of the classes, and paths relative to ``root`` (absolute if outside of it) with
         labels; -1 where the annotations give none. A file that the annotations name is among them
-        also when it is missing.
-
-    Raises:
-        UserError: nothing is found, annotations cannot be read, a class is not in ``classes``.
+        also when it is missing. A UserError says that nothing is found, that annotations cannot be
+        read, or that a class is not in ``classes``.
     """
     root = _existing_folder(root)
     if layout == "images":
@@ -307,13 +305,11 @@ def _place(root: Path, split: str, path: str) -> str:
 
 def _names_of(entries: Entries) -> list[str]:
     """A name for each label: that of the folder of its videos, if each has one of its own."""
-    folders: dict[int, set[str]] = {}
-    for path, label in entries:
-        folders.setdefault(label, set()).add(Path(path).parent.name)
-    own = {label: next(iter(names)) for label, names in folders.items() if len(names) == 1}
-    if len(own) < len(folders) or len(set(own.values())) < len(own) or "" in own.values():
-        own = {}
-    return [own.get(label, str(label)) for label in range(max(folders, default=-1) + 1)]
+    folders = {(label, Path(path).parent.name) for path, label in entries}
+    labels, names = {label for label, _ in folders}, {name for _, name in folders}
+    each = len(labels) == len(names) == len(folders) and "" not in names
+    own = dict(folders) if each else {}
+    return [own.get(label, str(label)) for label in range(max(labels, default=-1) + 1)]
 
 
 def _text(file: Path) -> str:

@@ -93,8 +93,7 @@ class TestBatches(list[list[tuple[int, int]]]):
     """Batches of ``(index, index)`` for testing: every video once over all processes, none twice.
 
     Every process makes the same number of steps, as a sharded model needs; where it has fewer
-    videos, its last batches are smaller or empty. Gather results at the end. ``batch_size`` is that
-    of one process.
+    videos, its last batches are smaller or empty. Gather results at the end.
     """
 
     __test__ = False  # no test case, whatever pytest takes its name for

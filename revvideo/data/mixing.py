@@ -28,10 +28,7 @@ class Mixing:
         self._mix = v2.RandomChoice(ways) if ways else None
 
     def __call__(self, video: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, T, H, W), (N,) int -> the same mixed, (N, num_classes) that sum to 1.
-
-        Draws from torch's RNG of the CPU.
-        """
+        """(N, 3, T, H, W), int (N,) -> mixed by torch's CPU RNG, (N, num_classes) that sum to 1."""
         if self._mix is None:
             return video, F.one_hot(label, self.num_classes).to(video.dtype)
         mixed, target = self._mix(tv_tensors.Video(video), label)

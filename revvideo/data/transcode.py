@@ -87,9 +87,8 @@ def transcode(
 ) -> Outcome:
     """Write the videos of a split again, below the folder ``to``.
 
-    Arguments are as for ``find_videos``; without ``workers`` there is a process per core. Errors
-    are those of ``find_videos``, and a UserError where ``to`` lies in ``root``, or if no video can
-    be written.
+    Arguments and errors are as of ``find_videos``; without ``workers`` there is a process per core.
+    A UserError also says that ``to`` lies in ``root``, or that no video can be written.
     """
     source, target = Path(root).absolute(), Path(to).absolute()
     if target.resolve().is_relative_to(source.resolve()):

@@ -29,11 +29,7 @@ _logger = logging.getLogger("revvideo")
 
 
 class _RandAugment:
-    """timm's RandAugment (Cubuk et al., arXiv 1909.13719), the same for all frames of a clip.
-
-    It takes one image and draws from the generators of Python and NumPy, which are therefore set to
-    the same seed before each frame.
-    """
+    """timm's RandAugment (Cubuk et al., arXiv 1909.13719), the same for all frames of a clip."""
 
     def __init__(self, recipe: str, **more: Any) -> None:
         try:
@@ -47,7 +43,7 @@ class _RandAugment:
         seed = int(torch.randint(2**31, ()))
         frames = []
         for frame in clip:
-            random.seed(seed)
+            random.seed(seed)  # it draws from both of these
             np.random.seed(seed)
             frames.append(F.pil_to_tensor(self._augment(F.to_pil_image(frame))))
         return tv_tensors.Video(torch.stack(frames))

@@ -28,10 +28,7 @@ FRAMES_AT_ONCE = 64
 
 
 def frame_labels(times: Sequence[float], prediction: dict[str, Any]) -> list[str]:
-    """What to write on the frame of each time: the best class of the nearest window of a video.
-
-    ``prediction`` is its entry in ``predictions.json``, which may have no windows.
-    """
+    """For each time the best class of the nearest window of an entry of ``predictions.json``."""
     windows = prediction.get("windows") or [{"start": 0, "end": 0, "top": prediction["top"]}]
     middles = [(window["start"] + window["end"]) / 2 for window in windows]
     borders = [(a + b) / 2 for a, b in pairwise(middles)]
@@ -40,10 +37,7 @@ def frame_labels(times: Sequence[float], prediction: dict[str, Any]) -> list[str
 
 
 def write_labelled(video: Video, labels: Sequence[str], output: Path) -> None:
-    """Write an H.264 copy of a video, each frame with its label and at its time, without sound.
-
-    A VideoError says which frame does not decode.
-    """
+    """Write a soundless H.264 copy of labelled frames at their times; a VideoError for damage."""
     with replacing(output) as partial, av.open(partial, "w", format="mp4") as container:
         width, height = video.info.width, video.info.height
         side = min(width, height)

@@ -25,10 +25,7 @@ Clip = Sequence[tuple[float, Picture]]  # pictures with their times in seconds
 
 
 def some_frames(video: Video, count: int, short_side: int = 180) -> Clip:
-    """``count`` frames (or all) from the first to the last, shrunk to ``short_side`` px.
-
-    A VideoError says which of them does not decode.
-    """
+    """``count`` frames (or all) of a whole video, shrunk to ``short_side``; else a VideoError."""
     numbers = np.unique(np.linspace(0, len(video) - 1, count).round().astype(int)).tolist()
     pictures = video.frames(numbers, short_side).permute(0, 2, 3, 1).numpy()
     return [(video.timestamps[i], picture) for i, picture in zip(numbers, pictures, strict=True)]
@@ -42,10 +39,7 @@ def _show(axis: Axes, time: float, picture: Picture) -> None:
 
 
 def draw_strip(clip: Clip, best: Sequence[tuple[str, float]], output: Path) -> None:
-    """Draw frames of a video with its best classes beside them, as a PNG.
-
-    ``best`` has their names and scores in [0, 1], the highest first.
-    """
+    """Draw frames of a video beside its best classes and their scores in [0, 1], as a PNG."""
     height, width = clip[0][1].shape[:2]
     shape = min(max(width / height, 0.3), 3.0)  # of a frame in the picture, however long it is
     widths = [*([shape] * len(clip)), 0.05, 1.6]
@@ -72,10 +66,7 @@ def draw_strip(clip: Clip, best: Sequence[tuple[str, float]], output: Path) -> N
 
 
 def draw_curve(windows: Windows, classes: Sequence[str], clip: Clip, output: Path) -> None:
-    """Plot the highest scores of a long video over time, as a PNG.
-
-    Above them stands ``clip``: frames, evenly spread from the first to the last.
-    """
+    """Plot the highest scores of a long video over time, below frames from all of it, as a PNG."""
     times = [(start + end) / 2 for start, end in zip(windows.starts, windows.ends, strict=True)]
     scores = windows.scores.numpy()
     drawn = np.argsort(-scores.max(axis=0), kind="stable")[:CURVES].tolist()

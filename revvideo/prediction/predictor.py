@@ -120,7 +120,7 @@ class Predictor:
         """Scores of clips all along a video; None if it is no longer than ``LONG`` clips.
 
         From one window to the next it is at most ``step`` seconds, or half a clip's length, or
-        more, so that there are no more than ``MOST_WINDOWS``. Raises VideoError.
+        more, so that there are no more than ``MOST_WINDOWS``. Damage is a VideoError.
         """
         data, test = self.config.data, self.config.test
         length = float(UniformClips(data.num_frames, data.stride).duration)

@@ -103,7 +103,8 @@ def look_closer(predictor: Predictor, path: Path, entry: Entry, name: str, args:
             ]
         if args.no_drawings:
             return
-        drawings, output = entry.setdefault("drawings", {}), Path(args.output)
+        drawings = entry["drawings"] = {}
+        output = Path(args.output)
         frames = some_frames(video, STRIP_FRAMES)
         best = [(top["class"], top["score"]) for top in entry["top"]]
         draw_strip(frames, best, strip := drawing(output, "strips", f"{name}.png"))

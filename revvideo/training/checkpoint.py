@@ -54,7 +54,10 @@ class CheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a file that is whole, or not there; the one before becomes ``previous.ckpt``."""
+        """Write a file that is whole, or not there; the one before becomes ``previous.ckpt``.
+
+        Lightning's may be copied from the system's folder for temporary files, and be cut off.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         for leftover in path.parent.glob(f"{path.name}.*.partial"):

@@ -25,10 +25,7 @@ def gathered(own: Any) -> list[Any]:
 
 
 def join_scores(batches: Sequence[Scores]) -> Scores:
-    """Those of all batches of all processes, by index, on the CPU.
-
-    Every process calls this with one batch at least, if need be of no video.
-    """
+    """Those of all processes, by index, on the CPU; each gives a batch at least, perhaps empty."""
     own = [torch.cat(part).cpu() for part in zip(*batches, strict=True)]
     index, label, scores = (torch.cat(part) for part in zip(*gathered(own), strict=True))
     index, order = index.sort()
@@ -45,7 +42,7 @@ class Accuracy:
     top5: float  # likewise; of as many classes as there are, if they are fewer
     videos: int  # how many were tested
     of: int  # how many the set should have
-    what: str = "videos"  # they are
+    what: str = "videos"  # or images
 
     def __str__(self) -> str:
         scores = f"{self.top1:.1f} top-1, {self.top5:.1f} top-5"

@@ -75,5 +75,6 @@ def trainer_arguments(config: Config, hardware: Hardware, *, sharded: bool) -> d
         "precision": settings.precision,
         "default_root_dir": settings.output_dir,
         "enable_model_summary": False,
+        "enable_checkpointing": False,  # by Lightning itself
         "use_distributed_sampler": False,
     }

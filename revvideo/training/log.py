@@ -46,10 +46,9 @@ def set_up_log(output_dir: Path) -> None:
         logger.removeHandler(handler)
         handler.close()
     logger.propagate = False
+    logger.setLevel(logging.INFO if is_first_process() else logging.CRITICAL)
     if not is_first_process():
-        logger.setLevel(logging.CRITICAL)
         return
-    logger.setLevel(logging.INFO)
     for handler in (_Console(), logging.FileHandler(output_dir / "log.txt")):
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%m/%d %H:%M:%S"))
         logger.addHandler(handler)

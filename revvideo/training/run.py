@@ -115,7 +115,6 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
     trainer = pl.Trainer(
         **trainer_arguments(config, hardware, sharded=sharded),
         plugins=[checkpoints],
-        enable_checkpointing=False,  # by Lightning itself
         callbacks=[*ema, steps, bar, saving],
         logger=[MetricsLogger(output_dir / METRICS), *others],
         max_epochs=optim.epochs,
@@ -157,12 +156,8 @@ def _evaluate(config: Config, hardware: Hardware, source: str, facts: dict[str, 
     if not launched():
         data.prepare_data()
     module = VideoModule(config, weights)
-    trainer = pl.Trainer(
-        **trainer_arguments(config, hardware, sharded=False),
-        callbacks=[ProgressBar()],
-        logger=False,
-        enable_checkpointing=False,
-    )
+    shared = trainer_arguments(config, hardware, sharded=False)
+    trainer = pl.Trainer(**shared, callbacks=[ProgressBar()], logger=False)
     trainer.test(module, data, verbose=False)
     left_out = {**facts.pop("left_out", {}), **_left_out(module)}
     if is_first_process():

@@ -35,18 +35,14 @@ class Weights:
 
 
 def read_weights(source: str | Path) -> Weights:
-    """Of a file, an address, or a model's name: its released file; a UserError if not to be had."""
+    """Those of a file, an address, or a model's name (the released ones); else a UserError."""
     source = str(source)
     released = MODELS[source].weights if source in MODELS else None
-    if source.startswith(hub.PREFIX):
-        released = hub.address(source)
-    try:
-        # Of the web, backbones keeps what it downloads itself, and compares it at every use.
-        web = (released or source).startswith(("http://", "https://"))
-        file = local_file(released or source if web else local_path(source, "model.weights"))
-        checkpoint = read_checkpoint(file)
-    except ImportError as error:  # safetensors is not installed
-        raise UserError(str(error)) from error
+    address = released or hub.address(source)
+    # Of the web, backbones keeps what it downloads itself, and compares it at every use.
+    web = address.startswith(("http://", "https://"))
+    file = local_file(address if web else local_path(source, "model.weights"))
+    checkpoint = read_checkpoint(file)
     classes = [str(name) for name in checkpoint.content.get(CLASSES, ())]
     # The rest of a run's checkpoint is three times as large as the weights.
     return Weights(source, replace(checkpoint, content={}), classes)
@@ -59,9 +55,7 @@ def load_pretrained(model: nn.Module, weights: Weights) -> LoadReport:
     those of an image model: each convolution becomes one in space and time that looks at the
     middle frame alone (ViViT, arXiv 2103.15691, section 3.4), and the positions are the image's in
     space and zero in time. So at first a clip that stands still is classified as its image is.
-
-    Raises:
-        UserError: weights that do not fit; ``model`` is then untouched.
+    Weights that do not fit are a UserError, and leave ``model`` untouched.
     """
     if not isinstance(model, Trunk):
         return hub.load(model, weights.checkpoint, weights.source)
