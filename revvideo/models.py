@@ -18,11 +18,7 @@ from revvideo.settings import Config
 TOP_K = 5
 
 # The dtype of torch.autocast, by the names of train.precision; None for none.
-AUTOCAST: dict[str, torch.dtype | None] = {
-    "32-true": None,
-    "bf16-mixed": torch.bfloat16,
-    "16-mixed": torch.float16,
-}
+AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 def build_model(config: Config, num_classes: int = 0) -> nn.Module:

@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--resume", action="store_true", help="continue from the last checkpoint, if there is one")
     add("--eval-only", action="store_true", help="test model.weights=…, or the last checkpoint")
     args = parser.parse_intermixed_args(argv)
+    ranks = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # of torchrun, Lightning and SLURM
+    first = int(next((os.environ[name] for name in ranks if name in os.environ), 0)) == 0
     try:
         with stoppable(), extra("video"):
             from revvideo.config import load_config  # late: --help needs none of it
@@ -53,20 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             weights = config.model.weights if given else ""
             run(config, resume=args.resume, eval_only=args.eval_only, weights=weights)
     except Stopped as stopped:
-        if _rank() == 0:
+        if first:
             print(f"\n{stopped}", file=sys.stderr)  # behind the progress bar
         return stopped.status
     except UserError as error:
-        if _rank() == 0:
+        if first:
             print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _rank() -> int:
-    """Of this process, by the variables of torchrun, Lightning and SLURM."""
-    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-    return int(next((os.environ[name] for name in names if name in os.environ), 0))
 
 
 if __name__ == "__main__":

@@ -285,13 +285,12 @@ def test_dataset(
     records: Sequence[VideoRecord], root: str | Path, data: DataConfig, test: TestConfig, seed: int
 ) -> ClipDataset:
     """The clips and crops by which videos are tested."""
-    short_side = None if test.views == "published" else data.decode_short_side or None
     return ClipDataset(
         records,
         root,
         test_clips(data, test),
         TestTransform(test, data),
-        short_side=short_side,
+        short_side=None if test.views == "published" else data.decode_short_side or None,
         seed=seed,
         opened=opened_as(data),
     )

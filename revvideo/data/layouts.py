@@ -307,8 +307,7 @@ def _names_of(entries: Entries) -> list[str]:
     """A name for each label: that of the folder of its videos, if each has one of its own."""
     folders = {(label, Path(path).parent.name) for path, label in entries}
     labels, names = {label for label, _ in folders}, {name for _, name in folders}
-    each = len(labels) == len(names) == len(folders) and "" not in names
-    own = dict(folders) if each else {}
+    own = dict(folders) if len(labels) == len(names) == len(folders) and "" not in names else {}
     return [own.get(label, str(label)) for label in range(max(labels, default=-1) + 1)]
 
 

@@ -28,9 +28,7 @@ AnyPath = str | os.PathLike[str]
 
 # Of these one packet is one frame, and every frame carries the timestamp of its packet; but for
 # frames of VP8 that are never shown, and those of MPEG-4 that stand for the one before.
-_ONE_FRAME_PER_PACKET = frozenset(
-    {"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg", "prores", "ffv1"}
-)
+_ONE_FRAME_PER_PACKET = {"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg", "prores", "ffv1"}
 _DIVX_PACKED = re.compile(rb"DivX\d+(b|Build)\d+p")  # a packet may then hold two frames
 _NOT_CODED = 16  # bytes; such a small packet of MPEG-4 is no picture
 _KEEP_BYTES = 32 * 2**20

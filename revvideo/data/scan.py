@@ -45,7 +45,7 @@ def scan(
             that was interrupted leaves what it has found out beside it, for the next one.
         deep: decode every frame of every file, also of those that are known.
 
-    A UserError is that of ``find_videos``, or the manifest is none, or cannot be written.
+    A UserError is that of ``find_videos``, or says that the manifest is none, or not to be written.
     """
     names, entries = find_videos(root, split, annotations, layout, classes)
     known: dict[str, VideoRecord] = {}

@@ -12,12 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from backbones.common.errors import UserError, some_of
-from backbones.common.images import (
-    checked_size,
-    labelled_images,
-    read_image,
-    why_unreadable,
-)
+from backbones.common.images import checked_size, labelled_images, read_image, why_unreadable
 from revvideo.data.decode import VideoInfo
 from revvideo.errors import VideoError
 

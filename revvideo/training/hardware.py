@@ -52,8 +52,7 @@ def find_hardware(config: Config) -> Hardware:
         raise UserError("train.precision=16-mixed does not go with fsdp: set bf16-mixed")
     # torchrun says in a variable how many processes it has started here.
     given = settings.devices or int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-    processes = given or (gpus if device == "cuda" else 1)
-    return Hardware(device, processes)
+    return Hardware(device, given or (gpus if device == "cuda" else 1))
 
 
 def trainer_arguments(config: Config, hardware: Hardware, *, sharded: bool) -> dict[str, Any]:
