@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain
 from typing import Literal, cast
 
 import av
@@ -160,8 +160,12 @@ class Video(AbstractContextManager["Video"]):
             with suppress(av.error.FFmpegError):
                 for number, frame in self._frames_near(wanted):
                     pictures[number] = self._picture(frame, short_side)
-        if pictures.keys() != wanted:  # decode from the start, up to the last of them
-            pictures = dict(islice(self.pictures(short_side, wanted), len(wanted)))
+        if pictures.keys() != wanted:
+            pictures = {}  # all of them anew, from the start
+            for number, picture in self.pictures(short_side, wanted):
+                pictures[number] = picture
+                if pictures.keys() == wanted:
+                    break
         if lost := wanted - pictures.keys():
             raise VideoError(f"frame {min(lost)} of {len(self)} does not come out of the decoder")
         if len({picture.shape for picture in pictures.values()}) > 1:
