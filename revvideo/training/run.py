@@ -139,6 +139,9 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
         trainer.save_checkpoint(last)
     if number := told_to_stop(trainer):
         raise stopped_at(trainer, number, last)
+    if not steps.seconds:
+        ends = f"optim.epochs={optim.epochs}, optim.max_steps={optim.max_steps}"
+        logger.info("nothing is left to train after step %s (%s)", trainer.global_step, ends)
     return {
         "steps": trainer.global_step,
         "seconds": round(steps.seconds, 1),  # in training steps, since the last resume

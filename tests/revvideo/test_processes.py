@@ -76,7 +76,9 @@ def test_two_processes_train_and_test_like_one(run, spoilt, tmp_path, strategy, 
     assert list(results(two)["left_out"]) == ["val/dark/04.mp4"]
     assert "on 6 of 7 videos" in (two / "log.txt").read_text()
 
-    if strategy == "ddp":  # which has nothing left to train
+    if strategy == "ddp":
+        assert run(two, "optim.max_steps=8", "--resume", root=spoilt) == 0
+        assert "nothing is left to train after step 6" in (two / "log.txt").read_text()
         return
     # What two have saved, one goes on with, the optimizer's state included.
     for output in (one, two):
