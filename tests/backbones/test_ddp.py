@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from backbones import set_memory
+from tests import forked
 from tests.backbones import ddp_worker
 from tests.backbones.ddp_worker import MICRO_BATCHES, MODES, POLICIES, WORLD
 from tests.backbones.helpers import assert_grads_near
@@ -21,7 +22,7 @@ Results = list[dict[tuple[Any, ...], dict[str, Tensor | None]]]
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each of the processes got. They are started once for all modes."""
     folder = tmp_path_factory.mktemp("ddp")
-    torch.multiprocessing.spawn(ddp_worker.run, (str(folder),), nprocs=WORLD)
+    forked.start_processes(ddp_worker.run, (str(folder),), nprocs=WORLD)
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD)]
 
 

@@ -35,6 +35,7 @@ from revdet.training.checkpoint import (
 )
 from revdet.training.saving import Saving
 from revdet.training.trainer import Trainer
+from tests import forked
 from tests.revdet.conftest import detector
 
 WORLD = 2
@@ -94,6 +95,7 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 def run(rank: int, folder: str) -> None:
     """Train in every mode, and save the parameters after each step and the reductions made."""
     torch.set_num_threads(1)
+    gc.freeze()  # nothing of what is there already is asked again whether it is a tensor
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD
     )
@@ -189,7 +191,7 @@ def held_by(policy: str, depth: int) -> int:
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the processes got. They are started once for all modes."""
     folder = tmp_path_factory.mktemp("ddp")
-    torch.multiprocessing.spawn(run, (str(folder),), nprocs=WORLD)
+    forked.start_processes(run, (str(folder),), nprocs=WORLD)
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD)]
 
 

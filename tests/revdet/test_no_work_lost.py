@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from revdet.train_net import main
 from revdet.training.evaluation import Evaluations
 from revdet.training.trainer import Trainer
-from tests.revdet.conftest import FEW, error_of
+from tests import forked
+from tests.revdet.conftest import DEMO, FEW, SMALL, error_of
 
 RUN = ["train.max_iter=6", "train.checkpointer.period=2", "train.eval_period=4", *FEW]
 RUN += ["train.checkpointer.max_to_keep=2"]
@@ -37,9 +41,6 @@ def checkpoints(output):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, datasets_root):
     """The scores of a run that nothing stops."""
-    from revdet.train_net import main
-    from tests.revdet.conftest import DEMO, SMALL
-
     output = tmp_path_factory.mktemp("whole")
     torch.manual_seed(0)
     assert main(["--config", DEMO, f"train.output_dir={output}", *SMALL, *RUN]) == 0
@@ -86,13 +87,22 @@ def test_an_evaluation_that_is_cut_off_is_made_again(train_net, tmp_path, monkey
     assert scores(tmp_path) == whole and any("bbox/AP" in row for row in whole.values())
 
 
+@pytest.fixture(scope="module")
+def left(tmp_path_factory, datasets_root):
+    """What a run leaves that is killed behind its fourth iteration."""
+    output = tmp_path_factory.mktemp("left")
+    torch.manual_seed(0)
+    arguments = [f"train.output_dir={output}", *SMALL, *RUN, "train.max_iter=4"]
+    assert main(["--config", DEMO, *arguments]) == 0
+    (output / "model_final.pth").unlink()
+    (output / "last_checkpoint").write_text("model_0000003.pth")
+    return output
+
+
 @pytest.fixture
-def half(train_net, tmp_path):
-    """A run of four iterations, to be continued to six."""
-    assert train_net(tmp_path, *RUN, "train.max_iter=4") == 0
-    (tmp_path / "model_final.pth").unlink()
-    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
-    return tmp_path
+def half(left, tmp_path):
+    """A copy of it, to be continued to six iterations."""
+    return shutil.copytree(left, tmp_path / "half")
 
 
 def flip(output):
@@ -186,36 +196,48 @@ def test_no_room_for_a_checkpoint(train_net, tmp_path, monkeypatch, capsys, erro
     assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.pth"))
 
 
-@pytest.mark.parametrize("strategy, number", [("ddp", signal.SIGTERM), ("fsdp", signal.SIGKILL)])
-def test_two_processes_stop_together(tmp_path, datasets_root, strategy, number):
-    """All are told to, or one of them is killed, as for memory."""
-    from tests.revdet.conftest import DEMO, SMALL
-
+def of_two_processes(output, strategy):
+    """Arguments of a run that would take hours, of two processes."""
     sizes = [o for o in SMALL if "total_batch_size" not in o]
-    command = [sys.executable, "revdet/train_net.py", "--config", DEMO, "--num-gpus", "2"]
-    command += [f"train.output_dir={tmp_path}", "train.max_iter=100000", "train.device=cpu"]
-    command += ["dataloader.train.total_batch_size=2", "train.checkpointer.period=100000"]
-    command += [f"train.strategy={strategy}"]
+    more = [f"train.output_dir={output}", "train.max_iter=100000", "train.device=cpu"]
+    more += ["dataloader.train.total_batch_size=2", "train.checkpointer.period=100000"]
+    return ["--config", DEMO, "--num-gpus", "2", *sizes, *more, f"train.strategy={strategy}"]
+
+
+def has_begun(output):
+    return (output / "metrics.json").is_file() and bool(scores(output))
+
+
+def test_two_processes_stop_together(tmp_path, datasets_root):
+    """As users start them."""
+    command = [sys.executable, "revdet/train_net.py", *of_two_processes(tmp_path, "ddp")]
     env = {**os.environ, "DETECTRON2_DATASETS": str(datasets_root), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [*command, *sizes], env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as run:
-        while not (tmp_path / "metrics.json").is_file() or not scores(tmp_path):
+        while not has_begun(tmp_path):
             assert run.poll() is None, run.stderr.read()
-        if number == signal.SIGKILL:
-            children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-            spawned = [p for p in children if b"spawn" in Path(f"/proc/{p}/cmdline").read_bytes()]
-            os.kill(int(spawned[-1]), number)
-        else:
-            run.send_signal(number)
+            time.sleep(0.01)
+        run.send_signal(signal.SIGTERM)
         error = run.stderr.read()
         status = run.wait(60)
-    if number == signal.SIGKILL:
-        last = error.strip().splitlines()[-1]
-        assert status == 2 and "Traceback" not in error
-        assert last.startswith("error: process 1 was killed (SIGKILL), which has ended the run")
-        return
     assert status == 143
     assert f"is saved in {tmp_path}; --resume continues" in error and "Traceback" not in error
     saved = (tmp_path / "last_checkpoint").read_text()
     assert int(saved[6:13]) == max(scores(tmp_path))
+
+
+def test_one_of_two_processes_is_killed(tmp_path):
+    """As for memory."""
+    log = tmp_path / "printed.txt"
+    run = forked.start(main, of_two_processes(tmp_path, "fsdp"), log)
+    while not has_begun(tmp_path):
+        assert run.is_alive(), log.read_text()
+        time.sleep(0.01)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    run.join(60)
+    error = log.read_text()
+    last = error.strip().splitlines()[-1]
+    assert run.exitcode == 2 and "Traceback" not in error
+    assert last.startswith("error: process 1 was killed (SIGKILL), which has ended the run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -13,8 +14,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from revdet.train_net import main
 from revdet.training.metrics import read_metrics
 from revdet.training.pictures import draw_curves
+from revdet.training.trainer import Trainer
+from tests import forked
 from tests.revdet.conftest import DEMO, FEW, SMALL, error_of
 
 
@@ -98,31 +102,28 @@ def test_autocast_trains(train_net, tmp_path):
 
 @pytest.fixture
 def cpu_only(monkeypatch):
-    """No GPU, here and in every process that is started."""
+    """No GPU, here and in every process that is started, for which nothing is imported again."""
+    monkeypatch.setattr("torch.multiprocessing.start_processes", forked.start_processes)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
 
 def command(output: Path, *arguments: str) -> list[str]:
-    line = [sys.executable, "revdet/train_net.py", "--config", DEMO, *SMALL, *arguments]
-    return [*line, f"train.output_dir={output}", "train.check_data=false"]
+    sizes = [*SMALL, *arguments, f"train.output_dir={output}", "train.check_data=false"]
+    return ["--config", DEMO, *sizes]
 
 
-KILLED_IN_ITERATION_5 = """
-import os, signal, sys
-from revdet.train_net import main
-from revdet.training.trainer import Trainer
+def killed_in_iteration_5(arguments: list[str]) -> int:
+    """The command in a process of its own, without a word and without an end."""
+    run_step = Trainer.run_step
 
-run_step = Trainer.run_step
+    def run_step_or_die(trainer: Trainer) -> None:
+        if trainer.iter == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        run_step(trainer)
 
-def run_step_or_die(trainer):
-    if trainer.iter == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    run_step(trainer)
-
-Trainer.run_step = run_step_or_die
-main(sys.argv[1:])
-"""
+    Trainer.run_step = run_step_or_die
+    return main(arguments)
 
 
 def test_a_killed_run_resumes_as_if_nothing_had_happened(train_net, tmp_path, cpu_only):
@@ -131,9 +132,9 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(train_net, tmp_path, cp
     killed = tmp_path / "killed"
     # A process that reads the images is killed with it; it does not change them.
     line = command(killed, *arguments, "dataloader.train.num_workers=1")
-    line[1:2] = ["-c", KILLED_IN_ITERATION_5]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    assert subprocess.run(line, **quiet, timeout=400).returncode == -signal.SIGKILL
+    process = forked.start(killed_in_iteration_5, line, log := tmp_path / "log.txt")
+    process.join(timeout=400)
+    assert process.exitcode == -signal.SIGKILL, log.read_text()
     assert not (killed / "results.json").exists()
 
     assert train_net(killed, "--resume", *arguments) == 0
@@ -152,8 +153,8 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(train_net, tmp_path, cp
 def test_two_processes_train_alike_however_they_are_started(train_net, tmp_path, cpu_only):
     arguments = ["train.max_iter=2", "train.device=cpu", "dataloader.train.total_batch_size=4"]
     arguments.append("train.accumulate=2")
-    line = command(tmp_path / "launched", *arguments)
-    line[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line += ["revdet/train_net.py", *command(tmp_path / "launched", *arguments)]
     with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as torchrun:
         assert train_net(tmp_path / "spawned", "--num-gpus", "2", *arguments) == 0
         assert torchrun.wait(timeout=400) == 0

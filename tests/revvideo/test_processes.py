@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from revvideo.run import main
 from revvideo.scan import main as scan
-from tests.revvideo import forked
+from tests import forked
 from tests.revvideo.tiny_set import arguments, build_set, losses, predictions, results, spoil
 
 
@@ -40,7 +41,7 @@ def under_torchrun(arguments: list[str], folder: Path) -> None:
     shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
     logs = [folder / f"{rank}.log" for rank in range(2)]
     processes = [
-        forked.start(arguments, log, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+        forked.start(main, arguments, log, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
         for rank, log in enumerate(logs)
     ]
     for process, log in zip(processes, logs, strict=True):

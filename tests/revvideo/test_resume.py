@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from revvideo.data.clips import ClipDataset
+from revvideo.run import main
 from revvideo.training.checkpoint import CheckpointIO
 from revvideo.training.metrics import MetricsLogger, cut_metrics, read_metrics
 from revvideo.training.module import VideoModule
-from tests.revvideo import forked
+from tests import forked
 from tests.revvideo.tiny_set import RANDOM, arguments, losses, predictions
 
 
@@ -152,7 +153,7 @@ def test_a_run_that_is_killed_resumes_as_if_nothing_had_happened(videos, run, tm
     more = ["optim.epochs=3", "train.checkpoint_every=2", "data.workers=1", "optim.ema=0.9"]
     more += [*RANDOM, "train.val_every=9"]
     killed = tmp_path / "killed"
-    process = forked.start(arguments(videos, killed, *more), log := tmp_path / "log.txt")
+    process = forked.start(main, arguments(videos, killed, *more), log := tmp_path / "log.txt")
     deadline = time.monotonic() + 240
     while not (killed / "metrics.csv").exists() or max(losses(killed), default=0) < 5:
         assert process.is_alive() and time.monotonic() < deadline, log.read_text()
