@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,7 +119,7 @@ def test_gpu_benchmark_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: torch finds no GPU")
 
 
-def test_cpu_benchmarks(tmp_path: Path) -> None:
+def test_cpu_benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = ["--model", "rev_vit_tiny", "--img-size", "32", "--output", str(tmp_path / "out.json")]
     depths = ["--depths", "1", "2", "--batches", "1", "2"]
     bench_memory.main([*small, *depths, "--depth", "2"])
@@ -137,6 +138,11 @@ def test_cpu_benchmarks(tmp_path: Path) -> None:
 
     bench_keep.main([*small, "--depth", "4", "--rounds", "2", "--batch", "2"])
     kept = json.loads((tmp_path / "out.json").read_text())["contestants"]
+
+    def tiny(name: str, **sizes: Any) -> torch.nn.Module:
+        return backbones.create_model(name.replace("base", "tiny"), **sizes)
+
+    monkeypatch.setattr(bench_rewire, "create_model", tiny)
     few = ["--first", "2", "--steps", "6", "--seeds", "1", "--crops", "60", "--depth", "1"]
     bench_rewire.main([*few, "--rounds", "2", "--output", str(tmp_path / "out.json")])
     rewired = json.loads((tmp_path / "out.json").read_text())

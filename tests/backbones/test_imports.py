@@ -8,9 +8,10 @@ import sys
 import backbones
 
 
-def modules_of(*imported: str) -> set[str]:
-    """The modules of a new process after these imports, in which every warning is an error."""
-    code = f"import sys, {', '.join(imported)}; print(*sys.modules)"
+def added_by(*imported: str, to: str) -> set[str]:
+    """The modules that come with these imports, in a new process in which warnings are errors."""
+    code = f"import sys, {to}; there = set(sys.modules); import {', '.join(imported)}"
+    code += "; print(*set(sys.modules) - there)"
     torchs = "ignore:Failed to initialize NumPy"  # torch 2.11, where NumPy is missing
     command = [sys.executable, "-W", "error", "-W", torchs, "-c", code]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -23,7 +24,7 @@ def packages(modules: set[str]) -> set[str]:
 
 
 def test_the_library_brings_itself_alone() -> None:
-    added = modules_of("torch, backbones") - modules_of("torch")
+    added = added_by("backbones", to="torch")
     assert "backbones.memory.simulation" in added
     assert packages(added) - sys.stdlib_module_names == {"backbones"}
     assert not {"argparse", "backbones.common.console"} & added
@@ -31,8 +32,8 @@ def test_the_library_brings_itself_alone() -> None:
 
 def test_the_commands_need_torch_and_nothing_above_it() -> None:
     names = ("zoo", "memory", "drift", "evaluate", "predict")
-    added = modules_of("torch", *(f"backbones.commands.{name}" for name in names))
-    added -= modules_of("torch", "torch.utils.flop_counter")
+    commands = (f"backbones.commands.{name}" for name in names)
+    added = added_by(*commands, to="torch, torch.utils.flop_counter")
     assert packages(added) - sys.stdlib_module_names == {"backbones"}
 
 
