@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -66,6 +67,7 @@ def _run(
 
 
 def _settle(environment: Mapping[str, str]) -> None:
+    gc.freeze()  # a million objects, which a test that looks at all of them would look at too
     os.environ.update(environment, CUDA_VISIBLE_DEVICES="")
     # Of loaders: workers from a server of this process would not notice when it is killed.
     multiprocessing.set_start_method("fork", force=True)

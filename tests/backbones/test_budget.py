@@ -241,10 +241,10 @@ def test_the_peak_grows_with_the_stored_blocks(name: str) -> None:
 
 
 def test_the_most_stored_blocks_that_fit_are_chosen_and_set() -> None:
-    model, x = make("rev_mvit_base")
+    model, x = make("rev_vit_tiny")
     before = [p.clone() for p in model.parameters()]
     random_state = torch.get_rng_state()
-    budget = peaks("rev_mvit_base")[3] - 1
+    budget = peaks("rev_vit_tiny")[3] - 1
     plan = fit_memory(model, x, budget)
     stored = plan.stored_blocks
     assert (plan.policy, plan.blocks) == ("reversible", 4)

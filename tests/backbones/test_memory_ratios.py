@@ -45,8 +45,8 @@ def test_bytes_held(stored: str, reversed_: str, promised: float, reached: float
 def test_depth_costs_nothing() -> None:
     """ViT-B width, float32, batch 4: the original implementation holds 9.7 MB at any depth."""
     options = {"batch": 4, "num_classes": 0}
-    held = [held_bytes("rev_vit_base", "reversible", depth=d, **options) for d in (2, 24, 96)]
-    assert held[0] == held[1] == held[2] <= 9.7e6
+    held = [held_bytes("rev_vit_base", "reversible", depth=d, **options) for d in (2, 48)]
+    assert held[0] == held[1] <= 9.7e6
     stored = [held_bytes("rev_vit_base", "store", depth=depth, **options) for depth in (1, 2)]
     assert stored[1] - stored[0] > 35e6  # for each block
 

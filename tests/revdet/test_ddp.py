@@ -95,7 +95,6 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 def run(rank: int, folder: str) -> None:
     """Train in every mode, and save the parameters after each step and the reductions made."""
     torch.set_num_threads(1)
-    gc.freeze()  # nothing of what is there already is asked again whether it is a tensor
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD
     )
