@@ -7,7 +7,7 @@ recipe's own augmentations, mapper, schedule and weights; ``key=value`` alone ma
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +57,27 @@ def small(recipe: str) -> list[str]:
     values["model.proposal_generator.post_nms_topk"] = [20, 10]
     heads = cfg.model.roi_heads
     values["model.roi_heads.batch_size_per_image"] = 8
-    values["model.roi_heads.mask_head.conv_dims"] = heads.mask_head.conv_dims[:2]
+    narrow = ["model.backbone.out_channels", "model.proposal_generator.head.in_channels"]
+    narrow.append("model.roi_heads.mask_head.input_shape.channels")
+    values["model.roi_heads.mask_head.conv_dims"] = narrower(heads.mask_head.conv_dims[:2])
     for stage in ("s.0", "s.1", "s.2") if "box_heads" in heads else ("",):
         head, predictor = (f"model.roi_heads.box_{what}{stage}" for what in ("head", "predictor"))
         values[f"{head}.fc_dims"] = [32]
-        values[f"{head}.conv_dims"] = OmegaConf.select(cfg, head).conv_dims[:1]
+        values[f"{head}.conv_dims"] = narrower(OmegaConf.select(cfg, head).conv_dims[:1])
+        narrow.append(f"{head}.input_shape.channels")
         values[f"{predictor}.input_shape.channels"] = 32
+    values |= {key: narrower([OmegaConf.select(cfg, key)])[0] for key in narrow}
     if test := cfg.dataloader.test.mapper.augmentations:
         for split in ("train", "test"):
             path = f"dataloader.{split}.mapper.augmentations"
             for key, pixels in lengths(OmegaConf.select(cfg, path), path):
                 values[key] = (np.array(pixels) * SIDE // test[0].short_edge_length).tolist()
     return [f"{key}={value}".replace(" ", "") for key, value in values.items()]
+
+
+def narrower(channels: Iterable[int]) -> list[int]:
+    """Of the pyramid and the heads: what does not fit together, still does not."""
+    return [number // 8 for number in channels]
 
 
 def lengths(node: Any, path: str) -> Iterator[tuple[str, int | list[int]]]:
