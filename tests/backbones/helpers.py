@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,9 +25,11 @@ SHAPE = (3, 5, DIM)
 # Every way to save memory, as (policy, stored blocks); the reference is ("store", 0).
 SAVERS: list[tuple[MemoryPolicy, int]] = [("checkpoint", 0), ("reversible", 0), ("reversible", 1)]
 every_saver = pytest.mark.parametrize("policy, k", SAVERS)
+savers = pytest.mark.parametrize("policy", ("checkpoint", "reversible"))
 
 Capture = pytest.CaptureFixture[str]
 Streams = tuple[Tensor, Tensor]
+Grads = dict[str, Tensor | None]
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -173,3 +176,64 @@ def refused(arguments: Sequence[str], capsys: Capture) -> str:
     assert (stop.value.code, captured.out) == (2, "")
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     return captured.err
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(
+        nn.LayerNorm(DIM), nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM)
+    )
+
+
+def of(*branches: nn.Module, policy: MemoryPolicy) -> ReversibleSequence:
+    """A sequence with these for f, and an MLP for each g; then one more block."""
+    blocks = [ReversibleBlock(f, mlp()) for f in (*branches, mlp())]
+    sequence = ReversibleSequence(blocks).double()
+    set_memory(sequence, policy)
+    return sequence
+
+
+def compare(
+    make: Callable[[MemoryPolicy], tuple[nn.Module, dict[str, Tensor]]],
+    policy: MemoryPolicy,
+    *,
+    between: Callable[[nn.Module], object] = lambda module: None,
+    steps: int = 3,
+) -> None:
+    """The gradients of ``policy`` are those of "store", in the first step and in those after it.
+
+    Args:
+        make: the module under a policy, and trained tensors besides its parameters.
+        between: done between the forward and the backward pass.
+    """
+
+    def grads(policy: MemoryPolicy) -> list[Grads]:
+        torch.manual_seed(1)
+        random.seed(1)
+        module, others = make(policy)
+        leaves = {**dict(module.named_parameters()), **others}
+        found = []
+        for _ in range(steps):
+            for leaf in leaves.values():
+                leaf.grad = None
+            x1, x2 = make_streams()
+            y1, y2 = module(x1, x2)
+            between(module)
+            (y1.square().sum() + (y2**3).sum()).backward()
+            found.append({name: leaf.grad for name, leaf in leaves.items()} | {"x1": x1.grad})
+        found.append({name: buffer.double() for name, buffer in module.named_buffers()})
+        return found
+
+    for actual, expected in zip(grads(policy), grads("store"), strict=True):
+        assert_grads_near(actual, expected, 1e-9)
+
+
+class Uses(nn.Module):
+    """A linear layer times whatever ``function`` says."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(DIM, DIM)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.function(x)

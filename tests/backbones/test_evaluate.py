@@ -209,7 +209,7 @@ def test_bad_options_are_one_line(data: Path, tmp_path: Path, capsys: Capture) -
 
 
 def test_a_missing_library(data: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchvision.datasets.folder", None)
+    monkeypatch.setitem(sys.modules, "torchvision.transforms.v2", None)
     line = refused(arguments(data), capsys)
     assert line.endswith("needs torchvision: pip install 'revvit-toolkit[images]'\n")
 

@@ -19,6 +19,7 @@ from tests.backbones.helpers import (
     count_operations,
     make_sequence,
     make_streams,
+    savers,
     train_step,
 )
 from tests.backbones.saved_bytes import saved_bytes
@@ -33,7 +34,6 @@ KEEPS: tuple[Keep, ...] = (
     "products",
 )
 every_keep = pytest.mark.parametrize("keep", KEEPS, ids=str)
-savers = pytest.mark.parametrize("policy", ("checkpoint", "reversible"))
 
 
 @savers

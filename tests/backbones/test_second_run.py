@@ -20,8 +20,17 @@ from torch.nn.modules.module import (
 from backbones import MemoryPolicy, ReversibleBlock, ReversibleSequence, set_memory
 from backbones.engine.sameness import is_near, sample
 from backbones.models.layers import MLPBranch
-from tests.backbones.helpers import DIM, assert_grads_near, make_sequence, make_streams
-from tests.backbones.test_right_or_refused import Uses, compare, mlp, of, savers
+from tests.backbones.helpers import (
+    DIM,
+    Uses,
+    assert_grads_near,
+    compare,
+    make_sequence,
+    make_streams,
+    mlp,
+    of,
+    savers,
+)
 
 AGAIN = "computes something else when it runs again"
 

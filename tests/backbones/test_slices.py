@@ -20,11 +20,10 @@ from tests.backbones.helpers import (
     assert_same_step,
     make_sequence,
     make_streams,
+    savers,
     train_step,
 )
 from tests.backbones.test_model_policies import CASES, grads_of, make
-
-savers = pytest.mark.parametrize("policy", ("checkpoint", "reversible"))
 
 
 @savers
@@ -205,17 +204,20 @@ def test_caches_and_hooks_inside_go_with_slices(policy: MemoryPolicy, what: str)
         if what == "backward hook":
             sequence.blocks[0].f[0].register_full_backward_hook(lambda *_: calls.append(1))
         set_memory(sequence, policy, slices=slices)
-        with warnings.catch_warnings(), ExitStack() as stack:
-            warnings.simplefilter("ignore")  # that a block with hooks stores
+        with warnings.catch_warnings(record=True) as said, ExitStack() as stack:
+            warnings.simplefilter("always")
             if what == "on all modules":
                 hook = register_module_full_backward_hook(lambda *_: calls.append(1))
                 stack.callback(hook.remove)
-            return train_step(sequence, policy=None)
+            return train_step(sequence, policy=None), [str(each.message) for each in said]
 
-    stored = trained("store", 1)
-    once = len(calls)
-    assert_same_step(trained(policy, 2), stored, 1e-9)
+    (stored, _), once = trained("store", 1), len(calls)
+    step, said = trained(policy, 2)
+    assert_same_step(step, stored, 1e-9)
     assert len(calls) == once >= (what != "cache")
+    costs = "stores" if what == "forward hook" else "does not run in slices"
+    assert [costs in message for message in said] == [what != "cache"] * len(said)
+    assert bool(said) == (what != "cache")
 
 
 def test_the_trial_leaves_no_trace() -> None:
