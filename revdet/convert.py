@@ -23,7 +23,7 @@ from typing import Any
 from backbones.common.console import make_parser, name_unreadable, run_command
 from backbones.common.errors import UserError, error_line
 from backbones.common.files import write_json
-from backbones.common.images import header_size, image_suffixes
+from backbones.common.images import checked_size, image_suffixes
 
 # Where YOLO has the names of classes.
 _NAMES = ("classes.txt", "obj.names", "data.yaml")
@@ -66,9 +66,7 @@ def _convert(args: argparse.Namespace) -> None:
                 raise ValueError(f"no image of this name in {folder}")
             if path in label_of:
                 raise ValueError(f"{path.name} has another label file, {label_of[path].name}")
-            width, height = header_size(path)
-            if not width:
-                raise ValueError(f"{path} is no image")
+            width, height = checked_size(path)
             shapes = list(kinds[file.suffix](file, width, height))
             for label, points in shapes:
                 _check(label, points, width, height)

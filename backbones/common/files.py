@@ -195,6 +195,23 @@ def _files_at(path: Path, accepts: Callable[[Path], bool]) -> list[Path]:
     return [file for file in sorted(path.rglob("*")) if accepts(file) and file.is_file()]
 
 
+def walk(folder: Path) -> Iterator[Path]:
+    """The files in a folder and the folders in it, sorted, without hidden ones.
+
+    Links are followed, but those that lead to a folder a second time, or to one around ``folder``.
+    """
+    above = [os.stat(around) for around in folder.resolve().parents]
+    seen = {(status.st_dev, status.st_ino) for status in above}
+    for where, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(where)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        yield from (Path(where, name) for name in sorted(files) if name[0] != ".")
+
+
 def free_name(folder: Path, source: Path, suffix: str, taken: Container[Path]) -> Path:
     """A file in ``folder`` for a drawing of ``source``, numbered if its name is taken."""
     stem = source.stem[:100]  # names have a limit, and numbers come behind

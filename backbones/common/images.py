@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from backbones.common.errors import error_line, first_line, optional_import
+from backbones.common.files import walk
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,21 +56,19 @@ def image_suffixes() -> tuple[str, ...]:
 
 
 def labelled_images(root: str | os.PathLike[str], labels: Mapping[str, int]) -> list[Any]:
-    """Path and label of each image in the folders of some classes, as torchvision's ImageFolder.
-
-    A folder that links lead to again is left out there.
+    """Path and label of each image in the folders of some classes, in the order of their names.
 
     Args:
         root: holds the folders.
         labels: by the name of the folder.
     """
-    make_dataset = import_images("torchvision.datasets.folder").make_dataset
-    found: dict[tuple[int, str, str], tuple[str, int]] = {}
-    real = cache(os.path.realpath)
-    for path, label in make_dataset(str(root), dict(labels), image_suffixes(), allow_empty=True):
-        folder, name = os.path.split(path)
-        found.setdefault((label, real(folder), name), (path, label))
-    return [*found.values()]
+    suffixes = image_suffixes()
+    return [
+        (str(path), labels[name])
+        for name in sorted(labels)
+        for path in walk(Path(root, name))
+        if path.name.lower().endswith(suffixes)
+    ]
 
 
 def eval_transform(height: int, width: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -67,7 +68,7 @@ def cut(
     stream = next(arg for arg in args if arg is not None)
     batch = stream.shape[0] if stream.ndim else 1
     count = min(slices_of(batch), batch)
-    if count < 2 or _is_hooked(block):
+    if count < 2 or _has_hooks(block):
         return [batch], [args]
     _require_separate(block, piece, args)
     few, more = divmod(batch, count)
@@ -81,15 +82,19 @@ def cut(
 _SEPARATE: WeakKeyDictionary[nn.Module, list[tuple[type, bool]]] = WeakKeyDictionary()
 
 
-def _is_hooked(block: nn.Module) -> bool:
-    """Whether hooks are inside, or on all modules, which must be called once."""
-    if hooked_everywhere() or _every._global_backward_hooks or _every._global_backward_pre_hooks:
+def _has_hooks(block: nn.Module) -> bool:
+    """Whether hooks, to be called once, are inside or on all modules; warns of backward hooks."""
+    parts = [vars(part) for part in block.modules() if part is not block]
+    if hooked_everywhere() or any(o["_forward_hooks"] or o["_forward_pre_hooks"] for o in parts):
+        return True  # of which the policies tell
+    everywhere = _every._global_backward_hooks or _every._global_backward_pre_hooks
+    if everywhere or any(o["_backward_hooks"] or o["_backward_pre_hooks"] for o in parts):
+        warnings.warn(
+            f"{type(block).__name__}: modules inside have backward hooks, which must be called "
+            "once for the batch, so the block does not run in slices",
+            stacklevel=2,
+        )
         return True
-    for part in block.modules():
-        own = vars(part)
-        forward = own["_forward_hooks"] or own["_forward_pre_hooks"]
-        if part is not block and (forward or own["_backward_hooks"] or own["_backward_pre_hooks"]):
-            return True
     return False
 
 
@@ -107,23 +112,35 @@ def _require_separate(block: nn.Module, piece: Callable[..., Any], args: Argumen
     _SEPARATE[block] = parts
 
 
-class _Reads(TorchDispatchMode):
-    """Sees whether Python reads numbers that depend on certain tensors, to decide by them.
+class _Decides(Exception):
+    """Python has read numbers of the batch."""
 
-    Attributes:
-        any: whether it has.
+
+class _Unread(TorchDispatchMode):
+    """A context in which Python may not read numbers that depend on certain tensors.
+
+    It would decide by them. What ``tolist`` and ``numpy`` read is not seen here.
+
+    Raises:
+        _Decides: it has.
     """
+
+    _READING = (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.equal.default,
+        torch.ops.aten.allclose.default,
+    )
 
     def __init__(self, tensors: Iterable[Tensor | None]) -> None:
         super().__init__()
-        self.any = False
         self._depends = WeakIdKeyDictionary({t: None for t in tensors if t is not None})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         given = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         if any(tensor in self._depends for tensor in given):
-            self.any = self.any or func is torch.ops.aten._local_scalar_dense.default
+            if func in self._READING:
+                raise _Decides
             made = (leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
             self._depends.update(dict.fromkeys(made))
         return out
@@ -147,10 +164,8 @@ def _why_not(block: nn.Module, piece: Callable[..., Any], args: Arguments) -> st
             else torch.cat([arg[:1], arg[:1] if neighbour is None else arg[:1] * neighbour])
             for arg in args
         ]
-        with _Reads(two) as reads:
+        with _Unread(two):
             out = piece.__func__(copy, *two)  # type: ignore[attr-defined]
-        if reads.any:
-            raise _Decides
         out = out if isinstance(out, tuple) else (out,)
         return any(bool(t[0].isnan().any()) for t in out if isinstance(t, Tensor))
 
@@ -167,7 +182,3 @@ def _why_not(block: nn.Module, piece: Callable[..., Any], args: Arguments) -> st
     assert state.facts is not None
     kinds = [state.layout.types[number].__name__ for number in state.facts.stateful]
     return f"every run changes what {kinds[0]} holds" if kinds else ""
-
-
-class _Decides(Exception):
-    """A run has read numbers of the batch."""

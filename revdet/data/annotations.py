@@ -16,12 +16,15 @@ from backbones.common.errors import UserError
 from backbones.common.files import replacing
 from revdet.data.fields import decoded, flag, is_nothing, numbers, shown, whole_number
 
+# A picture with a longer side is a line, of which resizing would leave nothing.
+LINE = 100
+
 # What cannot be trained on: the run stops, or leaves it out and counts it.
 BROKEN = {
     "missing_image": "image file does not exist",
     "unreadable_image": "image cannot be read",
     "wrong_image_size": "image has another size than the annotations say",
-    "line_image": "image is more than 100 times as long as wide: cut it into pieces",
+    "line_image": f"image is more than {LINE} times as long as wide: cut it into pieces",
     "incomplete_image": "image lacks a whole id, a file_name, or a width and height in pixels",
     "repeated_image": "image id is used twice",
     "incomplete_annotation": "annotation lacks a whole id, image_id or category_id",
@@ -162,7 +165,7 @@ def sound_images(images: Sequence[dict[str, Any]], findings: Findings) -> list[d
             findings["repeated_image"].append(f"{name} ({shown(file)})")
         else:
             seen.add(whole)
-            if max(width, height) > 100 * min(width, height):
+            if max(width, height) > LINE * min(width, height):
                 findings["line_image"].append(f"{name} ({shown(file)}): {width} x {height} px")
             else:
                 kept.append({"id": whole, "file_name": file, "width": width, "height": height})

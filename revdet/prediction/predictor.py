@@ -20,6 +20,7 @@ from backbones.common.console import try_device
 from backbones.common.errors import UserError, error_line
 from backbones.common.images import read_image, why_unreadable
 from revdet.config import load_config
+from revdet.data.annotations import LINE
 from revdet.data.classes import categories_of
 from revdet.models import build_model
 from revdet.prediction.media import UnreadableError
@@ -56,9 +57,10 @@ class Preparation:
             UnreadableError: of one side next to nothing would be left.
         """
         height, width = pixels.shape[:2]
-        if max(height, width) > 100 * min(height, width):
+        if max(height, width) > LINE * min(height, width):
             raise UnreadableError(
-                f"{width} x {height} px is more than 100 times as long as wide: cut it into pieces"
+                f"{width} x {height} px is more than {LINE} times as long as wide: "
+                "cut it into pieces"
             )
         given = T.AugInput(pixels[:, :, ::-1] if self.is_bgr else pixels)
         self.augmentations(given)

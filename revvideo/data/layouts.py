@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from backbones.common.errors import UserError, near_names, some_of
+from backbones.common.files import walk
 
 Layout = Literal["auto", "folders", "list", "csv", "images"]
 Entries = list[tuple[str, int]]  # path and label
@@ -181,18 +182,6 @@ def _labelled(named: _Named, found: Collection[str], classes: _Classes, where: P
     return names, [(path, known[_order(name)] if name else -1) for path, name in named]
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    seen = set()
-    for where, folders, files in os.walk(folder, followlinks=True):
-        status = os.stat(where)
-        if (status.st_dev, status.st_ino) in seen:  # links that lead back
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        yield from (Path(where, name) for name in sorted(files) if name[0] != ".")
-
-
 def _folders(root: Path, split: str, file: Path | None, classes: _Classes) -> _Found:
     base = root / split
     if not _subfolders(base):
@@ -215,7 +204,7 @@ def _folders(root: Path, split: str, file: Path | None, classes: _Classes) -> _F
         return _labelled(named, found, classes, file)
     others: Counter[str] = Counter()
     for name in found:
-        for each in _files(base / name):
+        for each in walk(base / name):
             if has_video_extension(each):
                 named.append((str(each.relative_to(root)), name))
             else:
@@ -236,7 +225,7 @@ def _kinetics(root: Path, split: str, file: Path, classes: _Classes) -> _Found:
             raise UserError(f"{file} has no split {split!r}, only {', '.join(sorted(splits))}")
         rows = [row for row in rows if _canonical(row["split"]) == _canonical(split)]
     base = root / split if (root / split).is_dir() else root
-    files = {path.stem: path for path in _files(base) if has_video_extension(path)}
+    files = {path.stem: path for path in walk(base) if has_video_extension(path)}
     named = []
     for row in rows:
         name = row["youtube_id"]

@@ -59,7 +59,9 @@ def images(tmp_path_factory) -> Path:
     (root / "val/coffee/cut.png").write_bytes(whole[:-300])
     (root / "train/coffee/text.jpg").write_text("no image")
     Image.fromarray(np.zeros((9, 9), np.uint16)).save(root / "train/coffee/deep.png")
-    (root / "val/coffee/loop").symlink_to(root / "val/coffee")  # of 25 images no more are made
+    for name, leads_to in {"loop": "coffee", "twin": "coffee", "up": ""}.items():
+        (root / "val/coffee" / name).symlink_to(root / "val" / leads_to)  # no more images by that
+    Image.new("RGB", (9, 9)).save(root / "val/coffee/.hidden.png")
     return root
 
 
