@@ -60,16 +60,18 @@ class ResumableSampler(Sampler[tuple[int, int]]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader whose state is the number of steps it has given batches for.
+    """A loader that goes on behind so many ``steps`` of the optimizer, taken in earlier sessions.
 
-    Lightning saves that state with each checkpoint. Its own count of epochs reaches the sampler
-    only after the workers have started on the wrong one. Its ``sampler`` is a
-    :class:`ResumableSampler`; ``batches_per_step`` are those of a step of the optimizer.
+    Lightning's count of epochs reaches a sampler only after the workers have started on the wrong
+    one, and at the end of an epoch it gives no state back. Its ``sampler`` is a
+    :class:`ResumableSampler`; ``batches_per_step`` are those of a step.
     """
 
-    def __init__(self, *arguments: Any, batches_per_step: int, **options: Any) -> None:
+    def __init__(
+        self, *arguments: Any, batches_per_step: int, steps: int = 0, **options: Any
+    ) -> None:
         super().__init__(*arguments, **options)
-        self.batches_per_step, self.batches = batches_per_step, 0
+        self.batches_per_step, self.batches = batches_per_step, steps * batches_per_step
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         sampler = self.sampler
@@ -81,12 +83,11 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """What Lightning puts into a checkpoint."""
-        return {"steps": self.batches // self.batches_per_step}
+        """Nothing; by having this, Lightning knows a loader that can go on within an epoch."""
+        return {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue where :meth:`state_dict` was taken."""
-        self.batches = state_dict["steps"] * self.batches_per_step
+        """Nothing: ``steps`` say it."""
 
 
 class TestBatches(list[list[tuple[int, int]]]):

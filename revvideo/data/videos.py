@@ -147,6 +147,7 @@ class VideoData(pl.LightningDataModule):
             self.loader_batch_size,
             sampler=self._train_sampler(),
             batches_per_step=self.config.optim.accumulate,
+            steps=self.trainer.global_step if self.trainer else 0,
             **self._workers(),
         )
 

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 from backbones.common.stopping import Stopped, asked_to_stop, listen_again
+from revvideo.training.module import VideoModule
 
 
 class Saving(pl.Callback):
@@ -22,10 +23,27 @@ class Saving(pl.Callback):
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every
         self._step, self._due, self._stop = 0, False, 0
+        self._within = True  # an epoch, where the run goes on; of a fresh run it does not matter
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put Lightning into the epoch that the steps of the checkpoint have come to.
+
+        It counts an epoch that ``max_steps`` has broken off as a whole one, and with ``max_steps``
+        goes through a whole one again, without batches: the run would end some steps too early.
+        """
+        assert isinstance(module, VideoModule)
+        done, more = divmod(checkpoint["global_step"], module.data.steps_per_epoch)
+        begun, self._within = done + bool(more), more > 0
+        for epochs in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+            epochs.update(ready=begun, started=begun, processed=done, completed=done)
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         listen_again()  # Lightning has a handler of its own, which saves nothing
         self._step = trainer.global_step
+        if not self._within:
+            trainer.fit_loop.epoch_loop.restarting = False
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step == self._step:  # gradients of one more batch are accumulated

@@ -17,16 +17,19 @@ from tests.backbones.helpers import assert_grads_near
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADS = "docs/heads.md"
+OTHERS = r"^\s*(from|import) (revdet|revvideo|iopath|numpy)\b"
 
 
 def blocks_of(document: str) -> list[tuple[str, int, str]]:
-    """The Python blocks that need no other package of this repository: file, line, code."""
+    """The Python blocks that need torch alone: file, line, code. Others: tests/test_pages.py."""
     text = (ROOT / document).read_text(encoding="utf-8")
     found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [
         (document, text.count("\n", 0, match.start(1)), match[1])
         for match in found
-        if not re.search(r"^\s*(from|import) (revdet|revvideo)\b", match[1], re.MULTILINE)
+        if not re.search(
+            r"^\s*(from|import) (revdet|revvideo|iopath|numpy)\b", match[1], re.MULTILINE
+        )
     ]
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -88,6 +89,10 @@ def test_the_tutorial(mine, monkeypatch):
     assert [len(part["images"]) for part in split] == [8, 2]
     assert {i["id"] for i in split[0]["images"]}.isdisjoint(i["id"] for i in split[1]["images"])
     assert (mine / "output/found/videos/clip.mp4").stat().st_size > 1000
+
+    shutil.copy(next((mine / "mine/photos").glob("*.jpg")), mine / "mine/photos/0001.jpg")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    exec(compile(code, "page", "exec"), {})
 
     detector = revdet.load(mine / "output/mine", device="cpu", threshold=0.0)
     path = next((mine / "mine/photos").glob("*.jpg"))

@@ -78,8 +78,11 @@ def test_two_processes_train_and_test_like_one(run, spoilt, tmp_path, strategy, 
     assert "on 6 of 7 videos" in (two / "log.txt").read_text()
 
     if strategy == "ddp":
-        assert run(two, "optim.max_steps=8", "--resume", root=spoilt) == 0
-        assert "nothing is left to train after step 6" in (two / "log.txt").read_text()
+        for nothing_left in (False, True):  # two epochs are eight steps
+            assert run(two, "optim.max_steps=9", "--resume", root=spoilt) == 0
+            said = "nothing is left to train after step 8" in (two / "log.txt").read_text()
+            assert said == nothing_left
+        assert sorted(losses(two)) == list(range(8))
         return
     # What two have saved, one goes on with, the optimizer's state included.
     for output in (one, two):

@@ -148,6 +148,28 @@ def test_a_stopped_run_reads_the_same_remaining_clips(run, tmp_path, monkeypatch
         assert left_by(output) == left_by(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("first", "last"), ((4, 8), (4, 0), (5, 0), (5, 9), (6, 7)))
+def test_a_run_that_max_steps_has_ended_goes_on(first, last, run, tmp_path, monkeypatch):
+    """At the end of an epoch of four steps and within one: no step less, each clip once."""
+    read: list[tuple[int, int]] = []
+    plain = ClipDataset.__getitem__
+
+    def record(self: ClipDataset, key: tuple[int, int]) -> dict:
+        if len(self) == 18:
+            read.append(key)
+        return plain(self, key)
+
+    monkeypatch.setattr(ClipDataset, "__getitem__", record)
+    more = ["optim.epochs=3", "optim.accumulate=2", "train.val_every=2"]
+    assert run(tmp_path, *more, f"optim.max_steps={first}") == 0
+    assert run(tmp_path, *more, f"optim.max_steps={last}", "--resume") == 0
+    steps = last or 12
+    assert sorted(losses(tmp_path)) == [*range(steps)]
+    assert [position for _, position in read] == [*range(4 * steps)]
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [row["step"] for row in rows if "val/top1" in row] == ([7] if steps >= 8 else [])
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_resumes_as_if_nothing_had_happened(videos, run, tmp_path):
     more = ["optim.epochs=3", "train.checkpoint_every=2", "data.workers=1", "optim.ema=0.9"]
