@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import detectron2.data.transforms as T
@@ -33,10 +34,8 @@ def apply_memory_budget(
     """Choose ``train.memory``, ``stored_blocks``, ``memory_keep`` and ``memory_slices``.
 
     Writes them into the recipe, and gives its detector, pyramid and heads included, the policy.
-    ``records`` are the training images, as Detectron2's dataset dictionaries.
-
-    Raises:
-        UserError: nothing fits the budget, or it cannot be counted for this recipe.
+    ``records`` are the training images, as Detectron2's dataset dictionaries. A UserError says that
+    nothing fits the budget, or that it cannot be counted for this recipe.
     """
     settings, chosen = cfg.train, None
     if comm.is_main_process():
@@ -52,8 +51,7 @@ def apply_memory_budget(
 def _plan(
     cfg: DictConfig, model: Any, records: Iterable[Any], amp_dtype: torch.dtype | None
 ) -> backbones.MemoryPlan:
-    settings, budget = cfg.train, cfg.train.memory_budget
-    world_size = comm.get_world_size()
+    settings, budget, world_size = cfg.train, cfg.train.memory_budget, comm.get_world_size()
     images = cfg.dataloader.train.total_batch_size // (world_size * settings.accumulate)
     augmentations = instantiate(cfg.dataloader.train.mapper.augmentations)
     shape = (images, 3, *largest_image(model.backbone, augmentations, records, images))
@@ -62,15 +60,9 @@ def _plan(
     besides = weights if settings.accumulate > 1 or world_size > 1 else 0
     besides += weights if settings.ema_decay > 0 else 0
     logger.info(f"counting the memory of a training step on {' x '.join(map(str, shape))}")
+    given = {"amp_dtype": amp_dtype, "held_besides": besides, "slices": settings.memory_slices}
     try:
-        plan = fit_detector_memory(
-            model,
-            shape,
-            budget,
-            amp_dtype=amp_dtype,
-            held_besides=besides,
-            slices=settings.memory_slices,
-        )
+        plan = fit_detector_memory(model, shape, budget, **given)
     except ValueError as error:
         raise UserError(f"train.memory_budget={budget}: {error}") from error
     logger.info(
@@ -103,10 +95,8 @@ def fit_detector_memory(
         budget, amp_dtype, slices: see :func:`backbones.fit_memory`.
         held_besides: bytes that something else holds all the time.
 
-    Returns the plan, which is in force. Its bytes and its budget are without ``held_besides``.
-
-    Raises:
-        ValueError: a budget that cannot be read or is too small, or another kind of detector.
+    Returns the plan, which is in force; its bytes and its budget are without ``held_besides``. A
+    ValueError says that the budget cannot be read or is too small, or the detector of another kind.
     """
     step = ShapeOnlyDetector(detector)
     limit = parse_budget(budget, next(detector.parameters()).device) - held_besides
@@ -127,7 +117,9 @@ class ShapeOnlyDetector(nn.Module):
         try:
             heads = detector.roi_heads
             pieces = make_pieces(detector)
-            self.trunk = _trunk_of(detector)
+            self.trunk: nn.Module | None = None
+            with suppress(ValueError):  # Detectron2's own, which has no policy
+                self.trunk = find_trunk(detector)[1]
             for name, modules in pieces.items():
                 self.add_module(name, nn.ModuleList(modules))
             self.box_predictors = _listed(heads.box_predictor)
@@ -155,13 +147,6 @@ class ShapeOnlyDetector(nn.Module):
             pooled = _pool(features, heads.mask_in_features, heads.mask_pooler, objects)
             outputs.append(heads.mask_head.layers(pooled))
         return outputs
-
-
-def _trunk_of(detector: nn.Module) -> nn.Module | None:
-    try:
-        return find_trunk(detector)[1]
-    except ValueError:  # Detectron2's own, which has no policy
-        return None
 
 
 def _listed(module: nn.Module) -> list[nn.Module]:

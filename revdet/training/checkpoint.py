@@ -11,23 +11,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import Tensor, nn
 
+from backbones.common import files, sharding
 from backbones.common.errors import UserError, error_line, first_line
-from backbones.common.files import (
-    checksum_file,
-    checksum_of,
-    has_other_checksum,
-    remove,
-    replacing,
-    write_checksum,
-)
-from backbones.common.sharding import (
-    STATE,
-    gathered,
-    is_sharded,
-    read_sharded,
-    save_sharded,
-    spread,
-)
 from backbones.weights.checkpoint import Checkpoint, read_checkpoint
 from backbones.weights.loading import load_checkpoint
 from revdet.models import find_trunk
@@ -56,10 +41,11 @@ class Checkpointer(DetectionCheckpointer):
         file even so; of any other each writes its part, into a folder ``<name>.dcp``.
         """
         states = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
-        if is_sharded(self.model) and name != FINAL:
+        if sharding.is_sharded(self.model) and name != FINAL:
             folder = Path(self.save_dir) / f"{name}{SHARDED}"
             self.logger.info(f"Saving checkpoint to {folder}")
-            save_sharded(folder, {"model": self.model.state_dict(), **kwargs, **states})
+            state = {"model": self.model.state_dict(), **kwargs, **states}
+            sharding.save_sharded(folder, state)
             if self.save_to_disk:
                 self.tag_last_checkpoint(folder.name)
         elif self._write(name, {**kwargs, **states}):
@@ -71,17 +57,17 @@ class Checkpointer(DetectionCheckpointer):
 
     def _write(self, name: str, content: dict[str, Any]) -> bool:
         content = {"model": self.model.state_dict(), **content}
-        if is_sharded(self.model):
-            content = gathered(content, keep=self.save_to_disk)
+        if sharding.is_sharded(self.model):
+            content = sharding.gathered(content, keep=self.save_to_disk)
         if not self.save_dir or not self.save_to_disk:
             return False
         path = Path(self.save_dir) / f"{name}.pth"
         self.logger.info(f"Saving checkpoint to {path}")
         try:
-            with replacing(path) as partial:
+            with files.replacing(path) as partial:
                 torch.save(content, partial)
-                checksum = checksum_of(partial)
-            write_checksum(path, checksum)
+                checksum = files.checksum_of(partial)
+            files.write_checksum(path, checksum)
         except (OSError, RuntimeError) as error:  # the latter by torch, on a full disk
             raise UserError(
                 f"cannot save {path} ({error_line(error)}): make room, or the folder writable, and "
@@ -91,21 +77,17 @@ class Checkpointer(DetectionCheckpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Name the newest checkpoint in ``last_checkpoint``, atomically too."""
-        with replacing(Path(self.save_dir) / "last_checkpoint") as partial:
+        with files.replacing(Path(self.save_dir) / "last_checkpoint") as partial:
             partial.write_text(last_filename_basename)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a checkpoint, a file or an address; see ``DetectionCheckpointer.load``.
 
-        Every weight of the model must be in it, and no other.
-
-        Raises:
-            UserError: the file is missing, is no checkpoint, or does not fit the model, which is
-                then untouched.
+        Every weight of the model must be in it, and no other. A UserError says that the file is
+        missing, is no checkpoint, or does not fit the model, which is then untouched.
         """
-        file = fetch_weights(path)
-        self._path = str(file)
-        inside = file / STATE if file.is_dir() else file
+        self._path = fetch_weights(path)
+        inside = self._path / sharding.STATE if self._path.is_dir() else self._path
         try:
             result: dict[str, Any] = super().load(str(inside), *args, **kwargs)
         except UserError:
@@ -119,11 +101,10 @@ class Checkpointer(DetectionCheckpointer):
         return result
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        if Path(self._path).is_dir():
-            return read_sharded(Path(self._path), self.model)
+        if self._path.is_dir():
+            return sharding.read_sharded(self._path, self.model)
         checkpoint = read_checkpoint(filename)
-        tensors = for_detector(self.model, checkpoint, exact=True)
-        return {**checkpoint.content, "model": tensors}
+        return {**checkpoint.content, "model": for_detector(self.model, checkpoint, exact=True)}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
         averaged = "training_model" in checkpoint
@@ -137,14 +118,12 @@ class Checkpointer(DetectionCheckpointer):
     def start_from(self, checkpoint: Checkpoint) -> None:
         """Start from a detector: class layers may differ, weights may be missing.
 
-        Raises:
-            UserError: the checkpoint does not fit the model, which is then untouched.
+        A UserError says that the checkpoint does not fit the model, which is then untouched.
         """
         tensors = for_detector(self.model, checkpoint, exact=False)
-        missing = self._copy(tensors, str(checkpoint.path), strict=False)
-        self._log_incompatible_keys(missing)
+        self._log_incompatible_keys(self._copy(tensors, checkpoint.path, strict=False))
 
-    def _copy(self, tensors: dict[str, Tensor], path: str, *, strict: bool) -> _IncompatibleKeys:
+    def _copy(self, tensors: dict[str, Tensor], path: Path, *, strict: bool) -> _IncompatibleKeys:
         theirs = {key.removeprefix("module."): value for key, value in tensors.items()}
         ours = self.model.state_dict()
         missing = [key for key in ours if key not in theirs]
@@ -152,8 +131,7 @@ class Checkpointer(DetectionCheckpointer):
         reshaped = [k for k in ours if k in theirs and ours[k].shape != theirs[k].shape]
         anew = [key for key in reshaped if not strict and key.startswith(CLASS_LAYERS)]
         reshaped = [key for key in reshaped if key not in anew]
-        nothing_fits = len(missing) == len(ours)
-        if reshaped or nothing_fits or (strict and (missing or unexpected)):
+        if reshaped or len(missing) == len(ours) or (strict and (missing or unexpected)):
             kinds = {"have another shape": reshaped, "are missing": missing}
             kinds["are unknown to the model"] = unexpected
             counts = [f"{len(k)} weights {what} (first: {k[0]})" for what, k in kinds.items() if k]
@@ -161,8 +139,9 @@ class Checkpointer(DetectionCheckpointer):
                 f"checkpoint {path} is of another architecture: {'; '.join(counts)}. Use the "
                 "config it was trained with (config.yaml beside it)"
             )
-        fitting = {k: spread(v, ours[k]) for k, v in theirs.items() if k in ours and k not in anew}
-        self.model.load_state_dict(fitting, strict=False)
+        fitting = [key for key in theirs if key in ours and key not in anew]
+        state = {key: sharding.spread(theirs[key], ours[key]) for key in fitting}
+        self.model.load_state_dict(state, strict=False)
         if anew:
             self.logger.warning(f"trained anew, for other classes: {', '.join(anew)}")
         return _IncompatibleKeys(missing, unexpected, [])
@@ -176,8 +155,8 @@ def periodic_checkpoints(output_dir: Path) -> list[Path]:
 
 def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint and its checksum."""
-    remove(path)
-    checksum_file(path).unlink(missing_ok=True)
+    files.remove(path)
+    files.remove(files.checksum_file(path))
 
 
 def holds_a_run(output_dir: Path) -> str:
@@ -191,10 +170,7 @@ def checkpoint_to_resume(output_dir: Path) -> Path | None:
     """The newest checkpoint of a run that is whole; None if it has saved none.
 
     It is the one that ``last_checkpoint`` names, unless that or the file itself is damaged: then
-    the newest one that is not, and the log says so.
-
-    Raises:
-        UserError: all are damaged.
+    the newest one that is not, and the log says so. If all are damaged, a UserError does.
     """
     tag, known = output_dir / "last_checkpoint", periodic_checkpoints(output_dir)[::-1]
     known = [path for path in (output_dir / f"{FINAL}.pth", *known) if path.exists()]
@@ -207,8 +183,7 @@ def checkpoint_to_resume(output_dir: Path) -> Path | None:
         what = "names no checkpoint" if tag.is_file() else "is missing"
         logger.warning(f"{tag} {what}: continuing from {known[0].name}, the newest beside it")
     for path in known:
-        reason = _damage(path)
-        if reason is None:
+        if (reason := _damage(path)) is None:
             return path
         logger.warning(f"{path} is damaged ({reason}): trying the one before")
     if known:
@@ -221,7 +196,7 @@ def checkpoint_to_resume(output_dir: Path) -> Path | None:
 
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint: by its checksum, or where it has none, by reading it."""
-    if (other := has_other_checksum(path)) is not None:
+    if (other := files.has_other_checksum(path)) is not None:
         return "its checksum is another" if other else None
     if path.is_dir():
         return "it has no checksum"  # which is written before the folder gets its name
@@ -237,16 +212,13 @@ def load_initial_weights(model: nn.Module, source: str) -> None:
 
     Which of them it is shows in the names of the weights. Those of a detector are loaded as by
     :meth:`Checkpointer.start_from`, those of a trunk as by :func:`backbones.load_weights`, into
-    the :class:`revdet.models.TrunkBackbone` of the model. What was loaded goes to the log.
-
-    Raises:
-        UserError: the file cannot be had or read, or does not fit. The model is then untouched.
+    the :class:`revdet.models.TrunkBackbone` of the model. What was loaded goes to the log. A
+    UserError says why the file cannot be had or read, or does not fit; the model is then untouched.
     """
     path = fetch_weights(source)
     if path.is_dir():
-        raise UserError(
-            f"{path} is of a run that goes on: start from a model_best.pth or {FINAL}.pth"
-        )
+        remedy = f"start from a model_best.pth or {FINAL}.pth"
+        raise UserError(f"{path} is of a run that goes on: {remedy}")
     try:
         checkpoint = read_checkpoint(path)
         names = {name.removeprefix("module.") for name in checkpoint.tensors}

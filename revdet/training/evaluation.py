@@ -74,27 +74,20 @@ class FasterCOCOEvaluator(COCOEvaluator):
             evaluation.params.maxDets = self._max_dets_per_image
             if img_ids is not None:
                 evaluation.params.imgIds = img_ids
-            evaluation.evaluate()
-            evaluation.accumulate()
-            evaluation.summarize()
+            evaluation.run()
         return self._derive_coco_results(evaluation, task, class_names)
 
 
 class Evaluations:
-    """Evaluates during training and keeps the best weights in ``model_best.pth``.
-
-    Attributes:
-        last: the metrics of the last evaluation; empty but on the main process.
-        best: iteration and score of the best one; empty if there is none.
-    """
+    """Evaluates during training and keeps the best weights in ``model_best.pth``."""
 
     def __init__(
         self, cfg: DictConfig, model: nn.Module, checkpointer: Checkpointer, *, resume: bool
     ) -> None:
         self.cfg, self.model, self.checkpointer = cfg, model, checkpointer
         self.iteration = 0
-        self.last: dict[str, Any] = {}
-        self.best: dict[str, float] = {}
+        self.last: dict[str, Any] = {}  # metrics; empty but on the main process
+        self.best: dict[str, float] = {}  # iteration and score; empty if there is none
         file = Path(cfg.train.output_dir) / "model_best.pth"
         if resume and file.is_file():
             # The file itself says what it scored, so that the two cannot disagree.
@@ -123,7 +116,6 @@ class Evaluations:
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     """COCO metrics on the recipe's test set, in COCO points; empty but on the main process."""
-    loader = instantiate(cfg.dataloader.test)
+    loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
     with whole(model):
-        metrics = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
-    return metrics or {}
+        return inference_on_dataset(model, loader, evaluator) or {}

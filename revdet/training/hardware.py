@@ -23,12 +23,10 @@ from backbones.common.stopping import Stopped, step_by_step
 
 # What torchrun tells each process that it starts.
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
 # What gloo and NCCL say when the process at the other end has gone.
 _LOST = ("closed by peer", "reset by peer", "Broken pipe", "process exited", "was aborted")
 # Seconds in which the process that has gone is found to have, before those that miss it are.
 _CAUSE_FIRST = 5
-
 _USER_ERROR = f"{UserError.__module__}.{UserError.__name__}: "
 
 
@@ -50,10 +48,8 @@ def rank_of_this_process(machine_rank: int) -> int:
 def resolve_device(name: str, num_gpus: int) -> str:
     """The device that ``train.device`` stands for in this process or the ``num_gpus`` it starts.
 
-    The key itself stays as it is: the config.yaml of a run may be used on another machine.
-
-    Raises:
-        UserError: it cannot be used.
+    The key itself stays as it is: the config.yaml of a run may be used on another machine. A
+    UserError says that the device cannot be used.
     """
     given = name
     if name == "auto":
@@ -69,11 +65,8 @@ def launch(function: Callable[..., None], cfg: DictConfig, device: str, args: Na
     """Call ``function(cfg, device, args)`` in every process of the job, in one process group.
 
     Under torchrun this process is one of them already, and the counts are torchrun's. Otherwise
-    the processes are started that the command line asks for.
-
-    Raises:
-        UserError: one was raised, in whichever process.
-        Stopped: likewise.
+    the processes are started that the command line asks for. A UserError and Stopped come through,
+    in whichever process they were raised.
     """
     if not under_torchrun():
         try:

@@ -34,12 +34,8 @@ class MetricsWriter(EventWriter):
 
     Values of single iterations, where Detectron2's own writer has running medians. It may write
     twice in an iteration, and so both before a checkpoint is saved and after an evaluation: no
-    line is missing when a run resumes from that checkpoint.
-
-    Args:
-        path: the file. What an interrupted run logged from ``start_iter`` on is dropped, since it
-            will be logged again.
-        start_iter: the first iteration of this run.
+    line is missing when a run resumes from that checkpoint. What an interrupted run logged from
+    ``start_iter`` on, the first iteration of this one, is dropped: it will be logged again.
     """
 
     def __init__(self, path: Path, start_iter: int) -> None:
@@ -56,8 +52,8 @@ class MetricsWriter(EventWriter):
     def write(self) -> None:
         """Write the scalars that have been put into the event storage since the last call."""
         for iteration, values in self._new().items():
-            line = {**values, "iteration": iteration}
-            self._file.write(json.dumps(line, sort_keys=True) + "\n")
+            line = json.dumps({**values, "iteration": iteration}, sort_keys=True)
+            self._file.write(f"{line}\n")
         self._file.flush()
 
     def close(self) -> None:

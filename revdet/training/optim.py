@@ -27,16 +27,14 @@ def get_optimizer_params(
     """Parameter groups as ViTDet and MViTv2 have them; Detectron2's, and two things more.
 
     The learning rate falls towards the input of the trunk, and position embeddings, absolute and
-    relative, have no weight decay.
+    relative, have no weight decay. A ValueError says that ``layer_decay`` is outside (0, 1], or
+    that the detector has no trunk.
 
     Args:
         model: a detector; with ``layer_decay``, on a :class:`revdet.models.TrunkBackbone`.
         base_lr: learning rate of what lies behind the trunk.
         weight_decay_norm: weight decay of norm layers; None for the optimizer's.
         layer_decay: see :func:`backbones.models.trunk.layer_decay_factors`.
-
-    Raises:
-        ValueError: ``layer_decay`` is outside (0, 1], or the detector has no trunk.
     """
     factors = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
     if layer_decay != 1:
@@ -80,8 +78,7 @@ def scale_learning_rate(cfg: DictConfig) -> None:
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
     """Optimizer and learning-rate schedule of a recipe, after the linear scaling rule.
 
-    Raises:
-        UserError: the recipe does not fit together.
+    A UserError says what in the recipe does not fit together.
     """
     scale_learning_rate(cfg)
     cfg.optimizer.params.model = model

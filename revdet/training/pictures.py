@@ -22,35 +22,26 @@ import matplotlib.pyplot as plt
 
 matplotlib.rcParams["text.parse_math"] = False  # a class may be called $x_$
 
-# Height of one panel in pixels; small images are enlarged so that labels are legible.
-PANEL_HEIGHT = 480
+PANEL_HEIGHT = 480  # px; small images are enlarged so that labels are legible
 PANEL_WIDTH = 860  # at most: two of them and the margins stay below 2000 px
-
 SHOWN_SCORE = 0.5  # predictions below it are not drawn
-
-# Logged losses are those of one batch, which may hold no object; as many are averaged in the plot.
-SMOOTHED = 7
+SMOOTHED = 7  # logged losses averaged in the plot: each is of one batch, which may hold no object
 
 
 def draw_predictions(
-    model: nn.Module,
-    records: Sequence[dict[str, Any]],
-    mapper: Any,
-    dataset_name: str,
-    output_dir: Path,
+    model: nn.Module, records: Sequence[dict[str, Any]], mapper: Any, dataset: str, output_dir: Path
 ) -> list[Path]:
     """Draw ground truth and predictions side by side, for each image a PNG of its name.
 
-    Images of one name in two folders get two.
-
-    ``records`` are the images, as Detectron2's dataset dictionaries, ``mapper`` the recipe's for
-    tests, ``dataset_name`` says whose class names are drawn. Returns the files.
+    Images of one name in two folders get two. ``records`` are the images, as Detectron2's dataset
+    dictionaries, ``mapper`` the recipe's for tests, ``dataset`` says whose class names are drawn.
+    Returns the files.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    metadata = MetadataCatalog.get(dataset_name)
+    metadata = MetadataCatalog.get(dataset)
+    files: list[Path] = []
     was_training = model.training
     model.eval()
-    files: list[Path] = []
     for record in records:
         image = utils.read_image(record["file_name"], format="RGB")
         with torch.no_grad():
@@ -83,9 +74,8 @@ def draw_curves(metrics_file: Path, output: Path) -> None:
     if not lines:
         return
     figure, (losses, rates, scores) = plt.subplots(1, 3, figsize=(15, 4.2))
-    names = sorted({key for line in lines for key in line if "loss" in key})
-    names.sort(key=lambda name: name != "total_loss")
-    for name in names:
+    names = {key for line in lines for key in line if "loss" in key}
+    for name in sorted(names, key=lambda name: (name != "total_loss", name)):
         iterations, values = _series(lines, name)
         width = 2.2 if name == "total_loss" else 1.0
         losses.plot(iterations, _smooth(values), label=name, linewidth=width)

@@ -23,10 +23,8 @@ from revdet.training.weights import fetch_weights
 def preflight(cfg: DictConfig, args: argparse.Namespace, held: ExitStack) -> str:
     """Check the settings; then, in one process of each machine, have the weights and the data.
 
-    Returns the device to run on. ``held`` gets the lock of the output folder, to be held as long.
-
-    Raises:
-        UserError: with the thing and the remedy.
+    Returns the device to run on. ``held`` gets the lock of the output folder, to be held as long. A
+    UserError has what is wrong, and the remedy.
     """
     train = cfg.train
     device = hardware.resolve_device(train.device, args.num_gpus)
@@ -47,12 +45,11 @@ def preflight(cfg: DictConfig, args: argparse.Namespace, held: ExitStack) -> str
         if rank == 0 and not args.eval_only:
             held.enter_context(locked(Path(train.output_dir), "train.output_dir"))
         log_to(train.output_dir, rank)
-        weights = args.weights if args.eval_only else _last_checkpoint(train.output_dir)
-        if args.eval_only:
-            fetch_weights(args.weights)
-        elif train.init_checkpoint and not weights:
-            fetch_weights(train.init_checkpoint)
-        normalise(cfg, evaluation_only=args.eval_only, weights=weights or train.init_checkpoint)
+        last = "" if args.eval_only else _last_checkpoint(train.output_dir)
+        weights = args.weights if args.eval_only else last or train.init_checkpoint
+        if weights and not last:
+            fetch_weights(weights)
+        normalise(cfg, evaluation_only=args.eval_only, weights=weights)
     return device
 
 
@@ -100,10 +97,8 @@ def _check_processes(device: str, args: argparse.Namespace) -> None:
     if args.num_gpus < 1:
         raise UserError(f"--num-gpus {args.num_gpus}: use a number >= 1")
     if not 0 <= args.machine_rank < args.num_machines:
-        raise UserError(
-            f"--machine-rank {args.machine_rank} of --num-machines {args.num_machines}: machines "
-            "are counted from 0"
-        )
+        which = f"--machine-rank {args.machine_rank} of --num-machines {args.num_machines}"
+        raise UserError(f"{which}: machines are counted from 0")
     if args.num_machines > 1 and args.dist_url == "auto":
         raise UserError("--num-machines > 1 needs --dist-url tcp://HOST:PORT")
     found, on_gpu = torch.cuda.device_count(), device.startswith("cuda")

@@ -20,14 +20,11 @@ from revdet.training.pictures import draw_curves, draw_predictions
 
 logger = logging.getLogger("revdet")
 
+Facts = dict[str, Any]  # as JSON has them
+
 
 def finish(
-    cfg: DictConfig,
-    model: nn.Module,
-    metrics: dict[str, Any],
-    facts: dict[str, Any],
-    *,
-    trained: bool,
+    cfg: DictConfig, model: nn.Module, metrics: Facts, facts: Facts, *, trained: bool
 ) -> None:
     """Write results.json and the pictures, and say where they are; on the main process.
 
@@ -44,10 +41,9 @@ def finish(
             logger.warning(f"{results} is damaged: it is {set_aside(results)} now")
     write_json(results, {**_finite(metrics), "dataset": dataset_facts(cfg), "run": facts})
 
-    name = dataset_names(cfg, evaluation_only=True)[0]
+    name, mapper = dataset_names(cfg, evaluation_only=True)[0], cfg.dataloader.test.mapper
     records = DatasetCatalog.get(name)[: cfg.train.pictures]
-    mapper = instantiate(cfg.dataloader.test.mapper)
-    files = draw_predictions(model, records, mapper, name, output_dir / "pictures")
+    files = draw_predictions(model, records, instantiate(mapper), name, output_dir / "pictures")
     written = f"results.json, {len(files)} pictures in pictures/"
     if (output_dir / "metrics.json").exists():
         draw_curves(output_dir / "metrics.json", output_dir / "curves.png")

@@ -49,13 +49,16 @@ logger = logging.getLogger("revdet")
 def run(cfg: DictConfig, device: str, args: argparse.Namespace) -> None:
     """Do what the command line says after its preflight, as one of the processes of the job.
 
-    Raises:
-        UserError: something in the recipe does not fit together.
+    A UserError says what in the recipe does not fit together.
     """
     _set_up_output(cfg, args)
     use_normalised(cfg, evaluation_only=args.eval_only)
     if cfg.train.deterministic:
-        _be_deterministic()
+        # What a GPU needs to give the same bits is read when its libraries start, which they do
+        # later. An operation that cannot is an error.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
     seed_all_rng(cfg.train.seed)
     model = build_model(cfg, device)
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "no GPU"
@@ -86,27 +89,14 @@ def _is_not_for_the_user(record: logging.LogRecord) -> bool:
     return not known and (error is None or not is_of_a_lost_process(error))
 
 
-def _be_deterministic() -> None:
-    """The same seed on the same machine gives the same bits; an operation that cannot is an error.
-
-    What a GPU needs for it is read when its libraries start, so this comes before they do.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True)
-
-
 def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     """Train to ``train.max_iter``, evaluate, and write ``results.json``.
 
-    With ``resume`` from the last checkpoint in ``train.output_dir`` on, if there is one.
-
-    Raises:
-        UserError: weights, budget or optimizer settings do not fit the model, or the processes
-            would not resume from the same checkpoint.
+    With ``resume`` from the last checkpoint in ``train.output_dir`` on, if there is one. A
+    UserError says that weights, budget or optimizer settings do not fit the model, or that the
+    processes would not resume from the same checkpoint.
     """
-    settings = cfg.train
-    output_dir = Path(settings.output_dir)
+    settings, output_dir = cfg.train, Path(cfg.train.output_dir)
     last = checkpoint_to_resume(output_dir) if resume and comm.is_main_process() else None
     last = comm.all_gather(last)[0]
     resume = last is not None
@@ -115,7 +105,6 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     loader = instantiate(cfg.dataloader.train)
     if hasattr(getattr(loader, "dataset", None), "records"):  # the loader is revdet's
         _set_length(cfg, len(loader.dataset.records))
-        _log_schedule(cfg, len(loader.dataset.records))
     elif settings.epochs or settings.warmup_iters:
         raise UserError("train.epochs and train.warmup_iters need revdet's loader: set max_iter")
     amp_dtype = getattr(torch, settings.amp.dtype) if settings.amp.enabled else None
@@ -178,8 +167,12 @@ def _trainer(
 ) -> Trainer:
     settings = cfg.train
     sharded = settings.strategy == "fsdp" and comm.get_world_size() > 1
-    if sharded:
-        _shard(model)
+    if sharded:  # each process has a part of the weights of the first; the blocks are units
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
+        mesh = init_device_mesh(next(model.parameters()).device.type, (comm.get_world_size(),))
+        shard(model, blocks_of(find_trunk(model)[1]).values(), mesh)
+        logger.info("every process holds a part of the weights (train.strategy=fsdp)")
     optimizer, schedule = build_optimizer(cfg, model)
     of_cpu = {} if next(model.parameters()).is_cuda else {"device_ids": None}
     trainer = Trainer(
@@ -195,35 +188,21 @@ def _trainer(
     return trainer
 
 
-def _shard(model: nn.Module) -> None:
-    """Spread the weights of the first process over all; each block of the trunk is a unit."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        dist.broadcast(tensor.detach(), src=0)
-    mesh = init_device_mesh(next(model.parameters()).device.type, (comm.get_world_size(),))
-    shard(model, blocks_of(find_trunk(model)[1]).values(), mesh)
-    logger.info("every process holds a part of the weights (train.strategy=fsdp)")
-
-
 def _set_length(cfg: DictConfig, images: int) -> None:
-    """Make iterations of epochs, and the part of them that is warm-up."""
-    settings = cfg.train
+    """Make iterations of epochs, and the part of them that is warm-up; say how long a run it is."""
+    settings, batch = cfg.train, cfg.dataloader.train.total_batch_size
     if settings.epochs:
-        batch = cfg.dataloader.train.total_batch_size
         settings.max_iter = max(1, round(settings.epochs * images / batch))
     if settings.warmup_iters:
         if "warmup_length" not in cfg.lr_multiplier:
             raise UserError("train.warmup_iters needs an lr_multiplier with a warmup_length")
         cfg.lr_multiplier.warmup_length = min(1.0, settings.warmup_iters / settings.max_iter)
-
-
-def _log_schedule(cfg: DictConfig, images: int) -> None:
-    iterations, accumulate = cfg.train.max_iter, cfg.train.accumulate
-    batch, processes = cfg.dataloader.train.total_batch_size, comm.get_world_size()
-    each = batch // (processes * accumulate)
+    processes, accumulate = comm.get_world_size(), settings.accumulate
     logger.info(
-        f"{iterations} iterations of {batch} images, {iterations * batch / images:.4g} epochs of "
-        f"{images}; an iteration is {processes} × {accumulate} × {each} (processes, batches of "
-        "each, images of each)"
+        f"{settings.max_iter} iterations of {batch} images, "
+        f"{settings.max_iter * batch / images:.4g} epochs of {images}; an iteration is {processes} "
+        f"× {accumulate} × {batch // (processes * accumulate)} (processes, batches of each, images "
+        "of each)"
     )
 
 
@@ -257,14 +236,6 @@ def _reporting(
     evaluation = Evaluating(period, evaluations, saving, pending=pending)
     if metrics is None:
         return [saving, evaluation]
-    writers = [
-        CommonMetricPrinter(settings.max_iter),  # with the time left, and the memory of a GPU
-        metrics,
-        *trackers(cfg, start_iter),
-    ]
-    return [
-        hooks.CallbackHook(before_step=evaluations.set_iteration),
-        saving,
-        evaluation,
-        hooks.PeriodicWriter(writers, period=settings.log_period),
-    ]
+    writers = [CommonMetricPrinter(settings.max_iter), metrics, *trackers(cfg, start_iter)]
+    counting = hooks.CallbackHook(before_step=evaluations.set_iteration)
+    return [counting, saving, evaluation, hooks.PeriodicWriter(writers, settings.log_period)]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +21,10 @@ logger = logging.getLogger("revdet")
 class Saving(HookBase):
     """Saves periodic checkpoints, of which it keeps some, and the final one; on the main process.
 
-    Told to stop, all processes finish the iteration, save it, and raise :class:`Stopped`.
-
-    Args:
-        checkpointer: saves on the main process only, or on all of them a sharded model.
-        period: iterations between two checkpoints.
-        max_to_keep: how many are kept, those of earlier sessions included.
-        facts: what goes into every checkpoint, to be compared when it is resumed.
-        metrics: is written before a checkpoint is, on the main process.
+    Told to stop, all processes finish the iteration, save it, and raise :class:`Stopped`. Of the
+    checkpoints, every ``period`` iterations, ``max_to_keep`` are kept, those of earlier sessions
+    included. ``facts`` go into each, to be compared when it is resumed; ``metrics`` are written
+    before it, on the main process.
     """
 
     trainer: Any
@@ -43,7 +37,7 @@ class Saving(HookBase):
         facts: dict[str, Any],
         metrics: MetricsWriter | None,
     ) -> None:
-        self._checkpointer, self._facts, self._metrics = checkpointer, facts, metrics
+        self._checkpointer, self._facts, self.metrics = checkpointer, facts, metrics
         self._period, self._max_to_keep = period, max_to_keep
         self._saved = -1
 
@@ -66,30 +60,26 @@ class Saving(HookBase):
         if self._saved != iteration:
             self._save(f"model_{iteration:07d}")
         comm.synchronize()  # the process that ends first ends the others
-        where = Path(self._checkpointer.save_dir)
-        raise Stopped(number, f"iteration {iteration + 1} is saved in {where}; --resume continues")
+        where = f"iteration {iteration + 1} is saved in {Path(self._checkpointer.save_dir)}"
+        raise Stopped(number, f"{where}; --resume continues")
 
     def _save(self, name: str) -> None:
         self._saved = self.trainer.iter
-        if self._metrics is not None:
-            self._metrics.write()
+        if self.metrics is not None:
+            self.metrics.write()
         if comm.is_main_process() or is_sharded(self._checkpointer.model):
             self._checkpointer.save(name, iteration=self.trainer.iter, facts=self._facts)
-        if not comm.is_main_process():
-            return
-        kept = periodic_checkpoints(Path(self._checkpointer.save_dir))
-        for path in kept[: -self._max_to_keep]:
-            remove_checkpoint(path)
+        if comm.is_main_process():
+            kept = periodic_checkpoints(Path(self._checkpointer.save_dir))
+            for path in kept[: -self._max_to_keep]:
+                remove_checkpoint(path)
 
 
 class Evaluating(hooks.EvalHook):
-    """Evaluates every so many iterations, and at first if a kill has cut that off.
+    """Evaluates every ``period`` iterations, 0: at the end only; the iteration before first.
 
-    Args:
-        period: iterations between two evaluations; 0: at the end only.
-        evaluations: does it.
-        saving: saves the iteration if an evaluation is interrupted.
-        pending: whether the last iteration before this session has to be evaluated.
+    That is ``pending`` if a kill has cut its evaluation off. One that a signal interrupts ends in
+    ``saving`` the iteration.
     """
 
     trainer: Any
@@ -106,35 +96,23 @@ class Evaluating(hooks.EvalHook):
             self.trainer.iter = self.trainer.storage.iter = self.trainer.start_iter - 1
             self._evaluations.set_iteration(self.trainer)
             self._do_eval()
-            for writer in self._writers():
-                writer.write()
+            if self._saving.metrics is not None:
+                self._saving.metrics.write()
             self.trainer.iter = self.trainer.storage.iter = self.trainer.start_iter
 
     def after_train(self) -> None:
         if not asked_to_stop():
             super().after_train()
 
-    def _writers(self) -> Iterator[MetricsWriter]:
-        if self._saving._metrics is not None:
-            yield self._saving._metrics
-
     def _do_eval(self) -> None:
-        with self._interruptible():
-            super()._do_eval()
-
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
         try:
             with step_by_step(patient=False):
-                yield
+                super()._do_eval()
         except Stopped as stopped:
             self._saving.stop(stopped.number)
 
 
 def was_evaluated(metrics: Path, iteration: int) -> bool:
-    """Whether the scores of an iteration stand in ``metrics.json``.
-
-    Those of a run's last one stand there under the next number.
-    """
+    """Whether ``metrics.json`` has the scores of an iteration; the last one's are one further."""
     rows = read_metrics(metrics) if metrics.is_file() else []
     return any(row["iteration"] in (iteration, iteration + 1) and BEST in row for row in rows)

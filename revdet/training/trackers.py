@@ -12,18 +12,13 @@ from omegaconf import DictConfig
 
 from revdet.training.metrics import NewScalars
 
-_Log = Callable[[dict[str, float], int], Any]
-
 
 class TrackerWriter(EventWriter):
-    """Hand the scalars of each iteration to a tracker.
+    """Hand the scalars of each iteration, and its number, to a tracker; ``close`` ends its run."""
 
-    Args:
-        log: takes the scalars of an iteration, and its number.
-        close: ends the tracker's run.
-    """
-
-    def __init__(self, log: _Log, close: Callable[[], Any]) -> None:
+    def __init__(
+        self, log: Callable[[dict[str, float], int], Any], close: Callable[[], Any]
+    ) -> None:
         self._log, self.close = log, close
         self._new = NewScalars()
 

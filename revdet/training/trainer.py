@@ -27,14 +27,10 @@ class Trainer(SimpleTrainer):
     An iteration takes ``accumulate`` batches and one step of the optimizer, with the mean of their
     gradients. Under DistributedDataParallel these are reduced once, with those of the last batch.
 
-    Args:
-        model, data_loader, optimizer: as for ``SimpleTrainer``.
-        seed: what each step draws (sampling of proposals, drop path) is a function of the seed,
-            the iteration and the batch alone, so a resumed run continues as if never stopped.
-            The batches of an iteration are counted through all processes.
-        accumulate: batches per iteration.
-        amp_dtype: dtype of autocast, or None for none. With float16 the loss is scaled.
-        clip_grad_norm: largest norm of all gradients together; 0 for no clipping.
+    What each step draws (sampling of proposals, drop path) is a function of ``seed``, the iteration
+    and the batch alone, counted through all processes: a resumed run continues as if never stopped.
+    ``amp_dtype`` is that of autocast, None for none; with float16 the loss is scaled.
+    ``clip_grad_norm`` is the largest norm of all gradients together; 0 for no clipping.
     """
 
     def __init__(
@@ -49,19 +45,16 @@ class Trainer(SimpleTrainer):
         clip_grad_norm: float = 0.0,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
-        self.seed = seed
-        self.accumulate = accumulate
-        self.amp_dtype = amp_dtype
-        self.clip_grad_norm = clip_grad_norm
+        self.seed, self.accumulate = seed, accumulate
+        self.amp_dtype, self.clip_grad_norm = amp_dtype, clip_grad_norm
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
 
     def run_step(self) -> None:
         """Run one iteration: data, forward, backward, optimizer.
 
-        Raises:
-            UserError: no memory left, a loss that is not finite, or an operation that cannot be
-                deterministic where that is asked for.
+        A UserError says that no memory is left, that the loss is not finite, or that an operation
+        cannot be deterministic where that is asked for.
         """
         try:
             self._run_step()
@@ -87,10 +80,8 @@ class Trainer(SimpleTrainer):
             return f"{used}: set {more}"
         peak = torch.cuda.max_memory_allocated(self.device)
         total = torch.cuda.get_device_properties(self.device).total_memory
-        budget = f"train.memory_budget={_SHARE * total / 1e9:.1f}GB"
-        return (
-            f"{used}, the peak was {peak / 1e9:.2f} GB of {total / 1e9:.2f}: set {budget}, {more}"
-        )
+        used += f", the peak was {peak / 1e9:.2f} GB of {total / 1e9:.2f}"
+        return f"{used}: set train.memory_budget={_SHARE * total / 1e9:.1f}GB, {more}"
 
     def _run_step(self) -> None:
         data_time = 0.0
@@ -103,9 +94,7 @@ class Trainer(SimpleTrainer):
             batch = index * comm.get_world_size() + comm.get_rank()
             seed_all_rng(seed_of(self.seed, self.iter, batch))
             with self._reducing(last=index == self.accumulate - 1):
-                with torch.autocast(
-                    self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
-                ):
+                with torch.autocast(self.device.type, self.amp_dtype, self.amp_dtype is not None):
                     losses = self.model(data)
                     total = sum(losses.values()) / self.accumulate
                 self.scaler.scale(total).backward()
@@ -127,9 +116,8 @@ class Trainer(SimpleTrainer):
         """
         if last or not isinstance(self.model, DistributedDataParallel):
             return nullcontext()
-        if self.model.static_graph and self.iter == self.start_iter:
-            return nullcontext()
-        return self.model.no_sync()
+        learning = self.model.static_graph and self.iter == self.start_iter
+        return nullcontext() if learning else self.model.no_sync()
 
     def _spread(self, state: dict[str, Any]) -> None:
         """Give what the optimizer knows of sharded weights their places; in place."""

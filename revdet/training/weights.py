@@ -25,10 +25,8 @@ SHARDED = ".dcp"  # ends the name of a folder that is a checkpoint of a sharded 
 def fetch_weights(source: str) -> Path:
     """The file that ``source`` names: a path, a name of ``ZOO``, or an address, downloaded once.
 
-    Addresses are those of the web and what Detectron2's path manager knows (``detectron2://``).
-
-    Raises:
-        UserError: there is no such file, or it cannot be had.
+    Addresses are those of the web and what Detectron2's path manager knows (``detectron2://``). A
+    UserError says that there is no such file, or that it cannot be had.
     """
     address = ZOO.get(source, source)
     if source in ZOO or not address.startswith(("http://", "https://")):
@@ -36,9 +34,8 @@ def fetch_weights(source: str) -> Path:
         try:
             path = Path(local_path(address, "train.init_checkpoint")).expanduser()
         except UserError as error:
-            raise UserError(
-                f"{source}: {error}: download it elsewhere, and give the file's path in its place"
-            ) from error
+            remedy = "download it elsewhere, and give the file's path in its place"
+            raise UserError(f"{source}: {error}: {remedy}") from error
     else:
         path = local_file(address)
     if not path.is_file() and not (path.suffix == SHARDED and path.is_dir()):
@@ -51,10 +48,8 @@ def for_detector(model: nn.Module, checkpoint: Checkpoint, *, exact: bool) -> di
 
     A foreign trunk goes through :func:`backbones.load_weights`; what lies behind it has the same
     names in both. A pyramid that sees the two streams of a reversible trunk starts as if it saw
-    their mean. ``exact`` refuses to make another function of the weights than they had.
-
-    Raises:
-        WeightsError: a trunk that does not fit; with ``exact``, a plain one for a reversible model.
+    their mean. ``exact`` refuses to make another function of the weights than they had. A
+    WeightsError says that the trunk does not fit or, with ``exact``, is a plain one.
     """
     tensors = {name.removeprefix("module."): v for name, v in checkpoint.tensors.items()}
     own, path = model.state_dict(), checkpoint.path
@@ -72,8 +67,8 @@ def for_detector(model: nn.Module, checkpoint: Checkpoint, *, exact: bool) -> di
     if len(nets) != 1:
         raise WeightsError(f"{path} is of a detector with another trunk than a vision transformer")
     net = {name: value for name, value in tensors.items() if name.startswith(nets[0])}
-    of_net = replace(checkpoint, tensors=net)
-    report, fitted = fit_checkpoint(trunk, of_net, f"the trunk in {path}")
+    which = f"the trunk in {path}"
+    report, fitted = fit_checkpoint(trunk, replace(checkpoint, tensors=net), which)
     rewired = "blocks" in report.converted
     if exact and rewired:
         raise WeightsError(
