@@ -56,19 +56,16 @@ BORDER = 2.0  # px that a box may reach over the border before it is worth a wor
 
 # What is found in a dataset: for each kind of BROKEN and NOTED its lines; a defaultdict.
 Findings = dict[str, list[str]]
+Entry = dict[str, Any]  # an image, an annotation or a category
+Coco = dict[str, Any]  # a file: "images", "annotations", "categories", each of Entry, and more
 
 
-def read_coco(path: Path) -> dict[str, Any]:
+def read_coco(path: Path) -> Coco:
     """Read a COCO-format file, whose categories must be right for anything else to mean something.
 
-    UTF-8, UTF-16 and UTF-32 are taken, with a byte order mark or without.
-
-    Returns:
-        The file's content; ``images``, ``annotations`` and ``categories`` are lists of
-        dictionaries, and each category has a whole ``id`` and a ``name`` of its own.
-
-    Raises:
-        UserError: no such file, or one that is not COCO JSON.
+    UTF-8, UTF-16 and UTF-32 are taken, with a byte order mark or without. The three lists are
+    there, and each category has a whole ``id`` and a ``name`` of its own. A UserError says that
+    there is no such file, or that it is not COCO JSON.
     """
     if not path.is_file():
         raise UserError(f"annotation file {path} does not exist: check the path")
@@ -84,24 +81,21 @@ def read_coco(path: Path) -> dict[str, Any]:
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
             raise UserError(f"{path} is not COCO JSON (no list {key!r} of objects): check the file")
     if any("segments_info" in annotation for annotation in content["annotations"][:1]):
-        raise UserError(
-            f"{path} is a panoptic file (segments_info): give that of the instances, such as "
-            "instances_train2017.json"
-        )
+        remedy = "give that of the instances, such as instances_train2017.json"
+        raise UserError(f"{path} is a panoptic file (segments_info): {remedy}")
     if not content["categories"]:
         raise UserError(f"{path} lists no category: add the classes under 'categories'")
     content["categories"] = _categories(content["categories"], path)
     return content
 
 
-def _categories(given: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
-    categories: list[dict[str, Any]] = []
+def _categories(given: list[Entry], path: Path) -> list[Entry]:
+    categories: list[Entry] = []
     for category in given:
         number, name = whole_number(category.get("id")), category.get("name")
         if number is None or not isinstance(name, str) or not name.strip():
-            raise UserError(
-                f"{path}: category {shown(category)} needs a number 'id' of its own and a 'name'"
-            )
+            needs = f"category {shown(category)} needs a number 'id' of its own and a 'name'"
+            raise UserError(f"{path}: {needs}")
         if len(name) > NAME_LENGTH or not name.isprintable():
             raise UserError(
                 f"{path}: the name of category {number} is longer than {NAME_LENGTH} characters, "
@@ -109,15 +103,13 @@ def _categories(given: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]
             )
         for other in categories:
             if number == other["id"] or name == other["name"]:
-                raise UserError(
-                    f"{path}: categories {shown(other)} and {shown(category)} have one id or one "
-                    "name: give each its own"
-                )
+                both = f"categories {shown(other)} and {shown(category)}"
+                raise UserError(f"{path}: {both} have one id or one name: give each its own")
         categories.append({**category, "id": number, "name": name})
     return categories
 
 
-def write_coco(path: Path, content: dict[str, Any]) -> None:
+def write_coco(path: Path, content: Coco) -> None:
     """Write a COCO-format file, all of it or nothing; makes its folder.
 
     One entry at a time: as one text, COCO's own would take as much memory again.
@@ -136,23 +128,21 @@ def write_coco(path: Path, content: dict[str, Any]) -> None:
         file.write("}\n")
 
 
-def categories_in(content: dict[str, Any]) -> list[dict[str, Any]]:
+def categories_in(content: Coco) -> list[Entry]:
     """Id and name of each category, by id: the order of Detectron2's classes."""
     categories = sorted(content["categories"], key=lambda category: category["id"])
     return [{"id": category["id"], "name": category["name"]} for category in categories]
 
 
-def has_masks(content: dict[str, Any]) -> bool:
+def has_masks(content: Coco) -> bool:
     """Whether any object, crowd regions aside, has a segmentation."""
-    return any(
-        not is_nothing(a.get("segmentation")) and not flag(a.get("iscrowd"))
-        for a in content["annotations"]
-    )
+    objects = (a for a in content["annotations"] if not flag(a.get("iscrowd")))
+    return any(not is_nothing(a.get("segmentation")) for a in objects)
 
 
-def sound_images(images: Sequence[dict[str, Any]], findings: Findings) -> list[dict[str, Any]]:
+def sound_images(images: Sequence[Entry], findings: Findings) -> list[Entry]:
     """The images that can be identified, with the keys that count; others go to the findings."""
-    kept: list[dict[str, Any]] = []
+    kept: list[Entry] = []
     seen: set[int] = set()
     for number, image in enumerate(images):
         name = f"image {shown(image.get('id', f'number {number} of the list'))}"
@@ -173,8 +163,8 @@ def sound_images(images: Sequence[dict[str, Any]], findings: Findings) -> list[d
 
 
 def sound_annotations(
-    content: dict[str, Any], images: Sequence[dict[str, Any]], findings: Findings, *, masks: bool
-) -> list[dict[str, Any]]:
+    content: Coco, images: Sequence[Entry], findings: Findings, *, masks: bool
+) -> list[Entry]:
     """The annotations of ``images`` that can be trained on; the others are added to the findings.
 
     Each has the keys that count, as COCO's metrics and Detectron2 need them: whole ids from 1 on
@@ -186,15 +176,14 @@ def sound_annotations(
     kept_images = {image["id"]: image for image in images}
     listed = {whole_number(image.get("id")) for image in content["images"]}
     categories = {category["id"] for category in content["categories"]}
-    seen: set[int] = set()
-    kept = []
+    seen, kept = set(), []
     for number, annotation in enumerate(content["annotations"]):
         name = f"annotation {shown(annotation.get('id', f'number {number} of the list'))}"
-        keys = ("id", "image_id", "category_id")
-        own, image_id, category = (whole_number(annotation.get(key)) for key in keys)
+        given = {key: annotation.get(key) for key in ("id", "image_id", "category_id")}
+        ids = {key: whole_number(value) for key, value in given.items()}
+        own, image_id, category = ids.values()
         if own is None or image_id is None or category is None:
-            ids = {key: annotation.get(key) for key in keys}
-            findings["incomplete_annotation"].append(f"{name}: {shown(ids)}")
+            findings["incomplete_annotation"].append(f"{name}: {shown(given)}")
         elif image_id not in listed:
             findings["unknown_image"].append(f"{name}: image {image_id}")
         elif image_id in kept_images:
@@ -223,15 +212,9 @@ def sound_annotations(
                 findings[kind].append(name + detail)
             if kind not in BROKEN:
                 seen.add(own)
-                given = numbers([annotation.get("area")])
-                entry: dict[str, Any] = {
-                    "id": own,
-                    "image_id": image_id,
-                    "category_id": category,
-                    "bbox": box,
-                }
-                entry["area"] = given[0] if given and given[0] >= 0 else area or math.prod(box[2:])
-                entry["iscrowd"] = crowd
+                stated = [value for value in numbers([annotation.get("area")]) if value >= 0]
+                area = stated[0] if stated else area or math.prod(box[2:])
+                entry: Entry = {**ids, "bbox": box, "area": area, "iscrowd": crowd}
                 kept.append({**entry, "segmentation": mask} if mask else entry)
     free = (n for n in range(1, len(kept) + len(seen) + 1) if n not in seen)
     for entry in kept:
@@ -244,7 +227,7 @@ def sound_annotations(
     return kept
 
 
-def _check_box(box: list[float], image: dict[str, Any]) -> str:
+def _check_box(box: list[float], image: Entry) -> str:
     """The kind of what is wrong with the box; empty if nothing is."""
     if len(box) != 4 or min(box[2:]) < 0:
         return "bad_box"

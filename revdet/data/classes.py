@@ -11,18 +11,14 @@ from omegaconf import DictConfig
 
 from backbones.common.errors import UserError, some_of
 from revdet.config import read_yaml
-from revdet.data.annotations import categories_in, has_masks, read_coco
+from revdet.data.annotations import Coco, Entry, categories_in, has_masks, read_coco
 from revdet.data.datasets import OWN, dataset_names, register_datasets
 from revdet.data.fields import whole_number
 from revdet.settings import nodes_of, own_keys
 
 
-def describe_classes(content: dict[str, Any]) -> dict[str, Any]:
-    """What :func:`fit_recipe` must know of a dataset, which its report has too.
-
-    Args:
-        content: as :func:`revdet.data.annotations.read_coco` returns it.
-    """
+def describe_classes(content: Coco) -> dict[str, Any]:
+    """What :func:`fit_recipe` must know of a dataset, which its report has too."""
     return {"classes": categories_in(content), "masks": has_masks(content)}
 
 
@@ -30,15 +26,10 @@ def fit_recipe(cfg: DictConfig, described: Mapping[str, Mapping[str, Any]]) -> N
     """Make a recipe for the classes of its datasets, which are filled into ``dataset.categories``.
 
     For the user's own training data, the number of classes is set wherever the model has one; for
-    registered datasets it must be right. Masks go where the user's own data have none.
-
-    Args:
-        cfg: the recipe, changed in place. Doing it twice changes nothing more.
-        described: what :func:`describe_classes` says about each of its datasets.
-
-    Raises:
-        UserError: the user's own files differ in their categories, or a dataset has another number
-            of them than the model.
+    registered datasets it must be right. Masks go where the user's own data have none. The recipe
+    is changed in place; doing it twice changes nothing more. ``described`` is what
+    :func:`describe_classes` says about each dataset. A UserError says that the user's own files
+    differ in their categories, or that a dataset has another number of them than the model.
     """
     own = [described[name] for name in OWN if name in described]
     if len(own) == 2 and own[0]["classes"] != own[1]["classes"]:
@@ -65,7 +56,7 @@ def fit_recipe(cfg: DictConfig, described: Mapping[str, Mapping[str, Any]]) -> N
         cfg.dataset.categories = next(iter(described.values()))["classes"]
 
 
-def classes_of_run(weights: str) -> list[dict[str, Any]]:
+def classes_of_run(weights: str) -> list[Entry]:
     """Id and name of each class of the run that has saved a checkpoint; empty if it is of none."""
     try:
         cfg = read_yaml(str(Path(weights).with_name("config.yaml")))
@@ -74,31 +65,26 @@ def classes_of_run(weights: str) -> list[dict[str, Any]]:
         return []
 
 
-def other_classes(theirs: list[dict[str, Any]], known: list[dict[str, Any]]) -> list[str]:
+def other_classes(theirs: list[Entry], known: list[Entry]) -> list[str]:
     """The names of classes that are not among the known ones."""
     names = {category["name"] for category in known}
     return [category["name"] for category in theirs if category["name"] not in names]
 
 
-def give_ids_of(known: list[dict[str, Any]], content: dict[str, Any], where: Path) -> None:
+def give_ids_of(known: list[Entry], content: Coco, where: Path) -> None:
     """Give the classes of an annotation file the ids that a model knows them by, by their names.
 
-    Args:
-        known: id and name of each class of the model.
-        content: of the file, as :func:`revdet.data.annotations.read_coco` returns it; changed.
-        where: the file.
-
-    Raises:
-        UserError: it has classes that the model does not have.
+    ``known`` has id and name of each class of the model, ``content`` is that of the file ``where``,
+    and is changed. A UserError says that it has classes that the model does not have.
     """
     if categories_in(content) == known:
         return
+    ids = {category["name"]: category["id"] for category in known}
     if others := other_classes(content["categories"], known):
         raise UserError(
             f"{where} has classes that the run has not learnt ({some_of(others)}): it knows "
-            f"{some_of([category['name'] for category in known])}; name them alike, or train anew"
+            f"{some_of([*ids])}; name them alike, or train anew"
         )
-    ids = {category["name"]: category["id"] for category in known}
     new = {category["id"]: ids[category["name"]] for category in content["categories"]}
     for annotation in content["annotations"]:
         number = whole_number(annotation.get("category_id"))
@@ -107,18 +93,14 @@ def give_ids_of(known: list[dict[str, Any]], content: dict[str, Any], where: Pat
     content["categories"] = known
 
 
-def categories_of(cfg: DictConfig, weights: str = "") -> list[dict[str, Any]]:
+def categories_of(cfg: DictConfig, weights: str = "") -> list[Entry]:
     """Id and name of each class of a recipe, in the model's order.
 
     They are those that a run has saved in its config, or those of the dataset: its annotation file
-    need not be there if Detectron2 knows its classes, as it knows COCO's.
-
-    Args:
-        cfg: the recipe. One that is to learn own data is changed as by :func:`fit_recipe`.
-        weights: a checkpoint; if it is of a run, the order is that of the run's classes.
-
-    Raises:
-        UserError: the classes cannot be found out, or the model has another number of them.
+    need not be there if Detectron2 knows its classes, as it knows COCO's. If the checkpoint
+    ``weights`` is of a run, the order is that of the run's classes. A recipe that is to learn own
+    data is changed as by :func:`fit_recipe`. A UserError says that the classes cannot be found
+    out, or that the model has another number of them.
     """
     name = dataset_names(cfg)[0]
     files = {own: cfg.dataset[f"{split}_json"] for own, split in OWN.items()}
@@ -131,15 +113,13 @@ def categories_of(cfg: DictConfig, weights: str = "") -> list[dict[str, Any]]:
     fit_recipe(cfg, known)
     if trained := classes_of_run(weights):
         if others := other_classes([*cfg.dataset.categories], trained):
-            raise UserError(
-                f"{weights} has not learnt classes of the config ({some_of(others)}): give the "
-                "config.yaml beside it"
-            )
+            wrong = f"{weights} has not learnt classes of the config ({some_of(others)})"
+            raise UserError(f"{wrong}: give the config.yaml beside it")
         cfg.dataset.categories = trained
     return [dict(category) for category in cfg.dataset.categories]
 
 
-def _registered_classes(name: str) -> list[dict[str, Any]]:
+def _registered_classes(name: str) -> list[Entry]:
     register_datasets()
     metadata = MetadataCatalog.get(name)
     if "thing_dataset_id_to_contiguous_id" in metadata.as_dict():
@@ -157,9 +137,8 @@ def _registered_classes(name: str) -> list[dict[str, Any]]:
 def class_counts(model: DictConfig) -> Iterator[tuple[str, DictConfig]]:
     """Every place in a model's config, its trunk aside, that says how many classes there are.
 
-    Yields:
-        The path of the section below ``model`` and the section, which has ``num_classes``. What
-        only refers to another place is left out: it follows.
+    It yields the path of the section below ``model`` and the section, which has ``num_classes``.
+    What only refers to another place is left out: it follows.
     """
     for path, node in nodes_of(model):
         if path.partition(".")[0] != "backbone" and "num_classes" in own_keys(node):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import random
@@ -13,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from omegaconf import DictConfig
 
-from backbones.common.errors import UserError
+from backbones.common.errors import UserError, did_you_mean
 from backbones.common.files import write_json
 from backbones.common.paths import local_path
 from revdet.data.annotations import read_coco
@@ -41,17 +40,15 @@ def register_datasets() -> None:
     """Register ``demo_train`` and ``demo_val``. Detectron2 registers COCO and others itself."""
     root = datasets_root() / "demo"
     for split in ("train", "val"):
-        name = f"demo_{split}"
-        if name not in DatasetCatalog.list():
-            annotations = root / "annotations" / f"instances_{split}.json"
-            register_coco_instances(name, {}, str(annotations), str(root / split))
+        if f"demo_{split}" not in DatasetCatalog.list():
+            file = root / "annotations" / f"instances_{split}.json"
+            register_coco_instances(f"demo_{split}", {}, str(file), str(root / split))
 
 
 def name_own_data(cfg: DictConfig) -> None:
     """Let the loaders of a recipe name the files of its ``dataset`` section, if it has any.
 
-    Raises:
-        UserError: only a part of the files is given.
+    A UserError says that only a part of the files is given.
     """
     given = cfg.dataset
     for name, loader in (("own_train", cfg.dataloader.train), ("own_val", cfg.dataloader.test)):
@@ -87,8 +84,7 @@ def dataset_names(cfg: DictConfig, *, evaluation_only: bool = False) -> list[str
 def sources(cfg: DictConfig, *, evaluation_only: bool = False) -> dict[str, Source]:
     """The datasets of a recipe that are in COCO format, by name; others, as LVIS, stay as they are.
 
-    Raises:
-        UserError: a dataset is not registered.
+    A UserError says that a dataset is not registered.
     """
     register_datasets()
     found = {}
@@ -105,8 +101,7 @@ def sources(cfg: DictConfig, *, evaluation_only: bool = False) -> dict[str, Sour
                 continue
             files = metadata.json_file, metadata.image_root
         else:
-            near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            hint = did_you_mean(name, DatasetCatalog.list())
             raise UserError(f"dataset {name!r} is not registered{hint}")
         found[name] = Source(*map(Path, files))
     return found

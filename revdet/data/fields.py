@@ -31,16 +31,10 @@ def decoded(mask: Any, image: dict[str, Any]) -> tuple[Any, float, str]:
     most = FAR * max(height, width)
     if any(min(corners) < -most or max(corners) > most for corners in drawable):
         return None, 0.0, "polygon_far_outside"
-    if not any(
-        min(corners[::2]) < width
-        and max(corners[::2]) > 0
-        and min(corners[1::2]) < height
-        and max(corners[1::2]) > 0
-        for corners in drawable
-    ):
+    sides = [(corners[::2], corners[1::2]) for corners in drawable]
+    if not any(min(x) < width and max(x) > 0 and min(y) < height and max(y) > 0 for x, y in sides):
         return None, 0.0, "mask_outside_image"
-    areas = [_shoelace(corners) for corners in drawable]
-    return drawable, sum(areas), ""
+    return drawable, sum(_shoelace(x, y) for x, y in sides), ""
 
 
 def _decoded_rle(mask: dict[str, Any], height: int, width: int) -> tuple[Any, float, str]:
@@ -81,8 +75,7 @@ def _uncompressed(counts: str) -> list[int] | None:
     return runs
 
 
-def _shoelace(corners: Sequence[float]) -> float:
-    x, y = np.asarray(corners[::2]), np.asarray(corners[1::2])
+def _shoelace(x: Sequence[float], y: Sequence[float]) -> float:
     return float(abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2)
 
 

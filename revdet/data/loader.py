@@ -34,23 +34,15 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
     that little is padded. Which these are depends on how many there are in an iteration, and not on
     the processes or on ``accumulate``; nor do the batches, where there are as many. The processes
     take them in turn.
-
-    Args:
-        groups: the group of each image, for example whether it is wider than high.
-        batch_size: images in a batch of one process.
-        seed: of the permutations.
-        rank, world_size: this process, and the number of processes.
-        accumulate: batches of one process in an iteration.
-        start_step: how many iterations to pass over: the one at which training resumes.
     """
 
-    groups: Sequence[int]
-    batch_size: int
-    seed: int = 0
+    groups: Sequence[int]  # that of each image, for example whether it is wider than high
+    batch_size: int  # of one process
+    seed: int = 0  # of the permutations
     rank: int = 0
     world_size: int = 1
-    accumulate: int = 1
-    start_step: int = 0
+    accumulate: int = 1  # batches of one process in an iteration
+    start_step: int = 0  # iterations to pass over: the one at which training resumes
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in itertools.islice(self._steps(), self.start_step, None):
@@ -103,8 +95,7 @@ class SeededDataset(Dataset[Any]):
     def __init__(self, records: Sequence[Record], mapper: Mapper, seed: int) -> None:
         # Serialised into one array, which worker processes share instead of copying.
         self.records = DatasetFromList(list(records), copy=False)
-        self.mapper = mapper
-        self.seed = seed
+        self.mapper, self.seed = mapper, seed
 
     def __getitem__(self, sample: tuple[int, int]) -> Any:
         index, position = sample
@@ -129,31 +120,27 @@ def build_train_loader(
 ) -> DataLoader[Any]:
     """The training loader of a recipe. Endless; one batch is a list of mapped records.
 
-    A batch has ``total_batch_size / (accumulate * processes)`` images.
-
     Args:
-        dataset: records from ``get_detection_dataset_dicts``.
+        dataset: records from ``get_detection_dataset_dicts``; none is a UserError.
         mapper: Detectron2's ``DatasetMapper`` or one like it.
-        total_batch_size: images per iteration, over all processes and accumulated batches.
+        total_batch_size: images per iteration, over all processes and accumulated batches; it is a
+            multiple of their number, or a UserError.
         num_workers: loader processes of each training process; does not change the data.
         seed: of order and augmentation.
         accumulate: batches per iteration of one process.
-
-    Raises:
-        UserError: ``total_batch_size`` is no multiple of the batches of all processes, or the
-            dataset is empty.
     """
     world_size = comm.get_world_size()
-    if total_batch_size <= 0 or total_batch_size % (world_size * accumulate):
+    batches = world_size * accumulate
+    if total_batch_size <= 0 or total_batch_size % batches:
         raise UserError(
             f"dataloader.train.total_batch_size={total_batch_size} is no positive multiple of "
-            f"{world_size * accumulate}: {world_size} processes × train.accumulate={accumulate}"
+            f"{batches}: {world_size} processes × train.accumulate={accumulate}"
         )
     if not dataset:
         raise UserError("the training dataset holds no image: check its annotations")
     sampler = ResumableBatchSampler(
         groups=[int(record["width"] > record["height"]) for record in dataset],
-        batch_size=total_batch_size // (world_size * accumulate),
+        batch_size=total_batch_size // batches,
         seed=seed,
         rank=comm.get_rank(),
         world_size=world_size,

@@ -27,27 +27,12 @@ from tqdm import tqdm
 from backbones.common.errors import UserError, error_line
 from backbones.common.files import write_json
 from backbones.common.images import header_size, read_image
-from revdet.data.annotations import (
-    BROKEN,
-    NOTED,
-    Findings,
-    categories_in,
-    read_coco,
-    shown,
-    sound_annotations,
-    sound_images,
-    write_coco,
-)
+from revdet.data import annotations as coco
+from revdet.data import datasets
+from revdet.data.annotations import BROKEN, NOTED, Coco, Entry, Findings
 from revdet.data.classes import classes_of_run, describe_classes, fit_recipe, give_ids_of
-from revdet.data.datasets import (
-    OWN,
-    Source,
-    dataset_names,
-    datasets_root,
-    file_of,
-    read_report,
-    sources,
-)
+from revdet.data.datasets import OWN, Source, file_of
+from revdet.data.fields import shown
 from revdet.data.tables import class_rows, class_table, dataset_table, summarize
 from revdet.settings import nodes_of, own_keys
 
@@ -58,6 +43,7 @@ logger = logging.getLogger("revdet")
 
 # Images that have been decoded: length and time of the file, width and height, by its path.
 Checked = dict[str, list[int]]
+Title = str | None  # of a progress bar; None for none
 
 # What Detectron2 knows of a dataset that comes from the normalised file; colours, say, stay.
 _REPLACED = {"name", "json_file", "image_root", "evaluator_type", "thing_classes"}
@@ -71,29 +57,24 @@ def normalise(cfg: DictConfig, *, evaluation_only: bool = False, weights: str = 
 
     Prints what they hold, and writes it with all that is found to ``report.json``. What is broken
     stops the run or, with ``dataset.skip_broken``, is left out. Makes the recipe for the classes
-    of the datasets, as :func:`revdet.data.classes.fit_recipe` does.
+    of the datasets, as :func:`revdet.data.classes.fit_recipe` does. ``evaluation_only`` leaves the
+    training set alone. If the checkpoint ``weights``, which is evaluated, resumed or started from,
+    is of a run, its classes keep the ids that they have there, by their names.
 
-    Args:
-        cfg: the recipe.
-        evaluation_only: leave the training set alone.
-        weights: the checkpoint that is evaluated, resumed or started from. If it is of a run,
-            its classes keep the ids that they have there, by their names.
-
-    Raises:
-        UserError: a dataset is not registered, its annotation file is missing or not COCO JSON,
-            it has another number of classes than the model, something in it is broken and is not
-            to be skipped, or nothing is left.
+    A UserError says that a dataset is not registered, that its annotation file is missing or not
+    COCO JSON, that it has another number of classes than the model, what in it is broken and is
+    not to be skipped, or that nothing is left.
     """
-    contents: dict[Source, dict[str, Any]] = {}
+    contents: dict[Source, Coco] = {}
     names = defaultdict(list)  # training and validation may be the same
-    for name, source in sources(cfg, evaluation_only=evaluation_only).items():
+    for name, source in datasets.sources(cfg, evaluation_only=evaluation_only).items():
         contents[source] = contents.get(source) or _read(name, source)
         names[source].append(name)
     known = _known_classes(cfg, contents, weights, evaluation_only=evaluation_only)
     for source, content in contents.items() if known else ():
         give_ids_of(known, content, source.annotations)
     described = {name: describe_classes(contents[s]) for s in names for name in names[s]}
-    earlier = read_report(cfg)
+    earlier = datasets.read_report(cfg)
     fit_recipe(cfg, {**_described(cfg, earlier), **described})
     masks = bool(OmegaConf.select(cfg, "dataloader.train.mapper.use_instance_mask"))
     report, classes, findings = {}, {}, {}
@@ -104,23 +85,20 @@ def normalise(cfg: DictConfig, *, evaluation_only: bool = False, weights: str = 
         progress = f"checking {alike[0]}" if cfg.train.check_data else None
         cleaned = _cleaned(content, source, found, checked, masks=masks, progress=progress)
         findings[" and ".join(alike)] = found
+        facts, rows = summarize(source.annotations, content, cleaned, found), class_rows(cleaned)
         for name in alike:
-            facts = summarize(source.annotations, content, cleaned, found)
             report[name] = {**facts, **described[name], "lines": found}
-            classes[name] = class_rows(cleaned)
+            classes[name] = rows
             if cfg.dataset.skip_broken or not facts["broken"]:
-                write_coco(file_of(cfg, name), cleaned)
+                coco.write_coco(file_of(cfg, name), cleaned)
     write_json(file_of(cfg, "checked"), checked, indent=None)
-    facts = {**earlier, **report}
-    write_json(
-        file_of(cfg, "report"), {name: facts[name] for name in dataset_names(cfg) if name in facts}
-    )
+    known_now = {**earlier, **report}
+    listed = [name for name in datasets.dataset_names(cfg) if name in known_now]
+    write_json(file_of(cfg, "report"), {name: known_now[name] for name in listed})
     if report:
         logger.info("datasets:\n%s\n%s", dataset_table(report), class_table(classes))
-        logger.info(
-            f"the model learns {len(cfg.dataset.categories)} classes"
-            f"{'' if masks else ', boxes only: no masks in the recipe or in the annotations'}"
-        )
+        less = "" if masks else ", boxes only: no masks in the recipe or in the annotations"
+        logger.info(f"the model learns {len(cfg.dataset.categories)} classes{less}")
     for name, lines in findings.items():
         _list_findings(name, lines)
     _stop_or_go_on(cfg, report)
@@ -134,9 +112,9 @@ def use_normalised(cfg: DictConfig, *, evaluation_only: bool = False) -> None:
     the report what the recipe is made for. Save the recipe before, for it to say what the user
     said.
     """
-    fit_recipe(cfg, _described(cfg, read_report(cfg)))
+    fit_recipe(cfg, _described(cfg, datasets.read_report(cfg)))
     renamed = {}
-    for name, source in sources(cfg, evaluation_only=evaluation_only).items():
+    for name, source in datasets.sources(cfg, evaluation_only=evaluation_only).items():
         known = MetadataCatalog.get(name).as_dict()
         metadata = {key: value for key, value in known.items() if key not in _REPLACED}
         renamed[name] = f"{name} (normalised, {next(_registered)})"
@@ -158,30 +136,28 @@ def _read_checked(cfg: DictConfig) -> Checked:
 
 
 def _known_classes(
-    cfg: DictConfig, contents: dict[Source, dict[str, Any]], weights: str, *, evaluation_only: bool
-) -> list[dict[str, Any]]:
+    cfg: DictConfig, contents: dict[Source, Coco], weights: str, *, evaluation_only: bool
+) -> list[Entry]:
     """The classes that all datasets must have, in the model's order; empty if any will do."""
     run = classes_of_run(weights) if weights else []
     if evaluation_only:
         return run or [dict(category) for category in cfg.dataset.categories]
     if not contents:
         return []
-    theirs = categories_in(next(iter(contents.values())))
-    if (
-        run
-        and weights == cfg.train.init_checkpoint
-        and {c["name"] for c in theirs} != {c["name"] for c in run}
-    ):
+    theirs = coco.categories_in(next(iter(contents.values())))
+    others = {c["name"] for c in theirs} != {c["name"] for c in run}
+    if others and weights == cfg.train.init_checkpoint:
         run = []  # fine-tuned on other classes
     return run or (theirs if cfg.dataset.train_json else [])
 
 
 def _described(cfg: DictConfig, report: dict[str, Any]) -> dict[str, Any]:
     """What a report says about the classes, which those of earlier versions do not."""
-    return {name: report[name] for name in dataset_names(cfg) if "classes" in report.get(name, {})}
+    names = datasets.dataset_names(cfg)
+    return {name: report[name] for name in names if "classes" in report.get(name, {})}
 
 
-def _read(name: str, source: Source) -> dict[str, Any]:
+def _read(name: str, source: Source) -> Coco:
     if split := OWN.get(name):
         if not source.images.is_dir():
             raise UserError(f"dataset.{split}_images={source.images} is no folder: check the path")
@@ -189,41 +165,28 @@ def _read(name: str, source: Source) -> dict[str, Any]:
         raise UserError(
             f"dataset {name!r} needs {source.annotations}, which does not exist: set the "
             "environment variable DETECTRON2_DATASETS to the folder that holds your datasets "
-            f"(now: {datasets_root().absolute()}); `make demo` builds those named demo_…"
+            f"(now: {datasets.datasets_root().absolute()}); `make demo` builds those named demo_…"
         )
-    return read_coco(source.annotations)
+    return coco.read_coco(source.annotations)
 
 
 def _cleaned(
-    content: dict[str, Any],
-    source: Source,
-    found: Findings,
-    checked: Checked,
-    *,
-    masks: bool,
-    progress: str | None,
-) -> dict[str, Any]:
+    content: Coco, source: Source, found: Findings, checked: Checked, masks: bool, progress: Title
+) -> Coco:
     """The content of an annotation file without what is broken, which is added to ``found``."""
-    images = sound_images(content["images"], found)
-    images = _files_that_can_be_used(images, source.images, found, checked, progress=progress)
+    images = coco.sound_images(content["images"], found)
+    images = _files_that_can_be_used(images, source.images, found, checked, progress)
     missing = found.get("missing_image", ())
     if missing and len(missing) == len(content["images"]):
-        raise UserError(
-            f"no image of {source.annotations} is in {source.images}: check the folder that its "
-            "file names start from"
-        )
-    annotations = sound_annotations(content, images, found, masks=masks)
+        remedy = "check the folder that its file names start from"
+        raise UserError(f"no image of {source.annotations} is in {source.images}: {remedy}")
+    annotations = coco.sound_annotations(content, images, found, masks=masks)
     return {**content, "images": images, "annotations": annotations}
 
 
 def _files_that_can_be_used(
-    images: Sequence[dict[str, Any]],
-    folder: Path,
-    findings: Findings,
-    checked: Checked,
-    *,
-    progress: str | None,
-) -> list[dict[str, Any]]:
+    images: Sequence[Entry], folder: Path, findings: Findings, checked: Checked, progress: Title
+) -> list[Entry]:
     """The images whose files are there and, if a progress bar is named, decode as training will.
 
     Those that ``checked`` knows with the same length and time are not decoded again; the others
@@ -231,7 +194,7 @@ def _files_that_can_be_used(
     """
     one_large = Lock()
 
-    def problem(image: dict[str, Any]) -> tuple[str, str]:
+    def problem(image: Entry) -> tuple[str, str]:
         path = folder / image["file_name"]
         try:
             facts = path.stat() if path.is_file() else None
@@ -260,9 +223,7 @@ def _files_that_can_be_used(
 
     kept = []
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        problems = tqdm(
-            pool.map(problem, images), total=len(images), desc=progress, disable=progress is None
-        )
+        problems = tqdm(pool.map(problem, images), progress, len(images), disable=progress is None)
         for image, (kind, detail) in zip(images, problems, strict=True):
             if kind:
                 file = shown(str(folder / image["file_name"]))
@@ -272,7 +233,7 @@ def _files_that_can_be_used(
     return kept
 
 
-def _list_findings(name: str, lines: dict[str, list[str]]) -> None:
+def _list_findings(name: str, lines: Findings) -> None:
     for kind, what in {**BROKEN, **NOTED}.items():
         if found := lines.get(kind):
             more = f"\n    and {len(found) - LISTED} more" if len(found) > LISTED else ""
@@ -288,7 +249,7 @@ def _stop_or_go_on(cfg: DictConfig, report: dict[str, Any]) -> None:
             if not cfg.dataset.skip_broken:
                 remedy = "correct them, or set dataset.skip_broken=true to train without them"
                 if not summary["objects"]:  # nothing would be left
-                    kind = max(broken, key=lambda kind: broken[kind])
+                    kind = max(broken, key=broken.get)
                     remedy = f"correct the file; most are {kind}: {BROKEN[kind]}"
                 raise UserError(
                     f"dataset {name!r} is broken in {sum(broken.values())} places ({counts}), "
@@ -299,6 +260,6 @@ def _stop_or_go_on(cfg: DictConfig, report: dict[str, Any]) -> None:
                 f"{summary['left_out_annotations']} annotations ({counts}); {file} lists them"
             )
         if not summary["objects"]:
-            if name == dataset_names(cfg)[0]:
+            if name == datasets.dataset_names(cfg)[0]:
                 raise UserError(f"dataset {name!r} has no object to learn: check its annotations")
             logger.warning(f"{name} has no object: there will be no score")

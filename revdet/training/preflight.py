@@ -45,8 +45,8 @@ def preflight(cfg: DictConfig, args: argparse.Namespace, held: ExitStack) -> str
         if rank == 0 and not args.eval_only:
             held.enter_context(locked(Path(train.output_dir), "train.output_dir"))
         log_to(train.output_dir, rank)
-        last = "" if args.eval_only else _last_checkpoint(train.output_dir)
-        weights = args.weights if args.eval_only else last or train.init_checkpoint
+        last = None if args.eval_only else checkpoint_to_resume(Path(train.output_dir))
+        weights = args.weights if args.eval_only else str(last or train.init_checkpoint)
         if weights and not last:
             fetch_weights(weights)
         normalise(cfg, evaluation_only=args.eval_only, weights=weights)
@@ -62,22 +62,20 @@ def log_to(output_dir: str, rank: int) -> None:
 
 
 def _check_budget(train: DictConfig, device: str, args: argparse.Namespace) -> None:
-    frees = {"stored_blocks": 0, "memory_keep": [], "heads_memory": "auto"}
-    for name, free in frees.items():
-        if train.memory_budget and train[name] != free:
-            raise UserError(
-                f"train.memory_budget={train.memory_budget} chooses what is kept, and so does "
-                f"train.{name}={train[name]}: set one of the two"
-            )
-    if train.memory_budget == "auto":
-        if not device.startswith("cuda") and not args.eval_only:
-            raise UserError(
-                f"train.memory_budget=auto needs a GPU that tells what it has free, and the run is "
-                f"on {device}: set a size such as 12GB, or train.memory_budget= for none"
-            )
-    elif train.memory_budget:
+    budget = train.memory_budget
+    for name, free in (("stored_blocks", 0), ("memory_keep", []), ("heads_memory", "auto")):
+        if budget and train[name] != free:
+            chosen = f"train.memory_budget={budget} chooses what is kept"
+            given = f"train.{name}={train[name]}"
+            raise UserError(f"{chosen}, and so does {given}: set one of the two")
+    if budget == "auto" and not device.startswith("cuda") and not args.eval_only:
+        raise UserError(
+            f"train.memory_budget=auto needs a GPU that tells what it has free, and the run is "
+            f"on {device}: set a size such as 12GB, or train.memory_budget= for none"
+        )
+    if budget not in ("", "auto"):
         try:
-            parse_budget(train.memory_budget)
+            parse_budget(budget)
         except ValueError as error:
             raise UserError(f"train.memory_budget: {error}") from error
 
@@ -108,16 +106,11 @@ def _check_processes(device: str, args: argparse.Namespace) -> None:
         raise UserError(f"--num-gpus {args.num_gpus}, but {found} are found: set {found}")
 
 
-def _last_checkpoint(output_dir: str) -> str:
-    return str(checkpoint_to_resume(Path(output_dir)) or "")
-
-
 def _weights_to_evaluate(cfg: DictConfig, args: argparse.Namespace) -> str:
     given = any(o.startswith("train.init_checkpoint=") for o in args.overrides)
-    path = cfg.train.init_checkpoint if given else _last_checkpoint(cfg.train.output_dir)
+    train = cfg.train
+    path = train.init_checkpoint if given else checkpoint_to_resume(Path(train.output_dir))
     if not path:
-        raise UserError(
-            f"--eval-only: {cfg.train.output_dir} holds no checkpoint; train first, or set "
-            "train.init_checkpoint=FILE"
-        )
-    return path
+        remedy = "train first, or set train.init_checkpoint=FILE"
+        raise UserError(f"--eval-only: {train.output_dir} holds no checkpoint; {remedy}")
+    return str(path)
