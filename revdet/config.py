@@ -74,9 +74,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
             stands, any other in Hydra's syntax. The key must exist in the recipe, or be an
             argument of what the recipe builds there.
 
-    Raises:
-        UserError: no such file, a file that is no recipe, an unknown key (the message lists the
-            near ones), or a value of the wrong type or out of bounds.
+    A UserError says that there is no such file, that it is no recipe, which key is unknown (and
+    which are near), or which value is of the wrong type or out of bounds.
     """
     path = RECIPES.find(path)
     cfg = _read(path)
@@ -112,9 +111,8 @@ def _read(path: str) -> DictConfig:
         reason = f"{type(error).__name__}: {error}".replace("\n", " ")
         raise UserError(f"config {path!r} cannot be read: {reason}") from error
     if missing := [section for section in REQUIRED if not OmegaConf.is_dict(cfg.get(section))]:
-        raise UserError(
-            f"config {path!r} is no recipe: it lacks the section(s) {', '.join(missing)}"
-        )
+        lacks = f"it lacks the section(s) {', '.join(missing)}"
+        raise UserError(f"config {path!r} is no recipe: {lacks}")
     return cfg
 
 
@@ -125,8 +123,6 @@ class _Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):  
 _Loader.add_constructor(
     "tag:yaml.org,2002:python/tuple", lambda loader, node: loader.construct_sequence(node)
 )
-
-
 _Loader.add_constructor(
     "tag:yaml.org,2002:python/object:detectron2.layers.shape_spec.ShapeSpec",
     lambda loader, node: ShapeSpec(**loader.construct_mapping(node)),
@@ -145,18 +141,16 @@ def read_yaml(path: str) -> DictConfig:
 
 
 def _check_buildable(target: str, where: str) -> None:
-    remedy = "only a .py recipe may build what is not of a recipe's packages"
-    allowed = target.startswith(BUILDABLE) and ".__" not in target
-    if allowed:
+    home = ""
+    if target.startswith(BUILDABLE) and ".__" not in target:
         try:
             found = locate(target)
             home = f"{found.__module__}.{found.__qualname__}"
         except (ImportError, AttributeError) as error:
-            raise UserError(
-                f"{where} names {target!r}, which cannot be imported: correct it"
-            ) from error
-        allowed = home.startswith(BUILDABLE) or home.startswith("torch.nn.")
-    if not allowed:
+            wrong = f"{where} names {target!r}, which cannot be imported"
+            raise UserError(f"{wrong}: correct it") from error
+    if not home.startswith(BUILDABLE):
+        remedy = "only a .py recipe may build what is not of a recipe's packages"
         raise UserError(f"{where} names _target_ {target!r}: {remedy}")
 
 
@@ -174,26 +168,23 @@ def _typed(name: str, given: Any, where: str) -> DictConfig:
 
 
 def _apply(cfg: DictConfig, override: str) -> None:
-    value: Any
     if override.startswith(("+", "~")):
         raise UserError(f"override {override!r}: write key=value, without '+' or '~'")
     key, text = split_override(override)
-    if key in _TYPED and _TYPED[key].kind is str:
-        value = verbatim(text)
-    else:
-        try:
-            parsed = OverridesParser.create().parse_override(f"key={text}")
-        except HydraException as error:
-            raise UserError(
-                f"override {override!r}: the value is no number, list, … and, if it is a text, "
-                "needs quotes"
-            ) from error
-        if parsed.is_sweep_override():
-            raise UserError(f"override {override!r} has several values: write a list [a,b]")
-        value = parsed.value()
-    if key in _TYPED and _TYPED[key].type_name == "list" and not isinstance(value, list):
+    kind = _TYPED[key].type_name if key in _TYPED else ""
+    if kind == "str":
+        _set(cfg, key, verbatim(text), text)
+        return
+    try:
+        parsed = OverridesParser.create().parse_override(f"key={text}")
+    except HydraException as error:
+        wrong = "the value is no number, list, … and, if it is a text, needs quotes"
+        raise UserError(f"override {override!r}: {wrong}") from error
+    if parsed.is_sweep_override():
+        raise UserError(f"override {override!r} has several values: write a list [a,b]")
+    if kind == "list" and not isinstance(parsed.value(), list):
         raise UserError(f"{key} takes a list such as [a,b], got {text}")
-    _set(cfg, key, value, text)
+    _set(cfg, key, parsed.value(), text)
 
 
 def _set(cfg: DictConfig, key: str, value: Any, text: str) -> None:

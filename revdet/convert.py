@@ -77,8 +77,7 @@ def _convert(args: argparse.Namespace) -> None:
         name = path.relative_to(folder).as_posix()
         images.append({"id": len(images) + 1, "file_name": name, "width": width, "height": height})
         found += [(len(images), shape) for shape in shapes]
-    names = sorted({name for _, (name, _) in found})
-    ids = {name: number for number, name in enumerate(names, 1)}
+    ids = {name: number for number, name in enumerate(sorted({name for _, (name, _) in found}), 1)}
     annotations = [
         {"id": number, "image_id": image, "category_id": ids[name], **_geometry(points)}
         for number, (image, (name, points)) in enumerate(found, 1)
@@ -89,7 +88,7 @@ def _convert(args: argparse.Namespace) -> None:
         name_unreadable(unreadable, None)
         raise UserError(f"no object in the {len(labels)} label files of {args.source}")
     write_json(args.output, content, indent=None)
-    what = f"{len(images)} images, {len(annotations)} objects of {', '.join(names)}"
+    what = f"{len(images)} images, {len(annotations)} objects of {', '.join(ids)}"
     print(f"{what} -> {args.output}")
     used = {str(there.get(file.relative_to(args.source).with_suffix(""))) for file in labels}
     unreadable |= {str(file): "has no label file" for file in files if str(file) not in used}
@@ -112,16 +111,12 @@ def _geometry(points: list[float]) -> dict[str, Any]:
     """Box, area and, of a polygon, segmentation."""
     xs, ys = points[0::2], points[1::2]
     left, top, width, height = min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
-    shape: dict[str, Any] = {
-        "bbox": [left, top, width, height],
-        "area": width * height,
-        "iscrowd": 0,
-    }
-    if len(points) > 4:
-        turned = zip(xs, ys, [*xs[1:], xs[0]], [*ys[1:], ys[0]], strict=True)
-        shape["area"] = abs(sum(x * v - u * y for x, y, u, v in turned)) / 2
-        shape["segmentation"] = [points]
-    return shape
+    box = {"bbox": [left, top, width, height], "area": width * height, "iscrowd": 0}
+    if len(points) <= 4:
+        return box
+    turned = zip(xs, ys, [*xs[1:], xs[0]], [*ys[1:], ys[0]], strict=True)
+    area = abs(sum(x * v - u * y for x, y, u, v in turned)) / 2
+    return {**box, "area": area, "segmentation": [points]}
 
 
 def _voc(file: Path, width: int, height: int) -> Iterator[Shape]:
@@ -178,9 +173,8 @@ def _class_names(source: Path) -> dict[float, str]:
             except Exception as error:  # what is in it may be anything
                 raise UserError(f"{file} has no names of classes ({error_line(error)})") from error
             if points:
-                raise UserError(
-                    f"{file}: key points (kpt_shape) cannot be taken, only boxes, masks"
-                )
+                wrong = "key points (kpt_shape) cannot be taken, only boxes, masks"
+                raise UserError(f"{file}: {wrong}")
             return by_number
     return {}
 

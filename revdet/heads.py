@@ -8,7 +8,6 @@ slice. Names of parameters and modules stay.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -30,13 +29,9 @@ state.SELF_CONTAINED.add("detectron2")
 
 
 class Piece(Block):
-    """A module of a detector as a block that is stored or checkpointed.
+    """A module of a detector as a block that is stored or checkpointed."""
 
-    Attributes:
-        samples: how many (images or regions) are in a slice; 0: as ``slices`` says.
-    """
-
-    samples: int = 0
+    samples: int = 0  # images or regions in a slice; 0: as ``slices`` says
     is_compiled = False
 
     def slices_of(self, batch: int) -> int:
@@ -149,17 +144,13 @@ def make_pieces(detector: Any) -> dict[str, list[Piece]]:
 def set_heads_memory(detector: nn.Module, policy: str, slices: int = 0) -> None:
     """Choose what pyramid, RPN and heads keep: ``"store"`` or ``"checkpoint"``.
 
-    Args:
-        detector: whose parts become pieces.
-        policy: "checkpoint" keeps the input of each, and runs it again slice by slice.
-        slices: in how many; 0: images one by one, boxes by 128 and masks by 32.
-
-    Raises:
-        ValueError: batch norm in a part that is to be checkpointed.
+    The latter keeps the input of each, and runs it again in so many ``slices``; 0: images one by
+    one, boxes by 128 and masks by 32. With batch norm in such a part, a ValueError.
     """
     for name, pieces in make_pieces(detector).items():
         for piece in pieces:
-            if policy != "store" and (norm := next(_batch_norms(piece), None)):
+            norms = (m for m in piece.modules() if isinstance(m, _BatchNorm | NaiveSyncBatchNorm))
+            if policy != "store" and (norm := next(norms, None)):
                 raise ValueError(
                     f"{type(norm).__name__} in the {name.replace('_', ' ')} mixes images, which "
                     "run one after the other: train.heads_memory=store keeps them together"
@@ -167,7 +158,3 @@ def set_heads_memory(detector: nn.Module, policy: str, slices: int = 0) -> None:
             if slices:
                 piece.samples = 0
             backbones.set_memory(piece, policy, slices=max(slices, 1))  # type: ignore[arg-type]
-
-
-def _batch_norms(module: nn.Module) -> Iterator[nn.Module]:
-    yield from (m for m in module.modules() if isinstance(m, _BatchNorm | NaiveSyncBatchNorm))

@@ -43,19 +43,17 @@ class TrunkBackbone(Backbone):
     def __init__(self, model: Any, out_features: Sequence[str] | None = None) -> None:
         super().__init__()
         self.model = model
-        names = [f"scale{int(log2(info['reduction']))}" for info in model.feature_info]
+        self._clips = getattr(model, "clips", False)
+        infos = {f"scale{int(log2(info['reduction']))}": info for info in model.feature_info}
+        self._names = names = [*infos]
         for name in out_features or ():
             if name not in names:
                 raise ValueError(f"the trunk has no map {name!r}; it has {', '.join(names)}")
-        self._names = names
         self._out_features = list(out_features or names)
-        infos = dict(zip(names, model.feature_info, strict=True))
         self._out_feature_channels = {name: info["num_chs"] for name, info in infos.items()}
         self._out_feature_strides = {name: info["reduction"] for name, info in infos.items()}
         own = [name for name in self._out_features if name != names[-1]]
-        self.norms = nn.ModuleDict(
-            {name: get_norm("LN", self._out_feature_channels[name]) for name in own}
-        )
+        self.norms = nn.ModuleDict({name: get_norm("LN", infos[name]["num_chs"]) for name in own})
 
     @property
     def size_divisibility(self) -> int:
@@ -64,13 +62,12 @@ class TrunkBackbone(Backbone):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Images (B, 3, H, W) -> {name: (B, C, H / stride, W / stride)}."""
-        clips = getattr(self.model, "clips", False)
-        return self._named(self.model.feature_maps(x.unsqueeze(2) if clips else x))
+        return self._named(self.model.feature_maps(x.unsqueeze(2) if self._clips else x))
 
     def stage_streams(self, x: Tensor) -> list[tuple[Tensor, ...]]:
         """What the stages of a model that has several end with, as its own ``stage_streams``."""
-        clips = getattr(self.model, "clips", False)
-        streams: list[tuple[Tensor, ...]] = self.model.stage_streams(x.unsqueeze(2) if clips else x)
+        x = x.unsqueeze(2) if self._clips else x
+        streams: list[tuple[Tensor, ...]] = self.model.stage_streams(x)
         return streams
 
     def maps_of(self, streams: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
@@ -78,7 +75,7 @@ class TrunkBackbone(Backbone):
         return self._named([self.model.map_of(*end) for end in enumerate(streams)])
 
     def _named(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        flat = (x.squeeze(2) if getattr(self.model, "clips", False) else x for x in maps)
+        flat = (x.squeeze(2) if self._clips else x for x in maps)
         named = dict(zip(self._names, flat, strict=True))
         out = {name: named[name] for name in self._out_features}
         return out | {name: norm(out[name]) for name, norm in self.norms.items()}
@@ -87,8 +84,7 @@ class TrunkBackbone(Backbone):
 def find_trunk(model: nn.Module) -> tuple[str, nn.Module]:
     """The trunk inside a detector, and what the names of its parameters start with there.
 
-    Raises:
-        ValueError: the detector is not built on a :class:`TrunkBackbone`.
+    A ValueError says that the detector is not built on a :class:`TrunkBackbone`.
     """
     for name, module in model.named_modules():
         if isinstance(module, TrunkBackbone):
@@ -99,8 +95,7 @@ def find_trunk(model: nn.Module) -> tuple[str, nn.Module]:
 def build_model(cfg: DictConfig, device: str = "cpu") -> nn.Module:
     """The detector of a recipe with its memory policy, on a device.
 
-    Raises:
-        UserError: the recipe does not fit together.
+    A UserError says what in the recipe does not fit together.
     """
     settings = cfg.train
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -35,20 +35,10 @@ class UnreadableError(UserError):
     """A file that is no video, or pictures that cannot be used; the message has no path."""
 
 
-class VideoReader:
+class VideoReader(AbstractContextManager["VideoReader"]):
     """The frames of a video, upright, for use in a ``with`` statement.
 
-    Args:
-        path: the file.
-
-    Attributes:
-        time_base: of the frames' times, in seconds.
-        num_frames: their number according to the header; 0 if it does not say.
-        error: why decoding has stopped before the end; empty if it has not.
-
-    Raises:
-        UnreadableError: the file is no video.
-        UserError: PyAV is not installed.
+    An UnreadableError says that the file is no video, a UserError that PyAV is not installed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -65,14 +55,14 @@ class VideoReader:
             raise UnreadableError("holds no video")
         self._stream = self._container.streams.video[0]
         self._stream.thread_type = "AUTO"
-        self.time_base: Fraction = self._stream.time_base
+        self.time_base: Fraction = self._stream.time_base  # of the frames' times, in seconds
         rate = self._stream.average_rate or Fraction(25)
         self._step = max(1, round(1 / rate / self.time_base))
         seconds = Fraction(self._container.duration or 0, 1_000_000)
         if self._stream.duration is not None:
             seconds = self._stream.duration * self.time_base
-        self.num_frames = self._stream.frames or round(seconds * rate)
-        self.error = ""
+        self.num_frames = self._stream.frames or round(seconds * rate)  # 0 if no header says it
+        self.error = ""  # why decoding has stopped before the end
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
         """Yield each frame as (H, W, 3) uint8 RGB, and its time in ``time_base``, which grows."""
@@ -87,9 +77,6 @@ class VideoReader:
                 yield np.ascontiguousarray(np.rot90(pixels, turns)), last
         except (self._av.error.FFmpegError, OSError, ValueError) as error:
             self.error = error_line(error)
-
-    def __enter__(self) -> VideoReader:
-        return self
 
     def __exit__(self, *_: Any) -> None:
         self._container.close()
@@ -113,8 +100,8 @@ def video_writer(
         stream.codec_context.time_base = time_base
 
         def write(pixels: np.ndarray, time: int) -> None:
-            pixels = np.ascontiguousarray(pixels[:height, :width])
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            cut = np.ascontiguousarray(pixels[:height, :width])
+            frame = av.VideoFrame.from_ndarray(cut, format="rgb24")
             frame.pts, frame.time_base = time, time_base
             container.mux(stream.encode(frame))
 

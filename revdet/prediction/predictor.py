@@ -31,15 +31,12 @@ from revdet.training.checkpoint import Checkpointer, checkpoint_to_resume
 class Frame:
     """A picture, or a frame of a video.
 
-    Attributes:
-        index: its number among the inputs, or its time in the video.
-        pixels: (H, W, 3) uint8, RGB.
-        model_input: what Detectron2's models take: ``image`` (3, H', W') after the recipe's test
-            augmentations, ``height`` and ``width`` of ``pixels``.
+    ``model_input`` is what Detectron2's models take: ``image`` (3, H', W') after the recipe's test
+    augmentations, ``height`` and ``width`` of ``pixels``.
     """
 
-    index: int
-    pixels: np.ndarray
+    index: int  # its number among the inputs, or its time in the video
+    pixels: np.ndarray  # (H, W, 3) uint8, RGB
     model_input: dict[str, Any]
 
 
@@ -51,11 +48,7 @@ class Preparation:
         self.is_bgr = mapper.image_format == "BGR"
 
     def __call__(self, index: int, pixels: np.ndarray) -> Frame:
-        """Prepare ``pixels`` (H, W, 3), uint8 RGB.
-
-        Raises:
-            UnreadableError: of one side next to nothing would be left.
-        """
+        """Prepare ``pixels`` (H, W, 3), uint8 RGB; those of a line are an UnreadableError."""
         height, width = pixels.shape[:2]
         if max(height, width) > LINE * min(height, width):
             raise UnreadableError(
@@ -72,8 +65,7 @@ class PictureFiles(Dataset[Frame | str]):
     """Picture files, prepared, or the reason why one cannot be read."""
 
     def __init__(self, paths: Sequence[Path], prepare: Preparation) -> None:
-        self.paths = paths
-        self.prepare = prepare
+        self.paths, self.prepare = paths, prepare
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -88,10 +80,8 @@ class PictureFiles(Dataset[Frame | str]):
 class Detector:
     """The model of a recipe with weights; ``prepare`` makes frames for it.
 
-    What scores less than ``threshold``, in [0, 1], is left out.
-
-    Raises:
-        UserError: the model cannot be built, or the weights do not fit it.
+    What scores less than ``threshold``, in [0, 1], is left out. A UserError says that the model
+    cannot be built, or that the weights do not fit it.
     """
 
     def __init__(self, cfg: DictConfig, weights: str, *, device: str, threshold: float) -> None:
@@ -108,43 +98,31 @@ class Detector:
 
     @torch.no_grad()
     def __call__(self, frames: Sequence[Frame]) -> list[Instances]:
-        """What is found in each frame, in pixels of the frame, on the CPU.
-
-        Raises:
-            UserError: the device has not enough memory.
-        """
+        """What is found in each frame, in pixels of the frame, on the CPU."""
         try:
             outputs = self.model([frame.model_input for frame in frames])
         except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"{self.model.device} has not enough memory for {len(frames)} pictures at once: "
-                "set a smaller --batch-size"
-            ) from error
+            lacks = f"has not enough memory for {len(frames)} pictures at once"
+            remedy = "set a smaller --batch-size"
+            raise UserError(f"{self.model.device} {lacks}: {remedy}") from error
         found = [output["instances"].to("cpu") for output in outputs]
         return [instances[instances.scores >= self.threshold] for instances in found]
 
 
 class Loaded:
-    """A trained detector as a function of a picture; :func:`load` makes it.
-
-    Attributes:
-        classes: their names, in the order of ``pred_classes``.
-    """
+    """A trained detector as a function of a picture; :func:`load` makes it."""
 
     def __init__(self, detector: Detector, classes: Sequence[str]) -> None:
         self.detector = detector
-        self.classes = list(classes)
+        self.classes = list(classes)  # their names, in the order of ``pred_classes``
 
     def __call__(self, image: str | Path | Image.Image | np.ndarray) -> Instances:
         """What is in a picture: its path, a PIL image, or uint8 (H, W, 3) in RGB.
 
-        Returns:
-            Detectron2's ``Instances``, the likeliest first: ``pred_boxes`` (x0, y0, x1, y1 in
-            pixels), ``scores``, ``pred_classes``, ``pred_masks`` (N, H, W) if the model has masks,
-            and ``names``, of the classes.
-
-        Raises:
-            UserError: a file that cannot be read, or a picture of another kind or shape.
+        It comes as Detectron2's ``Instances``, the likeliest first: ``pred_boxes`` (x0, y0, x1, y1
+        in pixels), ``scores``, ``pred_classes``, ``pred_masks`` (N, H, W) if the model has masks,
+        and ``names``, of the classes. A UserError says that a file cannot be read, or that the
+        picture is of another kind or shape.
         """
         if isinstance(image, str | Path):
             try:
@@ -165,13 +143,10 @@ def load(
     """The detector that a run has trained: ``revdet.load(RUN)("photo.jpg")``.
 
     Args:
-        run: its ``train.output_dir``.
+        run: its ``train.output_dir``; a UserError if it holds no checkpoint that can be read.
         checkpoint: a file in the place of ``model_final.pth``, or of the newest one before the end.
         device: ``cuda``, ``cpu``, …; ``auto``: a GPU where there is one.
         threshold: lower scores are left out, 0 to 1.
-
-    Raises:
-        UserError: the folder holds no run with a checkpoint, or that cannot be read.
     """
     cfg = load_config(str(Path(run) / "config.yaml"))
     final = Path(run) / "model_final.pth"

@@ -11,27 +11,22 @@ from detectron2.structures import Instances
 
 from backbones.common.files import free_name, write_json
 
+Facts = dict[str, Any]  # as JSON has them
+
 
 @dataclass
 class Predictions:
     """Collects what is found and writes ``predictions.json`` and ``results.json``.
 
-    Args:
-        folder: where they are written, and drawings beside them.
-        categories: the dataset's ``id`` and ``name`` of each class, in the model's order.
-
-    Attributes:
-        objects: COCO results, a dictionary for each object that was found.
-        pictures, videos: what is known about each input that could be read.
-        unreadable: the reason, for each other input. A video may be in both: it broke off.
+    A video that broke off is among the ``videos``, and ``unreadable`` has the reason.
     """
 
-    folder: Path
-    categories: list[dict[str, Any]]
-    objects: list[dict[str, Any]] = field(default_factory=list)
-    pictures: list[dict[str, Any]] = field(default_factory=list)
-    videos: list[dict[str, Any]] = field(default_factory=list)
-    unreadable: dict[str, str] = field(default_factory=dict)
+    folder: Path  # where they are written, and drawings beside them
+    categories: list[Facts]  # the dataset's id and name of each class, in the model's order
+    objects: list[Facts] = field(default_factory=list)  # COCO results, one for each that was found
+    pictures: list[Facts] = field(default_factory=list)  # what is known of those that can be read
+    videos: list[Facts] = field(default_factory=list)  # likewise
+    unreadable: dict[str, str] = field(default_factory=dict)  # the reason, for other inputs
     _drawings: set[Path] = field(default_factory=set)
 
     def add(self, image_id: int, instances: Instances, **where: Any) -> None:

@@ -26,15 +26,8 @@ from backbones.common.images import header_size
 from backbones.common.stopping import Stopped
 from revdet.config import load_config
 from revdet.data.classes import categories_of
-from revdet.prediction.media import (
-    SUFFIXES,
-    VIDEO_SUFFIXES,
-    UnreadableError,
-    VideoReader,
-    import_av,
-    is_video,
-    video_writer,
-)
+from revdet.prediction import media
+from revdet.prediction.media import SUFFIXES, UnreadableError, is_video, video_writer
 from revdet.prediction.predictor import Detector, Frame, PictureFiles, batches
 from revdet.prediction.results import Predictions
 
@@ -47,37 +40,30 @@ matplotlib.rcParams["text.parse_math"] = False
 def run(args: argparse.Namespace) -> None:
     """Do what the command line of ``predict.py`` says.
 
-    Raises:
-        UserError: a wrong option, input, config or checkpoint, or not one input can be read.
+    A UserError says which option, input, config or checkpoint is wrong, or that not one input can
+    be read.
     """
     _check_options(args)
-    device = try_device(args.device, f"--device {args.device}", "try --device cpu")
-    videos_are = " ".join(sorted(VIDEO_SUFFIXES))
+    device = str(try_device(args.device, f"--device {args.device}", "try --device cpu"))
+    videos_are = " ".join(sorted(media.VIDEO_SUFFIXES))
     what = f"picture or video (.jpg, .png and what else Pillow reads; {videos_are})"
     inputs = find_files(
         args.input, lambda path: path.suffix.lower() in SUFFIXES, what, passed_over=args.output
     )
     videos = [path for path in inputs if is_video(path)]
+    pictures = [path for path in inputs if not is_video(path)]
     if videos:
-        import_av()
+        media.import_av()
     cfg = load_config(args.config, args.overrides)
     predictions = Predictions(args.output, categories_of(cfg, args.weights))
-    detector = Detector(cfg, args.weights, device=str(device), threshold=args.threshold)
-
-    began = time.perf_counter()
-    pictures = [path for path in inputs if not is_video(path)]
-    next_id = len(pictures)
+    detector = Detector(cfg, args.weights, device=device, threshold=args.threshold)
+    began, next_id = time.perf_counter(), len(pictures)
 
     def write(**more: Any) -> None:
-        predictions.write(
-            config=args.config,
-            weights=args.weights,
-            device=str(device),
-            threshold=args.threshold,
-            batch_size=args.batch_size,
-            seconds=round(time.perf_counter() - began, 1),
-            **more,
-        )
+        seconds = round(time.perf_counter() - began, 1)
+        given = {"config": args.config, "weights": args.weights, "device": device}
+        given |= {"threshold": args.threshold, "batch_size": args.batch_size, "seconds": seconds}
+        predictions.write(**given, **more)
 
     try:
         with tqdm(total=len(pictures), unit="frame", desc="detecting") as bar:
@@ -127,8 +113,7 @@ class Inference:
     bar: tqdm[Any]
 
     def __post_init__(self) -> None:
-        names = [category["name"] for category in self.predictions.categories]
-        self.metadata = Metadata(thing_classes=names)
+        self.metadata = Metadata(thing_classes=[c["name"] for c in self.predictions.categories])
 
     def pictures(self, paths: Sequence[Path]) -> None:
         """Go through picture files, those of one size together. Image ids are their numbers."""
@@ -136,12 +121,9 @@ class Inference:
         files = PictureFiles(sorted(paths, key=header_size), self.detector.prepare)
         for frame, instances in self._detect(self._readable(files)):
             path = files.paths[frame.index]
-            facts: dict[str, Any] = {
-                "image_id": ids[path],
-                "file_name": str(path),
-                **{side: frame.model_input[side] for side in ("width", "height")},
-                "objects": len(instances),
-            }
+            where = {"image_id": ids[path], "file_name": str(path)}
+            size = {side: frame.model_input[side] for side in ("width", "height")}
+            facts = {**where, **size, "objects": len(instances)}
             self.predictions.add(ids[path], instances, file_name=str(path))
             if not self.args.no_drawings:
                 drawing = self.predictions.drawing("pictures", path, ".jpg")
@@ -166,15 +148,13 @@ class Inference:
     def video(self, path: Path, first_id: int) -> int:
         """Go through the frames of a video; what comes before damage is kept.
 
-        Their image ids count from ``first_id`` on; how many they are is returned.
-
-        Raises:
-            UnreadableError: the file is no video.
+        Their image ids count from ``first_id`` on; how many they are is returned. An
+        UnreadableError says that the file is no video.
         """
         painter = VideoVisualizer(self.metadata)
         facts: dict[str, Any] = {"file_name": str(path), "first_image_id": first_id, "objects": 0}
         number, write = 0, None
-        with VideoReader(path) as video, contextlib.ExitStack() as stack:
+        with media.VideoReader(path) as video, contextlib.ExitStack() as stack:
             self.bar.total += video.num_frames
             frames = (self.detector.prepare(when, pixels) for pixels, when in video)
             for frame, found in self._detect(frames):
