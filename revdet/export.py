@@ -24,8 +24,7 @@ from revdet.install import detection_extra
 def main(argv: Sequence[str] | None = None) -> int:
     """Export, and print the input and how far the file is from the detector.
 
-    Raises:
-        SystemExit: with status 2 for what the user can fix, after a line on stderr.
+    What the user can fix is one line on stderr, and SystemExit with status 2.
     """
     parser = make_parser("python -m revdet.export", __doc__)
     add = parser.add_argument
@@ -61,10 +60,8 @@ def _export(options: argparse.Namespace) -> None:
     shapes = backbone.output_shape()
     multiple = max(shape.stride for shape in shapes.values())
     side = backbone.padding_constraints.get("square_size") or 4 * multiple
-    height, width = options.size or (side, side)
-    graph = export_graph(
-        Maps(backbone).eval(), (3, height, width), options.to, None if options.size else multiple
-    )
+    size, free = options.size or (side, side), None if options.size else multiple
+    graph = export_graph(Maps(backbone).eval(), (3, *size), options.to, free)
     print(f"{graph}\noutputs: {', '.join(shapes)}")
 
 

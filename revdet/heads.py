@@ -111,6 +111,11 @@ def _as_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
+def listed(module: Any) -> list[Any]:
+    """The heads of a cascade; of a plain detector, its one."""
+    return [*module] if isinstance(module, nn.ModuleList) else [module]
+
+
 def make_pieces(detector: Any) -> dict[str, list[Piece]]:
     """``pyramid``, ``rpn``, ``box_heads`` and ``mask_head`` of a detector as pieces that store.
 
@@ -127,7 +132,7 @@ def make_pieces(detector: Any) -> dict[str, list[Piece]]:
     found: dict[str, tuple[list[Any], int, str]] = {
         "pyramid": (pyramid, _IMAGES, "forward"),
         "rpn": ([rpn], _IMAGES, "forward"),
-        "box_heads": ([*boxes] if isinstance(boxes, nn.ModuleList) else [boxes], _BOXES, "forward"),
+        "box_heads": (listed(boxes), _BOXES, "forward"),
         "mask_head": ([getattr(heads, "mask_head", None)], _MASKS, "layers"),
     }
     pieces: dict[str, list[Piece]] = {}
@@ -151,10 +156,9 @@ def set_heads_memory(detector: nn.Module, policy: str, slices: int = 0) -> None:
         for piece in pieces:
             norms = (m for m in piece.modules() if isinstance(m, _BatchNorm | NaiveSyncBatchNorm))
             if policy != "store" and (norm := next(norms, None)):
-                raise ValueError(
-                    f"{type(norm).__name__} in the {name.replace('_', ' ')} mixes images, which "
-                    "run one after the other: train.heads_memory=store keeps them together"
-                )
+                mixes = f"{type(norm).__name__} in the {name.replace('_', ' ')} mixes images"
+                remedy = "train.heads_memory=store keeps them together"
+                raise ValueError(f"{mixes}, which run one after the other: {remedy}")
             if slices:
                 piece.samples = 0
             backbones.set_memory(piece, policy, slices=max(slices, 1))  # type: ignore[arg-type]

@@ -82,10 +82,7 @@ class TrunkBackbone(Backbone):
 
 
 def find_trunk(model: nn.Module) -> tuple[str, nn.Module]:
-    """The trunk inside a detector, and what the names of its parameters start with there.
-
-    A ValueError says that the detector is not built on a :class:`TrunkBackbone`.
-    """
+    """The prefix of the names of a detector's trunk, and the trunk; a ValueError if it has none."""
     for name, module in model.named_modules():
         if isinstance(module, TrunkBackbone):
             return f"{name}.model.".lstrip("."), module.model
@@ -93,10 +90,7 @@ def find_trunk(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def build_model(cfg: DictConfig, device: str = "cpu") -> nn.Module:
-    """The detector of a recipe with its memory policy, on a device.
-
-    A UserError says what in the recipe does not fit together.
-    """
+    """The detector of a recipe with its memory policy; a UserError if these do not fit together."""
     settings = cfg.train
     try:
         model: Any = instantiate(cfg.model)

@@ -46,10 +46,9 @@ def fit_recipe(cfg: DictConfig, described: Mapping[str, Mapping[str, Any]]) -> N
                 section.num_classes = number
             elif section.num_classes != number:
                 key = ".".join(filter(None, ("model", path, "num_classes")))
-                raise UserError(
-                    f"the model has {section.num_classes} classes, but dataset {name!r} has "
-                    f"{number} categories: set {key}={number}"
-                )
+                model = f"the model has {section.num_classes} classes"
+                data = f"dataset {name!r} has {number} categories"
+                raise UserError(f"{model}, but {data}: set {key}={number}")
     if not all(facts["masks"] for facts in own):
         _boxes_only(cfg)
     if described:
@@ -81,10 +80,8 @@ def give_ids_of(known: list[Entry], content: Coco, where: Path) -> None:
         return
     ids = {category["name"]: category["id"] for category in known}
     if others := other_classes(content["categories"], known):
-        raise UserError(
-            f"{where} has classes that the run has not learnt ({some_of(others)}): it knows "
-            f"{some_of([*ids])}; name them alike, or train anew"
-        )
+        wrong = f"{where} has classes that the run has not learnt ({some_of(others)})"
+        raise UserError(f"{wrong}: it knows {some_of([*ids])}; name them alike, or train anew")
     new = {category["id"]: ids[category["name"]] for category in content["categories"]}
     for annotation in content["annotations"]:
         number = whole_number(annotation.get("category_id"))

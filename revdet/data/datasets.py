@@ -46,10 +46,7 @@ def register_datasets() -> None:
 
 
 def name_own_data(cfg: DictConfig) -> None:
-    """Let the loaders of a recipe name the files of its ``dataset`` section, if it has any.
-
-    A UserError says that only a part of the files is given.
-    """
+    """Let the loaders name the files of the ``dataset`` section; a UserError if one is missing."""
     given = cfg.dataset
     for name, loader in (("own_train", cfg.dataloader.train), ("own_val", cfg.dataloader.test)):
         keys = [f"{OWN[name]}_json", f"{OWN[name]}_images"]
@@ -60,10 +57,8 @@ def name_own_data(cfg: DictConfig) -> None:
         if there:
             loader.dataset.names = name
     if given.val_fraction and (given.val_json or not given.train_json):
-        raise UserError(
-            f"dataset.val_fraction={given.val_fraction} splits dataset.train_json: set that, and "
-            "not dataset.val_json"
-        )
+        wrong = f"dataset.val_fraction={given.val_fraction} splits dataset.train_json"
+        raise UserError(f"{wrong}: set that, and not dataset.val_json")
     if given.val_fraction:
         cfg.dataloader.test.dataset.names = "own_val"
     elif given.train_json and not given.val_json:

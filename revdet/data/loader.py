@@ -50,18 +50,13 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
                 first = batch * self.batch_size
                 yield step[first : first + self.batch_size]
 
-    def _samples(self) -> Iterator[tuple[int, int]]:
-        generator = torch.Generator().manual_seed(self.seed)
-        positions = itertools.count()
-        while True:
-            for index in torch.randperm(len(self.groups), generator=generator).tolist():
-                yield index, next(positions)
-
     def _steps(self) -> Iterator[list[tuple[int, int]]]:
         """All samples of each iteration."""
         size = self.batch_size * self.accumulate * self.world_size
         waiting: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for index, position in self._samples():
+        generator, count = torch.Generator().manual_seed(self.seed), len(self.groups)
+        epochs = (torch.randperm(count, generator=generator).tolist() for _ in itertools.count())
+        for position, index in enumerate(itertools.chain.from_iterable(epochs)):
             group = self.groups[index]
             waiting[group].append((index, position))
             if len(waiting[group]) == size:
@@ -104,10 +99,9 @@ class SeededDataset(Dataset[Any]):
         try:
             return self.mapper(record)
         except (OSError, SizeMismatchError) as error:
-            raise UserError(
-                f"image {record['file_name']} cannot be used ({error}): replace it, or set "
-                "dataset.skip_broken=true train.check_data=true"
-            ) from error
+            wrong = f"image {record['file_name']} cannot be used ({error})"
+            remedy = "replace it, or set dataset.skip_broken=true train.check_data=true"
+            raise UserError(f"{wrong}: {remedy}") from error
 
 
 def build_train_loader(

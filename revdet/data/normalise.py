@@ -251,10 +251,8 @@ def _stop_or_go_on(cfg: DictConfig, report: dict[str, Any]) -> None:
                 if not summary["objects"]:  # nothing would be left
                     kind = max(broken, key=broken.get)
                     remedy = f"correct the file; most are {kind}: {BROKEN[kind]}"
-                raise UserError(
-                    f"dataset {name!r} is broken in {sum(broken.values())} places ({counts}), "
-                    f"listed above and in {file}: {remedy}"
-                )
+                places = f"{sum(broken.values())} places ({counts}), listed above and in {file}"
+                raise UserError(f"dataset {name!r} is broken in {places}: {remedy}")
             logger.warning(
                 f"{name}: left out {summary['left_out_images']} images and "
                 f"{summary['left_out_annotations']} annotations ({counts}); {file} lists them"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -163,12 +164,6 @@ def batches(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
 
     Others would be padded to the largest of them, and the model may answer to that.
     """
-    batch: list[Frame] = []
-    for frame in frames:
-        shape = frame.model_input["image"].shape
-        if batch and (len(batch) == size or batch[0].model_input["image"].shape != shape):
+    for _, alike in groupby(frames, lambda frame: frame.model_input["image"].shape):
+        while batch := list(islice(alike, size)):
             yield batch
-            batch = []
-        batch.append(frame)
-    if batch:
-        yield batch

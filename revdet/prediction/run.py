@@ -38,11 +38,7 @@ matplotlib.rcParams["text.parse_math"] = False
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the command line of ``predict.py`` says.
-
-    A UserError says which option, input, config or checkpoint is wrong, or that not one input can
-    be read.
-    """
+    """Do what the command line of ``predict.py`` says; a UserError if no input can be read."""
     _check_options(args)
     device = str(try_device(args.device, f"--device {args.device}", "try --device cpu"))
     videos_are = " ".join(sorted(media.VIDEO_SUFFIXES))
@@ -146,10 +142,9 @@ class Inference:
                 self.bar.update()
 
     def video(self, path: Path, first_id: int) -> int:
-        """Go through the frames of a video; what comes before damage is kept.
+        """Go through the frames of a video, those before damage; an UnreadableError if it is none.
 
-        Their image ids count from ``first_id`` on; how many they are is returned. An
-        UnreadableError says that the file is no video.
+        Their image ids count from ``first_id`` on; how many they are is returned.
         """
         painter = VideoVisualizer(self.metadata)
         facts: dict[str, Any] = {"file_name": str(path), "first_image_id": first_id, "objects": 0}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import backbones
 from backbones.common.errors import UserError
 from backbones.memory.budget import parse_budget
-from revdet.heads import make_pieces
+from revdet.heads import listed, make_pieces
 from revdet.models import find_trunk
 
 logger = logging.getLogger("revdet")
@@ -122,13 +122,12 @@ class ShapeOnlyDetector(nn.Module):
                 self.trunk = find_trunk(detector)[1]
             for name, modules in pieces.items():
                 self.add_module(name, nn.ModuleList(modules))
-            self.box_predictors = _listed(heads.box_predictor)
+            self.box_predictors = listed(heads.box_predictor)
             _ = detector.backbone, detector.proposal_generator.rpn_head, heads.box_pooler
         except AttributeError as error:
-            raise ValueError(
-                f"a memory budget needs a detector with an RPN and box heads ({error}); set "
-                "train.memory and train.stored_blocks instead"
-            ) from error
+            needs = f"a memory budget needs a detector with an RPN and box heads ({error})"
+            remedy = "set train.memory and train.stored_blocks instead"
+            raise ValueError(f"{needs}; {remedy}") from error
         self.detector = detector
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -139,7 +138,7 @@ class ShapeOnlyDetector(nn.Module):
         scores, deltas = rpn.rpn_head([features[name] for name in rpn.in_features])
         boxes = len(images) * heads.batch_size_per_image
         outputs = [*scores, *deltas]
-        for head, predictor in zip(_listed(heads.box_head), self.box_predictors, strict=True):
+        for head, predictor in zip(listed(heads.box_head), self.box_predictors, strict=True):
             pooled = _pool(features, heads.box_in_features, heads.box_pooler, boxes)
             outputs += predictor(head(pooled))
         if heads.mask_on:
@@ -147,11 +146,6 @@ class ShapeOnlyDetector(nn.Module):
             pooled = _pool(features, heads.mask_in_features, heads.mask_pooler, objects)
             outputs.append(heads.mask_head.layers(pooled))
         return outputs
-
-
-def _listed(module: nn.Module) -> list[nn.Module]:
-    """The heads of a cascade; of a plain detector, its one."""
-    return [*module] if isinstance(module, nn.ModuleList) else [module]
 
 
 def _pool(features: dict[str, Tensor], names: Sequence[str], pooler: Any, count: int) -> Tensor:

@@ -93,11 +93,9 @@ class Checkpointer(DetectionCheckpointer):
         except UserError:
             raise
         except ValueError as error:  # by the optimizer
-            raise UserError(
-                f"the state of the optimizer in {path} is of other groups of parameters "
-                f"({first_line(error)}): resume with the optimizer.params, such as layer_decay, "
-                "that are in its config.yaml"
-            ) from error
+            groups = f"is of other groups of parameters ({first_line(error)})"
+            remedy = "resume with the optimizer.params, such as layer_decay, in its config.yaml"
+            raise UserError(f"the state of the optimizer in {path} {groups}: {remedy}") from error
         return result
 
     def _load_file(self, filename: str) -> dict[str, Any]:
@@ -109,17 +107,13 @@ class Checkpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
         averaged = "training_model" in checkpoint
         if self.checkpointables and averaged != ("training_model" in self.checkpointables):
-            raise UserError(
-                f"checkpoint {self._path} is of a run with{'' if averaged else 'out'} averaged "
-                "weights: resume it with the train.ema_decay that is in its config.yaml"
-            )
+            kind = f"a run with{'' if averaged else 'out'} averaged weights"
+            remedy = "resume it with the train.ema_decay that is in its config.yaml"
+            raise UserError(f"checkpoint {self._path} is of {kind}: {remedy}")
         return self._copy(checkpoint.pop("model"), self._path, strict=True)
 
     def start_from(self, checkpoint: Checkpoint) -> None:
-        """Start from a detector: class layers may differ, weights may be missing.
-
-        A UserError says that the checkpoint does not fit the model, which is then untouched.
-        """
+        """Start from a detector: class layers may differ, weights be missing; else a UserError."""
         tensors = for_detector(self.model, checkpoint, exact=False)
         self._log_incompatible_keys(self._copy(tensors, checkpoint.path, strict=False))
 
@@ -135,10 +129,9 @@ class Checkpointer(DetectionCheckpointer):
             kinds = {"have another shape": reshaped, "are missing": missing}
             kinds["are unknown to the model"] = unexpected
             counts = [f"{len(k)} weights {what} (first: {k[0]})" for what, k in kinds.items() if k]
-            raise UserError(
-                f"checkpoint {path} is of another architecture: {'; '.join(counts)}. Use the "
-                "config it was trained with (config.yaml beside it)"
-            )
+            wrong = f"checkpoint {path} is of another architecture: {'; '.join(counts)}"
+            remedy = "Use the config it was trained with (config.yaml beside it)"
+            raise UserError(f"{wrong}. {remedy}")
         fitting = [key for key in theirs if key in ours and key not in anew]
         state = {key: sharding.spread(theirs[key], ours[key]) for key in fitting}
         self.model.load_state_dict(state, strict=False)
@@ -187,10 +180,8 @@ def checkpoint_to_resume(output_dir: Path) -> Path | None:
             return path
         logger.warning(f"{path} is damaged ({reason}): trying the one before")
     if known:
-        raise UserError(
-            f"all checkpoints in {output_dir} are damaged, the newest is {known[0].name}: set "
-            "train.output_dir to a new folder"
-        )
+        wrong = f"all checkpoints in {output_dir} are damaged, the newest is {known[0].name}"
+        raise UserError(f"{wrong}: set train.output_dir to a new folder")
     return None
 
 

@@ -48,8 +48,8 @@ def rank_of_this_process(machine_rank: int) -> int:
 def resolve_device(name: str, num_gpus: int) -> str:
     """The device that ``train.device`` stands for in this process or the ``num_gpus`` it starts.
 
-    The key itself stays as it is: the config.yaml of a run may be used on another machine. A
-    UserError says that the device cannot be used.
+    The key itself stays: a config.yaml may be used on another machine. A device that cannot be
+    used is a UserError.
     """
     given = name
     if name == "auto":
@@ -106,15 +106,13 @@ def _call(function: Callable[..., None], *args: Any) -> None:
         if not is_of_a_lost_process(error):
             raise
         time.sleep(_CAUSE_FIRST)
-        raise UserError(
-            "another process of the run has ended, and no line if it was killed: look for its "
-            "error, and continue with --resume"
-        ) from error
+        ended = "another process of the run has ended, and no line if it was killed"
+        raise UserError(f"{ended}: look for its error, and continue with --resume") from error
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def is_of_a_lost_process(error: BaseException) -> bool:
+def is_of_a_lost_process(error: BaseException | None) -> bool:
     """Whether an error of a collective operation is that a process does not answer any more."""
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
 

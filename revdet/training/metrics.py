@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from detectron2.utils.events import EventWriter, get_event_storage
 
 from backbones.common.files import cut_lines, set_aside
 
 logger = logging.getLogger("revdet")
+Scalars = dict[str, float]
 
 
-class NewScalars:
-    """Called, the scalars put into the event storage since the last call, by iteration."""
+class ScalarWriter(EventWriter):
+    """Hands the new scalars of each iteration, and its number, to ``log``; ``close`` ends that."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: Callable[[Scalars, int], Any], close: Callable[[], Any]) -> None:
+        self._log, self.close = log, close
         self._known: dict[str, int] = {}
 
-    def __call__(self) -> dict[int, dict[str, float]]:
-        lines: dict[int, dict[str, float]] = {}
+    def write(self) -> None:
+        """Hand on what has been put into the event storage since the last call."""
+        new: dict[int, Scalars] = {}
         for key, (value, iteration) in get_event_storage().latest().items():
             if self._known.get(key) != iteration:
                 self._known[key] = iteration
-                lines.setdefault(iteration, {})[key] = value
-        return dict(sorted(lines.items()))
+                new.setdefault(iteration, {})[key] = value
+        for iteration, values in sorted(new.items()):
+            self._log(values, iteration)
 
 
-class MetricsWriter(EventWriter):
+class MetricsWriter(ScalarWriter):
     """Append to ``metrics.json`` what is new since the last write, one line for each iteration.
 
     Values of single iterations, where Detectron2's own writer has running medians. It may write
@@ -47,20 +53,15 @@ class MetricsWriter(EventWriter):
             rows = [row for row in read_metrics(aside) if row["iteration"] < start_iter]
             path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
         self._file = path.open("a", encoding="utf-8")
-        self._new = NewScalars()
+        super().__init__(self._append, self._file.close)
 
-    def write(self) -> None:
-        """Write the scalars that have been put into the event storage since the last call."""
-        for iteration, values in self._new().items():
-            line = json.dumps({**values, "iteration": iteration}, sort_keys=True)
-            self._file.write(f"{line}\n")
+    def _append(self, values: Scalars, iteration: int) -> None:
+        line = json.dumps({**values, "iteration": iteration}, sort_keys=True)
+        self._file.write(f"{line}\n")
         self._file.flush()
 
-    def close(self) -> None:
-        self._file.close()
 
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[Scalars]:
     """The lines of a ``metrics.json``, without those that a kill or a bad disk has spoilt."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):

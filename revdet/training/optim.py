@@ -76,10 +76,7 @@ def scale_learning_rate(cfg: DictConfig) -> None:
 
 
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
-    """Optimizer and learning-rate schedule of a recipe, after the linear scaling rule.
-
-    A UserError says what in the recipe does not fit together.
-    """
+    """Optimizer and schedule of a recipe, after linear scaling; a UserError if they do not fit."""
     scale_learning_rate(cfg)
     cfg.optimizer.params.model = model
     kind = cfg.optimizer.get("_target_")

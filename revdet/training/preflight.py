@@ -23,8 +23,7 @@ from revdet.training.weights import fetch_weights
 def preflight(cfg: DictConfig, args: argparse.Namespace, held: ExitStack) -> str:
     """Check the settings; then, in one process of each machine, have the weights and the data.
 
-    Returns the device to run on. ``held`` gets the lock of the output folder, to be held as long. A
-    UserError has what is wrong, and the remedy.
+    Returns the device to run on. ``held`` gets the lock of the output folder, to be held as long.
     """
     train = cfg.train
     device = hardware.resolve_device(train.device, args.num_gpus)
@@ -35,10 +34,8 @@ def preflight(cfg: DictConfig, args: argparse.Namespace, held: ExitStack) -> str
     if args.eval_only:
         args.weights = _weights_to_evaluate(cfg, args)
     elif not args.resume and (run := holds_a_run(Path(train.output_dir))):
-        raise UserError(
-            f"{train.output_dir} already holds a run ({run}): add --resume to continue it, or set "
-            "train.output_dir to a new folder"
-        )
+        remedy = "add --resume to continue it, or set train.output_dir to a new folder"
+        raise UserError(f"{train.output_dir} already holds a run ({run}): {remedy}")
     if hardware.is_first_on_machine():
         rank = hardware.rank_of_this_process(args.machine_rank)
         make_folder(train.output_dir, "train.output_dir")

@@ -47,10 +47,7 @@ logger = logging.getLogger("revdet")
 
 
 def run(cfg: DictConfig, device: str, args: argparse.Namespace) -> None:
-    """Do what the command line says after its preflight, as one of the processes of the job.
-
-    A UserError says what in the recipe does not fit together.
-    """
+    """Do what the command line says, after its preflight, as one of the processes of the job."""
     _set_up_output(cfg, args)
     use_normalised(cfg, evaluation_only=args.eval_only)
     if cfg.train.deterministic:
@@ -85,8 +82,7 @@ def _set_up_output(cfg: DictConfig, args: argparse.Namespace) -> None:
 
 def _is_not_for_the_user(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
-    known = isinstance(error, UserError | FloatingPointError)
-    return not known and (error is None or not is_of_a_lost_process(error))
+    return not isinstance(error, UserError | FloatingPointError) and not is_of_a_lost_process(error)
 
 
 def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
@@ -143,7 +139,7 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
         sampler.start_step = start_iter
     elif start_iter:
         logger.warning("dataloader.train is not revdet's: the order of the data starts over")
-    trainer.register_hooks(_reporting(cfg, checkpointer, evaluations, start_iter, facts))
+    trainer.register_hooks(_reporting(evaluations, start_iter, facts))
     began = time.perf_counter()
     with step_by_step():
         trainer.train(start_iter, settings.max_iter)
@@ -219,15 +215,11 @@ def _facts_to_compare(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _reporting(
-    cfg: DictConfig,
-    checkpointer: Checkpointer,
-    evaluations: Evaluations,
-    start_iter: int,
-    facts: dict[str, Any],
+    evaluations: Evaluations, start_iter: int, facts: dict[str, Any]
 ) -> list[hooks.HookBase]:
     """Logs, checkpoints and evaluations: what is evaluated has been saved, and that been logged."""
-    settings = cfg.train
-    file = Path(settings.output_dir) / "metrics.json"
+    cfg, checkpointer = evaluations.cfg, evaluations.checkpointer
+    settings, file = cfg.train, Path(cfg.train.output_dir) / "metrics.json"
     main, period = comm.is_main_process(), settings.eval_period
     pending = period > 0 and start_iter % period == 0 and 0 < start_iter < settings.max_iter
     pending = comm.all_gather(pending and main and not was_evaluated(file, start_iter - 1))[0]

@@ -5,27 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from detectron2.utils.events import EventWriter, TensorboardXWriter
 from omegaconf import DictConfig
 
-from revdet.training.metrics import NewScalars
-
-
-class TrackerWriter(EventWriter):
-    """Hand the scalars of each iteration, and its number, to a tracker; ``close`` ends its run."""
-
-    def __init__(
-        self, log: Callable[[dict[str, float], int], Any], close: Callable[[], Any]
-    ) -> None:
-        self._log, self.close = log, close
-        self._new = NewScalars()
-
-    def write(self) -> None:
-        """Hand on what has been put into the event storage since the last call."""
-        for iteration, values in self._new().items():
-            self._log(values, iteration)
+from revdet.training.metrics import ScalarWriter
 
 
 def trackers(cfg: DictConfig, start_iter: int) -> list[EventWriter]:
@@ -39,18 +23,18 @@ def trackers(cfg: DictConfig, start_iter: int) -> list[EventWriter]:
     return [made[name]() for name in cfg.train.loggers]
 
 
-def _wandb(folder: Path) -> TrackerWriter:
+def _wandb(folder: Path) -> ScalarWriter:
     import wandb
 
     run = wandb.init(project="revdet", name=folder.name, dir=str(folder), resume="allow")
-    return TrackerWriter(lambda values, step: run.log(values, step=step), run.finish)
+    return ScalarWriter(lambda values, step: run.log(values, step=step), run.finish)
 
 
-def _mlflow(folder: Path) -> TrackerWriter:
+def _mlflow(folder: Path) -> ScalarWriter:
     import mlflow
 
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         mlflow.set_tracking_uri(f"sqlite:///{folder.absolute() / 'mlflow.db'}")
     mlflow.set_experiment("revdet")
     mlflow.start_run(run_name=folder.name)
-    return TrackerWriter(lambda values, step: mlflow.log_metrics(values, step=step), mlflow.end_run)
+    return ScalarWriter(lambda values, step: mlflow.log_metrics(values, step=step), mlflow.end_run)

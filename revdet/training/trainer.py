@@ -59,9 +59,8 @@ class Trainer(SimpleTrainer):
         try:
             self._run_step()
         except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"out of memory in iteration {self.iter} ({error_line(error)}). {self._remedy()}"
-            ) from error
+            wrong = f"out of memory in iteration {self.iter} ({error_line(error)})"
+            raise UserError(f"{wrong}. {self._remedy()}") from error
         except FloatingPointError as error:
             remedy = "Lower optimizer.lr, or set train.clip_grad_norm"
             raise UserError(f"{error_line(error)} {remedy}") from error

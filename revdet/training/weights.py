@@ -71,10 +71,8 @@ def for_detector(model: nn.Module, checkpoint: Checkpoint, *, exact: bool) -> di
     report, fitted = fit_checkpoint(trunk, replace(checkpoint, tensors=net), which)
     rewired = "blocks" in report.converted
     if exact and rewired:
-        raise WeightsError(
-            f"{path} is of a plain trunk: the model's reversible one starts from it, but has to be "
-            "fine-tuned before it is evaluated"
-        )
+        remedy = "starts from it, but has to be fine-tuned before it is evaluated"
+        raise WeightsError(f"{path} is of a plain trunk: the model's reversible one {remedy}")
     logger.info(f"{report}")
     found = {f"{prefix}{name}": value for name, value in fitted.items()}
     for name, value in tensors.items():
