@@ -67,15 +67,12 @@ _TYPED = {key.path: key for name, section in SECTIONS.items() for key in keys_of
 def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Load a recipe and apply overrides to it.
 
-    Args:
-        path: a LazyConfig ``.py`` file, the ``config.yaml`` that a run has saved, or the name of a
-            recipe that comes with this package, such as ``coco/mask_rcnn_rev_vit_base_100ep``.
-        overrides: ``section.key=value``. The value of a typed key that is a string is taken as it
-            stands, any other in Hydra's syntax. The key must exist in the recipe, or be an
-            argument of what the recipe builds there.
-
-    A UserError says that there is no such file, that it is no recipe, which key is unknown (and
-    which are near), or which value is of the wrong type or out of bounds.
+    ``path`` is a LazyConfig ``.py`` file, the ``config.yaml`` that a run has saved, or the name of
+    a recipe that comes with this package, such as ``coco/mask_rcnn_rev_vit_base_100ep``. Overrides
+    are ``section.key=value``: the value of a typed key that is a string is taken as it stands, any
+    other in Hydra's syntax, and the key must exist in the recipe, or be an argument of what the
+    recipe builds there. A UserError says that there is no such file, that it is no recipe, which
+    key is unknown (and which are near), or which value is of the wrong type or out of bounds.
     """
     path = RECIPES.find(path)
     cfg = _read(path)

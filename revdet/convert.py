@@ -59,8 +59,8 @@ def _convert(args: argparse.Namespace) -> None:
     label_of: dict[Path, Path] = {}
     found: list[tuple[int, Shape]] = []
     unreadable: dict[str, str] = {}
-    for file in labels:
-        path = there.get(file.relative_to(args.source).with_suffix(""))
+    named = {file: there.get(file.relative_to(args.source).with_suffix("")) for file in labels}
+    for file, path in named.items():
         try:
             if path is None:
                 raise ValueError(f"no image of this name in {folder}")
@@ -90,8 +90,8 @@ def _convert(args: argparse.Namespace) -> None:
     write_json(args.output, content, indent=None)
     what = f"{len(images)} images, {len(annotations)} objects of {', '.join(ids)}"
     print(f"{what} -> {args.output}")
-    used = {str(there.get(file.relative_to(args.source).with_suffix(""))) for file in labels}
-    unreadable |= {str(file): "has no label file" for file in files if str(file) not in used}
+    used = {*named.values()}
+    unreadable |= {str(file): "has no label file" for file in files if file not in used}
     name_unreadable(unreadable, None)
 
 

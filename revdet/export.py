@@ -22,10 +22,7 @@ from revdet.install import detection_extra
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Export, and print the input and how far the file is from the detector.
-
-    What the user can fix is one line on stderr, and SystemExit with status 2.
-    """
+    """Export, and print the input and how far the file is from the detector."""
     parser = make_parser("python -m revdet.export", __doc__)
     add = parser.add_argument
     add("run", metavar="RUN", help="the output folder of a run")

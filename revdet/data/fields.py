@@ -19,10 +19,8 @@ def decoded(mask: Any, image: dict[str, Any]) -> tuple[Any, float, str]:
         return None, 0.0, "no_mask"
     if isinstance(mask, dict):
         return _decoded_rle(mask, height, width)
-    if not isinstance(mask, list):
-        return None, 0.0, "bad_polygon"
-    if not any(isinstance(part, list) for part in mask):
-        mask = [mask]  # one polygon without the outer list
+    if not isinstance(mask, list) or not any(isinstance(part, list) for part in mask):
+        mask = [mask]  # one polygon without the outer list, or none, which has no numbers
     polygons = [numbers(part) for part in mask]
     # Labelling tools leave points and lines beside the polygons; alone they are no mask.
     drawable = [corners for corners in polygons if len(corners) >= 6 and len(corners) % 2 == 0]

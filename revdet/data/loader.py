@@ -114,14 +114,11 @@ def build_train_loader(
 ) -> DataLoader[Any]:
     """The training loader of a recipe. Endless; one batch is a list of mapped records.
 
-    Args:
-        dataset: records from ``get_detection_dataset_dicts``; none is a UserError.
-        mapper: Detectron2's ``DatasetMapper`` or one like it.
-        total_batch_size: images per iteration, over all processes and accumulated batches; it is a
-            multiple of their number, or a UserError.
-        num_workers: loader processes of each training process; does not change the data.
-        seed: of order and augmentation.
-        accumulate: batches per iteration of one process.
+    ``dataset`` are those of ``get_detection_dataset_dicts``, ``mapper`` is a ``DatasetMapper`` or
+    one like it. An iteration has ``total_batch_size`` images, over all processes and the
+    ``accumulate`` batches of each; that it is no multiple of their number is a UserError, and so is
+    an empty dataset. Each process has ``num_workers`` of its own, which do not change the data.
+    ``seed`` is that of order and augmentation.
     """
     world_size = comm.get_world_size()
     batches = world_size * accumulate

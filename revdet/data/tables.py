@@ -8,14 +8,13 @@ from typing import Any
 
 from tabulate import tabulate
 
-from revdet.data.annotations import BROKEN, NOTED, Findings
+from revdet.data.annotations import BROKEN, NOTED, Coco, Entry, Findings, categories_in
 
 CLASSES_LISTED = 100
+Row = dict[str, Any]
 
 
-def summarize(
-    path: Path, content: dict[str, Any], cleaned: dict[str, Any], findings: Findings
-) -> dict[str, Any]:
+def summarize(path: Path, content: Coco, cleaned: Coco, findings: Findings) -> Row:
     """What ``results.json`` says about a dataset: ``path`` with its content, whole and cleaned."""
     images, annotations = cleaned["images"], cleaned["annotations"]
     crowds = sum(1 for a in annotations if a["iscrowd"])
@@ -38,7 +37,7 @@ def summarize(
     }
 
 
-def dataset_table(report: dict[str, dict[str, Any]]) -> str:
+def dataset_table(report: dict[str, Row]) -> str:
     """One row for each dataset, from its summary."""
     rows = [
         {
@@ -56,34 +55,27 @@ def dataset_table(report: dict[str, dict[str, Any]]) -> str:
     return tabulate(rows, headers="keys", tablefmt="pipe") + "\n"
 
 
-def class_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
+def class_rows(content: Coco) -> list[Row]:
     """Images, objects, sizes and the median box of each class, in the order of the ids."""
-    objects: dict[int, list[dict[str, Any]]] = {c["id"]: [] for c in content["categories"]}
+    objects: dict[int, list[Entry]] = {c["id"]: [] for c in content["categories"]}
     for annotation in content["annotations"]:
         if not annotation["iscrowd"]:
             objects[annotation["category_id"]].append(annotation)
     rows = []
-    for category in sorted(content["categories"], key=lambda category: category["id"]):
+    for category in categories_in(content):
         found = objects[category["id"]]
+        images = len({a["image_id"] for a in found})
         small = sum(1 for a in found if a["area"] < 32**2)
         large = sum(1 for a in found if a["area"] > 96**2)
         sides = [round(statistics.median(a["bbox"][i] for a in found)) for i in (2, 3) if found]
-        rows.append(
-            {
-                "id": category["id"],
-                "class": category["name"],
-                "objects": len(found),
-                "images": len({a["image_id"] for a in found}),
-                "small": small,
-                "medium": len(found) - small - large,
-                "large": large,
-                "median box, px": " x ".join(map(str, sides)) or "-",
-            }
-        )
+        row = {"id": category["id"], "class": category["name"], "objects": len(found)}
+        sizes = {"small": small, "medium": len(found) - small - large, "large": large}
+        box = " x ".join(map(str, sides)) or "-"
+        rows.append({**row, "images": images, **sizes, "median box, px": box})
     return rows
 
 
-def class_table(classes: dict[str, list[dict[str, Any]]]) -> str:
+def class_table(classes: dict[str, list[Row]]) -> str:
     """One row for each class: the first dataset's figures, then the objects of the others."""
     (_, rows), *others = classes.items()
     for name, theirs in others:

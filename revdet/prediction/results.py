@@ -47,12 +47,7 @@ class Predictions:
         """Write both files, each whole or not at all; ``facts`` about the run go into results."""
         self.objects.sort(key=lambda found: found["image_id"])
         self.pictures.sort(key=lambda picture: picture["image_id"])
-        results = {
-            "pictures": self.pictures,
-            "videos": self.videos,
-            "unreadable": self.unreadable,
-            "categories": self.categories,
-            "run": facts,
-        }
+        found = {"pictures": self.pictures, "videos": self.videos, "unreadable": self.unreadable}
+        results = {**found, "categories": self.categories, "run": facts}
         write_json(self.folder / "predictions.json", self.objects, indent=None)
         write_json(self.folder / "results.json", results)

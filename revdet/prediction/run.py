@@ -32,9 +32,7 @@ from revdet.prediction.predictor import Detector, Frame, PictureFiles, batches
 from revdet.prediction.results import Predictions
 
 LARGEST = 4096  # px: larger pictures are drawn smaller
-
-# The names of classes and pictures are no formulas.
-matplotlib.rcParams["text.parse_math"] = False
+matplotlib.rcParams["text.parse_math"] = False  # the names of classes and pictures are no formulas
 
 
 def run(args: argparse.Namespace) -> None:

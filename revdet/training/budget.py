@@ -90,13 +90,12 @@ def fit_detector_memory(
     ground truth (masks, matching of anchors) and what the device needs for itself.
 
     Args:
-        detector: a ``GeneralizedRCNN`` with an RPN and standard or cascaded heads.
+        detector: a ``GeneralizedRCNN`` with an RPN and standard or cascaded heads; a ValueError
+            for any other, and for a budget that cannot be read or is too small.
         image_shape: (B, 3, H, W) of the batch that one process trains on at a time, padded.
         budget, amp_dtype, slices: see :func:`backbones.fit_memory`.
-        held_besides: bytes that something else holds all the time.
-
-    Returns the plan, which is in force; its bytes and its budget are without ``held_besides``. A
-    ValueError says that the budget cannot be read or is too small, or the detector of another kind.
+        held_besides: bytes that something else holds all the time; the plan, which is returned and
+            in force, has its bytes and its budget without them.
     """
     step = ShapeOnlyDetector(detector)
     limit = parse_budget(budget, next(detector.parameters()).device) - held_besides

@@ -22,8 +22,7 @@ logger = logging.getLogger("revdet")
 
 # Layers whose shape is the number of classes; fine-tuning on other classes trains them anew.
 CLASS_LAYERS = ("roi_heads.box_predictor.", "roi_heads.mask_head.predictor.")
-
-FINAL = "model_final"
+FINAL = "model_final"  # the name of the checkpoint at the end
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -144,12 +143,6 @@ def periodic_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints that a run has saved on its way, oldest first."""
     kinds = (".pth", SHARDED)
     return sorted(p for kind in kinds for p in output_dir.glob("model_" + 7 * "[0-9]" + kind))
-
-
-def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint and its checksum."""
-    files.remove(path)
-    files.remove(files.checksum_file(path))
 
 
 def holds_a_run(output_dir: Path) -> str:

@@ -26,15 +26,11 @@ def get_optimizer_params(
 ) -> list[dict[str, Any]]:
     """Parameter groups as ViTDet and MViTv2 have them; Detectron2's, and two things more.
 
-    The learning rate falls towards the input of the trunk, and position embeddings, absolute and
-    relative, have no weight decay. A ValueError says that ``layer_decay`` is outside (0, 1], or
-    that the detector has no trunk.
-
-    Args:
-        model: a detector; with ``layer_decay``, on a :class:`revdet.models.TrunkBackbone`.
-        base_lr: learning rate of what lies behind the trunk.
-        weight_decay_norm: weight decay of norm layers; None for the optimizer's.
-        layer_decay: see :func:`backbones.models.trunk.layer_decay_factors`.
+    The learning rate, ``base_lr`` behind the trunk, falls towards its input by ``layer_decay`` (see
+    :func:`backbones.models.trunk.layer_decay_factors`), and position embeddings, absolute and
+    relative, have no weight decay. ``weight_decay_norm`` is that of norm layers; None for the
+    optimizer's. A ValueError says that ``layer_decay`` is outside (0, 1], or, where it is not 1,
+    that the detector is not on a :class:`revdet.models.TrunkBackbone`.
     """
     factors = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
     if layer_decay != 1:

@@ -3,50 +3,43 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
+from backbones.common.files import checksum_file, remove
 from backbones.common.sharding import is_sharded
 from backbones.common.stopping import Stopped, asked_to_stop, step_by_step
-from revdet.training.checkpoint import FINAL, Checkpointer, periodic_checkpoints, remove_checkpoint
+from revdet.training.checkpoint import FINAL, Checkpointer, periodic_checkpoints
 from revdet.training.evaluation import BEST, Evaluations
 from revdet.training.metrics import MetricsWriter, read_metrics
 
 logger = logging.getLogger("revdet")
 
 
+@dataclass(eq=False)
 class Saving(HookBase):
     """Saves periodic checkpoints, of which it keeps some, and the final one; on the main process.
 
-    Told to stop, all processes finish the iteration, save it, and raise :class:`Stopped`. Of the
-    checkpoints, every ``period`` iterations, ``max_to_keep`` are kept, those of earlier sessions
-    included. ``facts`` go into each, to be compared when it is resumed; ``metrics`` are written
-    before it, on the main process.
+    Told to stop, all processes finish the iteration, save it, and raise :class:`Stopped`.
     """
 
-    trainer: Any
-
-    def __init__(
-        self,
-        checkpointer: Checkpointer,
-        period: int,
-        max_to_keep: int,
-        facts: dict[str, Any],
-        metrics: MetricsWriter | None,
-    ) -> None:
-        self._checkpointer, self._facts, self.metrics = checkpointer, facts, metrics
-        self._period, self._max_to_keep = period, max_to_keep
-        self._saved = -1
+    checkpointer: Checkpointer  # saves on the main process, or on all of them a sharded model
+    period: int  # iterations between two checkpoints
+    max_to_keep: int  # how many are kept, those of earlier sessions included
+    facts: dict[str, Any]  # go into every checkpoint, to be compared when it is resumed
+    metrics: MetricsWriter | None  # is written before a checkpoint is, on the main process
+    trainer: Any = None
 
     def before_train(self) -> None:
         self._saved = self.trainer.start_iter - 1
 
     def after_step(self) -> None:
         iteration = self.trainer.iter
-        if (iteration + 1) % self._period == 0:
+        if (iteration + 1) % self.period == 0:
             self._save(f"model_{iteration:07d}")
         if iteration + 1 >= self.trainer.max_iter:
             self._save(FINAL)
@@ -60,19 +53,20 @@ class Saving(HookBase):
         if self._saved != iteration:
             self._save(f"model_{iteration:07d}")
         comm.synchronize()  # the process that ends first ends the others
-        where = f"iteration {iteration + 1} is saved in {Path(self._checkpointer.save_dir)}"
+        where = f"iteration {iteration + 1} is saved in {Path(self.checkpointer.save_dir)}"
         raise Stopped(number, f"{where}; --resume continues")
 
     def _save(self, name: str) -> None:
         self._saved = self.trainer.iter
         if self.metrics is not None:
             self.metrics.write()
-        if comm.is_main_process() or is_sharded(self._checkpointer.model):
-            self._checkpointer.save(name, iteration=self.trainer.iter, facts=self._facts)
+        if comm.is_main_process() or is_sharded(self.checkpointer.model):
+            self.checkpointer.save(name, iteration=self.trainer.iter, facts=self.facts)
         if comm.is_main_process():
-            kept = periodic_checkpoints(Path(self._checkpointer.save_dir))
-            for path in kept[: -self._max_to_keep]:
-                remove_checkpoint(path)
+            kept = periodic_checkpoints(Path(self.checkpointer.save_dir))
+            for path in kept[: -self.max_to_keep]:
+                remove(path)
+                remove(checksum_file(path))
 
 
 class Evaluating(hooks.EvalHook):
