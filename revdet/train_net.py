@@ -79,8 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             from revdet.training.preflight import preflight
 
             cfg = load_config(args.config, args.overrides)
-            device = preflight(cfg, args, held)
-            launch(_process, cfg, device, args)
+            launch(_process, cfg, preflight(cfg, args, held), args)
     except Stopped as stopped:
         if is_first_on_machine():
             print(stopped, file=sys.stderr)

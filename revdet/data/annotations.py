@@ -110,10 +110,8 @@ def _categories(given: list[Entry], path: Path) -> list[Entry]:
 
 
 def write_coco(path: Path, content: Coco) -> None:
-    """Write a COCO-format file, all of it or nothing; makes its folder.
-
-    One entry at a time: as one text, COCO's own would take as much memory again.
-    """
+    """Write a COCO-format file, all of it or nothing; makes its folder."""
+    # One entry at a time: as one text, COCO's own would take as much memory again.
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.write(json.dumps({"categories": categories_in(content)}).removesuffix("}"))

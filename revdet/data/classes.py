@@ -132,11 +132,7 @@ def _registered_classes(name: str) -> list[Entry]:
 
 
 def class_counts(model: DictConfig) -> Iterator[tuple[str, DictConfig]]:
-    """Every place in a model's config, its trunk aside, that says how many classes there are.
-
-    It yields the path of the section below ``model`` and the section, which has ``num_classes``.
-    What only refers to another place is left out: it follows.
-    """
+    """Each section of a model, its trunk aside, that sets ``num_classes`` itself, with its path."""
     for path, node in nodes_of(model):
         if path.partition(".")[0] != "backbone" and "num_classes" in own_keys(node):
             yield path, node

@@ -77,10 +77,7 @@ def dataset_names(cfg: DictConfig, *, evaluation_only: bool = False) -> list[str
 
 
 def sources(cfg: DictConfig, *, evaluation_only: bool = False) -> dict[str, Source]:
-    """The datasets of a recipe that are in COCO format, by name; others, as LVIS, stay as they are.
-
-    A UserError says that a dataset is not registered.
-    """
+    """The datasets of a recipe in COCO format, by name; one that is not registered: a UserError."""
     register_datasets()
     found = {}
     for name in dataset_names(cfg, evaluation_only=evaluation_only):
@@ -93,7 +90,7 @@ def sources(cfg: DictConfig, *, evaluation_only: bool = False) -> dict[str, Sour
         elif name in DatasetCatalog.list():
             metadata = MetadataCatalog.get(name)
             if metadata.get("evaluator_type") != "coco" or "json_file" not in metadata.as_dict():
-                continue
+                continue  # such as LVIS, which stays as it is
             files = metadata.json_file, metadata.image_root
         else:
             hint = did_you_mean(name, DatasetCatalog.list())
@@ -103,10 +100,7 @@ def sources(cfg: DictConfig, *, evaluation_only: bool = False) -> dict[str, Sour
 
 
 def split_of(cfg: DictConfig, name: str) -> Path:
-    """The part of ``dataset.train_json`` that is ``own_train`` or ``own_val``, by image.
-
-    Written once into ``OUTPUT_DIR/dataset``, where a resumed run finds it again.
-    """
+    """The images of ``dataset.train_json`` that are ``own_train`` or ``own_val``, written once."""
     given, folder = cfg.dataset, Path(cfg.train.output_dir) / "dataset"
     file = folder / f"split_{OWN[name]}.json"
     if not file.is_file():

@@ -160,10 +160,7 @@ def load(
 
 
 def batches(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
-    """Up to ``size`` consecutive frames that are equally large for the model.
-
-    Others would be padded to the largest of them, and the model may answer to that.
-    """
+    """Up to ``size`` consecutive frames that are equally large for the model: none is padded."""
     for _, alike in groupby(frames, lambda frame: frame.model_input["image"].shape):
         while batch := list(islice(alike, size)):
             yield batch

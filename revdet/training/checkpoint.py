@@ -43,19 +43,15 @@ class Checkpointer(DetectionCheckpointer):
         if sharding.is_sharded(self.model) and name != FINAL:
             folder = Path(self.save_dir) / f"{name}{SHARDED}"
             self.logger.info(f"Saving checkpoint to {folder}")
-            state = {"model": self.model.state_dict(), **kwargs, **states}
-            sharding.save_sharded(folder, state)
+            sharding.save_sharded(folder, {"model": self.model.state_dict(), **kwargs, **states})
             if self.save_to_disk:
                 self.tag_last_checkpoint(folder.name)
-        elif self._write(name, {**kwargs, **states}):
+        elif self.save_weights(name, **kwargs, **states):
             self.tag_last_checkpoint(f"{name}.pth")
 
-    def save_weights(self, name: str, **facts: float) -> None:
-        """Write ``<name>.pth`` with the weights to evaluate and ``facts``, not to resume from."""
-        self._write(name, facts)
-
-    def _write(self, name: str, content: dict[str, Any]) -> bool:
-        content = {"model": self.model.state_dict(), **content}
+    def save_weights(self, name: str, **more: Any) -> bool:
+        """Write ``<name>.pth``: the weights to evaluate, and ``more``; False where others do."""
+        content = {"model": self.model.state_dict(), **more}
         if sharding.is_sharded(self.model):
             content = sharding.gathered(content, keep=self.save_to_disk)
         if not self.save_dir or not self.save_to_disk:

@@ -29,8 +29,7 @@ def preflight(cfg: DictConfig, args: argparse.Namespace, held: ExitStack) -> str
     device = hardware.resolve_device(train.device, args.num_gpus)
     _check_budget(train, device, args)
     require_trackers([] if args.eval_only else train.loggers)
-    _check_strategy(train)
-    _check_processes(device, args)
+    _check_processes(train, device, args)
     if args.eval_only:
         args.weights = _weights_to_evaluate(cfg, args)
     elif not args.resume and (run := holds_a_run(Path(train.output_dir))):
@@ -77,14 +76,11 @@ def _check_budget(train: DictConfig, device: str, args: argparse.Namespace) -> N
             raise UserError(f"train.memory_budget: {error}") from error
 
 
-def _check_strategy(train: DictConfig) -> None:
+def _check_processes(train: DictConfig, device: str, args: argparse.Namespace) -> None:
     if train.strategy == "fsdp" and train.ema_decay:
         raise UserError("train.ema_decay does not go with train.strategy=fsdp: set 0, or ddp")
     if train.strategy == "fsdp" and train.amp.enabled and train.amp.dtype == "float16":
         raise UserError("train.amp.dtype=float16 does not go with fsdp: set bfloat16")
-
-
-def _check_processes(device: str, args: argparse.Namespace) -> None:
     if hardware.under_torchrun():
         if args.num_gpus != 1 or args.num_machines != 1:
             raise UserError("torchrun starts the processes: leave out --num-gpus, --num-machines")

@@ -70,10 +70,10 @@ class Saving(HookBase):
 
 
 class Evaluating(hooks.EvalHook):
-    """Evaluates every ``period`` iterations, 0: at the end only; the iteration before first.
+    """Evaluates every ``period`` iterations; with 0 at the end only.
 
-    That is ``pending`` if a kill has cut its evaluation off. One that a signal interrupts ends in
-    ``saving`` the iteration.
+    First the last iteration before this session, if ``pending``: a kill has cut its evaluation off.
+    An evaluation that a signal interrupts ends in ``saving`` the iteration.
     """
 
     trainer: Any

@@ -51,11 +51,7 @@ class Trainer(SimpleTrainer):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
 
     def run_step(self) -> None:
-        """Run one iteration: data, forward, backward, optimizer.
-
-        A UserError says that no memory is left, that the loss is not finite, or that an operation
-        cannot be deterministic where that is asked for.
-        """
+        """Run one iteration: data, forward, backward, optimizer; a UserError says why it failed."""
         try:
             self._run_step()
         except torch.OutOfMemoryError as error:

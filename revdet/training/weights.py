@@ -67,8 +67,7 @@ def for_detector(model: nn.Module, checkpoint: Checkpoint, *, exact: bool) -> di
     if len(nets) != 1:
         raise WeightsError(f"{path} is of a detector with another trunk than a vision transformer")
     net = {name: value for name, value in tensors.items() if name.startswith(nets[0])}
-    which = f"the trunk in {path}"
-    report, fitted = fit_checkpoint(trunk, replace(checkpoint, tensors=net), which)
+    report, fitted = fit_checkpoint(trunk, replace(checkpoint, tensors=net), f"the trunk in {path}")
     rewired = "blocks" in report.converted
     if exact and rewired:
         remedy = "starts from it, but has to be fine-tuned before it is evaluated"
