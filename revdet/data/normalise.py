@@ -14,7 +14,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -128,11 +128,10 @@ def use_normalised(cfg: DictConfig, *, evaluation_only: bool = False) -> None:
 
 def _read_checked(cfg: DictConfig) -> Checked:
     """The images that an earlier session of the run has decoded; none if the file is damaged."""
-    try:
+    with suppress(OSError, ValueError):
         content = json.loads(file_of(cfg, "checked").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
 def _known_classes(
@@ -195,11 +194,9 @@ def _files_that_can_be_used(
     one_large = Lock()
 
     def problem(image: Entry) -> tuple[str, str]:
-        path = folder / image["file_name"]
-        try:
+        path, facts = folder / image["file_name"], None
+        with suppress(OSError, ValueError):  # such as a name of thousands of characters
             facts = path.stat() if path.is_file() else None
-        except (OSError, ValueError):  # such as a name of thousands of characters
-            facts = None
         if facts is None:
             return "missing_image", ""
         if progress is None:
