@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.data import detection_utils as utils
+from detectron2.evaluation import inference_context
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from torch import nn
 
@@ -40,11 +41,9 @@ def draw_predictions(
     output_dir.mkdir(parents=True, exist_ok=True)
     metadata = MetadataCatalog.get(dataset)
     files: list[Path] = []
-    was_training = model.training
-    model.eval()
     for record in records:
         image = utils.read_image(record["file_name"], format="RGB")
-        with torch.no_grad():
+        with inference_context(model), torch.no_grad():
             found = model([mapper(record)])[0]["instances"].to("cpu")
         scale = min(PANEL_HEIGHT / image.shape[0], PANEL_WIDTH / image.shape[1])
         look = image, metadata, scale, ColorMode.SEGMENTATION
@@ -52,7 +51,6 @@ def draw_predictions(
         guess = Visualizer(*look).draw_instance_predictions(found[found.scores >= SHOWN_SCORE])
         files.append(free_name(output_dir, Path(record["file_name"]), ".png", files))
         _side_by_side([truth.get_image(), guess.get_image()], files[-1])
-    model.train(was_training)
     return files
 
 
