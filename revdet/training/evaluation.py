@@ -68,6 +68,8 @@ class FasterCOCOEvaluator(COCOEvaluator):
         class_names = self._metadata.get("thing_classes")
         if not results:
             return dict.fromkeys(self._derive_coco_results(None, task, class_names), 0.0)
+        if task == "segm":  # whose area is then that of the mask, as in Detectron2, not of the box
+            results = [{k: v for k, v in each.items() if k != "bbox"} for each in results]
         with contextlib.redirect_stdout(io.StringIO()):
             found = self._coco_api.loadRes(results)
             evaluation = COCOeval_faster(self._coco_api, found, iouType=task)

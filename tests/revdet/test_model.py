@@ -83,6 +83,9 @@ def predictions(record: dict, rng: np.random.Generator, noise: float) -> Instanc
     return instances
 
 
+SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
 # The second: what is added to the ids of images, of which the first ones are then negative.
 @pytest.mark.parametrize("noise, more", [(0.0, 0), (4.0, 0), (4.0, -7)])
 def test_metrics_are_those_of_pycocotools(datasets_root, tmp_path, noise, more):
@@ -103,15 +106,17 @@ def test_metrics_are_those_of_pycocotools(datasets_root, tmp_path, noise, more):
         evaluator.process([record], [{"instances": predictions(record, rng, noise)}])
     results = evaluator.evaluate()
 
+    written = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    masks = [{k: v for k, v in each.items() if k != "bbox"} for each in written]  # of their area
     truth = COCO(str(file))
-    found = truth.loadRes(str(tmp_path / "coco_instances_results.json"))
-    for task in ("bbox", "segm"):
-        reference = COCOeval(truth, found, task)
+    for task, given in (("bbox", written), ("segm", masks)):
+        reference = COCOeval(truth, truth.loadRes(given), task)
         reference.evaluate()
         reference.accumulate()
         reference.summarize()
-        assert results[task]["AP"] == pytest.approx(100 * reference.stats[0], abs=1e-6)
-        assert results[task]["AP50"] == pytest.approx(100 * reference.stats[1], abs=1e-6)
+        for name, value in zip(SCORES, reference.stats, strict=False):
+            score = float("nan") if value == -1 else 100 * value
+            assert results[task][name] == pytest.approx(score, abs=1e-6, nan_ok=True), name
     if noise == 0:
         assert results["bbox"]["AP"] == results["segm"]["AP"] == pytest.approx(100)
     else:
