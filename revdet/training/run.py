@@ -206,7 +206,6 @@ def _facts_to_compare(cfg: DictConfig) -> dict[str, Any]:
     """What a resumed run may have other than before, and does not say by itself."""
     return {
         "train.seed": cfg.train.seed,
-        "optimizer.lr": float(cfg.optimizer.lr),
         "images in an iteration": cfg.dataloader.train.total_batch_size,
         "train.accumulate": cfg.train.accumulate,
         "processes": comm.get_world_size(),

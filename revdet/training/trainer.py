@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,9 +14,12 @@ from detectron2.utils.env import seed_all_rng
 from torch.nn.parallel import DistributedDataParallel
 
 from backbones.common.errors import UserError, error_line
+from backbones.common.resuming import follow_recipe
 from backbones.common.seeds import seed_of
 from backbones.common.sharding import spread
 from backbones.engine.policies import blocks_of
+
+logger = logging.getLogger("revdet")
 
 # Of the memory of a GPU, what a budget may plan with: the rest is the driver's and fragments.
 _SHARE = 0.85
@@ -127,7 +131,10 @@ class Trainer(SimpleTrainer):
         return {**super().state_dict(), "grad_scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._spread(state_dict["optimizer"])
+        state = state_dict["optimizer"]
+        if changes := follow_recipe(state["param_groups"], self.optimizer.param_groups):
+            logger.info(f"the optimizer goes on with other settings than before: {changes}")
+        self._spread(state)
         super().load_state_dict(state_dict)
         if state_dict["grad_scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state_dict["grad_scaler"])

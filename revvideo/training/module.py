@@ -16,9 +16,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 import backbones
 from backbones.common.errors import UserError
+from backbones.common.resuming import follow_recipe
 from backbones.common.seeds import seed_of
 from backbones.common.sharding import shard
 from backbones.engine.policies import blocks_of
@@ -193,7 +195,18 @@ class VideoModule(pl.LightningModule):
         optimizer, schedule = build_optimizer(
             self.backbone, optim, warmup_steps=warmup, total_steps=total
         )
+        self._recipe = [dict(group, lr=group["initial_lr"]) for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Go on with the settings of the optimizer that the recipe has now."""
+        schedule = cast(LambdaLR, self.lr_schedulers())
+        groups = schedule.optimizer.param_groups
+        if changes := follow_recipe(groups, self._recipe):
+            logger.info("the optimizer goes on with other settings than before: %s", changes)
+        schedule.base_lrs = [group["initial_lr"] for group in groups]
+        for group, factor in zip(groups, schedule.lr_lambdas, strict=True):
+            group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CLASSES] = list(self.data.classes)

@@ -148,10 +148,18 @@ def test_damage(train_net, half, damage, words):
     assert json.loads((half / "results.json").read_text())["run"]["iterations"] == 6
 
 
-def test_what_has_changed_is_said(train_net, half):
+def test_what_has_changed_is_said_and_done(train_net, half, tmp_path):
     more = ["train.seed=1", "dataloader.train.total_batch_size=4", "train.eval_period=0"]
+    more += ["optimizer.lr=0.007", "optimizer.weight_decay=0.2", "train.reference_batch_size=0"]
     assert train_net(half, *RUN, "--resume", *more) == 0
+    assert train_net(tmp_path / "alone", *RUN, *more) == 0
+    resumed, alone = scores(half), scores(tmp_path / "alone")
+    for number in (4, 5):
+        assert resumed[number]["lr"] == alone[number]["lr"] > 0
+    content = torch.load(half / "model_final.pth", weights_only=True)["trainer"]["optimizer"]
+    assert {group["weight_decay"] for group in content["param_groups"]} == {0, 0.2}
     log = (half / "log.txt").read_text()
+    assert "other settings than before: lr 0.001 -> 0.007, weight_decay 0.05 -> 0.2" in log
     assert "resumed with train.seed 1, which was 0" in log
     assert "resumed with images in an iteration 4, which was 2" in log
     assert "processes" not in log.partition("resumed with")[2]

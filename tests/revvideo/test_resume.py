@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from revvideo.config import load_config
 from revvideo.data.clips import ClipDataset
 from revvideo.run import main
 from revvideo.training.checkpoint import CheckpointIO
@@ -168,6 +170,27 @@ def test_a_run_that_max_steps_has_ended_goes_on(first, last, run, tmp_path, monk
     assert [position for _, position in read] == [*range(4 * steps)]
     rows = read_metrics(tmp_path / "metrics.csv")
     assert [row["step"] for row in rows if "val/top1" in row] == ([7] if steps >= 8 else [])
+
+
+def test_a_resumed_run_has_the_settings_of_its_optimizer_that_are_asked_for(run, tmp_path):
+    """As the remedy for a loss that is no number says; and they are those of config.yaml."""
+    assert run(tmp_path, "optim.max_steps=4") == 0
+    more = ["optim.lr=0.0005", "optim.weight_decay=0.3", "optim.warmup_epochs=0"]
+    assert run(tmp_path, "--resume", *more) == 0
+    rows = read_metrics(tmp_path / "metrics.csv")
+    rates = {row["step"]: row["lr"] for row in rows if "lr" in row}
+    end = load_config(tmp_path / "config.yaml").optim.end_factor
+    for step in range(8):  # the first four of a cosine over four steps, the others over eight
+        base, where = (0.002, step / 4) if step < 4 else (0.0005, step / 8)
+        cosine = end + (1 - end) * (1 + math.cos(math.pi * where)) / 2
+        assert rates[step] == pytest.approx(base * cosine)
+    log = (tmp_path / "log.txt").read_text()
+    assert "other settings than before: lr 0.002 -> 0.0005, weight_decay 0.05 -> 0.3" in log
+    last = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    groups = last["optimizer_states"][0]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0, 0.3}
+    assert run(tmp_path, "--resume", *more, "optim.epochs=3") == 0
+    assert (tmp_path / "log.txt").read_text().count("other settings than before") == 1
 
 
 @pytest.mark.slow

@@ -1,0 +1,33 @@
+"""What a run that goes on takes from its recipe, and what from its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Groups = Sequence[dict[str, Any]]
+
+
+def follow_recipe(groups: Groups, recipe: Groups) -> str:
+    """Give the groups of parameters of a checkpoint the settings that the recipe has for them.
+
+    An optimizer would take learning rates, weight decay and the rest from the checkpoint, whatever
+    the user has set since. What it has gathered about the parameters is in no group, and stays.
+
+    Args:
+        groups: of the optimizer's state, as ``torch.optim.Optimizer`` has them; changed in place.
+        recipe: those of a fresh optimizer. Another number of groups is the optimizer's to refuse.
+
+    Returns:
+        what differed, such as ``"lr 0.001 -> 0.0001"``, of the first group that it does in.
+    """
+    changes: dict[str, str] = {}
+    for theirs, ours in zip(groups, recipe, strict=False):
+        own = {key: value for key, value in ours.items() if key not in ("params", "initial_lr")}
+        before = {**theirs, "lr": theirs.get("initial_lr", theirs["lr"])}
+        for key in own.keys() & before.keys():
+            was, now = (tuple(v) if isinstance(v, Sequence) else v for v in (before[key], own[key]))
+            if was != now:
+                changes.setdefault(key, f"{key} {was} -> {now}")
+        theirs.update(own, initial_lr=own["lr"])
+    return ", ".join(changes[key] for key in sorted(changes))
