@@ -44,6 +44,7 @@ from revdet.training.trackers import trackers
 from revdet.training.trainer import Trainer
 
 logger = logging.getLogger("revdet")
+_CONFIG = "config.yaml.partial"
 
 
 def run(cfg: DictConfig, device: str, args: argparse.Namespace) -> None:
@@ -76,7 +77,8 @@ def _set_up_output(cfg: DictConfig, args: argparse.Namespace) -> None:
     if comm.is_main_process() and not args.eval_only:
         remove_partials(output_dir)
         (output_dir / "environment.txt").write_text(collect_env_info() + "\n")
-        LazyConfig.save(cfg, str(output_dir / "config.yaml"))
+        # As it stands now, under its name when the checkpoint that it resumes has taken it.
+        LazyConfig.save(cfg, str(output_dir / _CONFIG))
         logger.info(f"{args.config} -> {output_dir} (config.yaml, environment.txt, log.txt)")
 
 
@@ -125,6 +127,8 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
         for name, value in facts.items():
             if name in before and before[name] != value:
                 logger.warning(f"resumed with {name} {value}, which was {before[name]}")
+    if comm.is_main_process():
+        (output_dir / _CONFIG).replace(output_dir / "config.yaml")
     evaluations = Evaluations(cfg, result, checkpointer, resume=resume)
     if start_iter >= settings.max_iter:
         logger.info(f"{output_dir} has finished its {start_iter} iterations: evaluating")

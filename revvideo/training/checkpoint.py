@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from omegaconf import OmegaConf
 
 from backbones.common.errors import UserError, error_line, first_line
 from backbones.common.files import (
@@ -45,6 +46,8 @@ class CheckpointIO(TorchCheckpointIO):
                 raise UserError(f"{before} is no checkpoint of a run: move it away")
         self.step = int(content.get(_STEP, 0))
         self.classes: list[str] = content.get(CLASSES, [])
+        recipe = OmegaConf.create(content.get("config", ""))
+        self.strategy = str(OmegaConf.select(recipe, "train.strategy"))
         self._content = content if hand_out else {}
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -207,6 +208,15 @@ class VideoModule(pl.LightningModule):
         schedule.base_lrs = [group["initial_lr"] for group in groups]
         for group, factor in zip(groups, schedule.lr_lambdas, strict=True):
             group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **more: Any) -> Any:
+        """As torch's; a UserError says that the weights are of another net."""
+        try:
+            return super().load_state_dict(state_dict, *args, **more)
+        except RuntimeError as error:
+            first = str(error).partition("\n\t")[2].partition(",")[0].strip()
+            wrong = f"the checkpoint is of another architecture ({first})"
+            raise UserError(f"{wrong}: resume with the model.… of the run's config.yaml") from error
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CLASSES] = list(self.data.classes)

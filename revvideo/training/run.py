@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback
 
 from backbones.common.errors import UserError, require_trackers
 from backbones.common.files import locked, make_folder
@@ -101,6 +101,9 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
     sharded = settings.strategy == "fsdp"
     # Of a sharded run, Lightning maps the file into memory itself.
     checkpoints = CheckpointIO(checkpoint, hand_out=not sharded)
+    if checkpoint and sharded and checkpoints.strategy != "fsdp":
+        wrong = f"train.strategy=fsdp cannot take over the optimizer of {checkpoint}"
+        raise UserError(f"{wrong}: resume with train.strategy={checkpoints.strategy}")
     source = "" if checkpoint else config.model.weights
     weights = read_weights(source) if source else None
     data = VideoData(config, classes=checkpoints.classes, resume=checkpoint is not None)
@@ -112,10 +115,16 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
     bar = ProgressBar(refresh_rate=min(settings.log_every, 10))
     ema = [EMAWeightAveraging(decay=optim.ema)] if optim.ema else []
     others = trackers(settings.loggers, output_dir, checkpoints.step)
+
+    def begin(trainer: pl.Trainer, *_: Any) -> None:  # when nothing has been refused
+        if trainer.is_global_zero:
+            save_config(config, output_dir / "config.yaml")
+            cut_metrics(output_dir / METRICS, checkpoints.step)
+
     trainer = pl.Trainer(
         **trainer_arguments(config, hardware, sharded=sharded),
         plugins=[checkpoints],
-        callbacks=[*ema, steps, bar, saving],
+        callbacks=[*ema, steps, bar, saving, LambdaCallback(on_train_start=begin)],
         logger=[MetricsLogger(output_dir / METRICS), *others],
         max_epochs=optim.epochs,
         max_steps=optim.max_steps or -1,
@@ -125,9 +134,6 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
         log_every_n_steps=settings.log_every,
         num_sanity_val_steps=0 if checkpoint else 1,
     )
-    if is_first_process():
-        save_config(config, output_dir / "config.yaml")
-        cut_metrics(output_dir / METRICS, checkpoints.step)
     what = f"continuing at step {checkpoints.step:,}" if checkpoint else "training"
     logger.info("%s; results in %s", what, output_dir)
     with step_by_step():

@@ -165,6 +165,24 @@ def test_what_has_changed_is_said_and_done(train_net, half, tmp_path):
     assert "processes" not in log.partition("resumed with")[2]
 
 
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ("model.backbone.net.model.depth=3", "another architecture"),
+        ("optimizer.params.layer_decay=0.5", "other groups of parameters"),
+        ("train.ema_decay=0.9", "averaged weights"),
+    ],
+)
+def test_what_cannot_be_resumed_with_leaves_the_recipe_that_can(
+    train_net, half, capsys, more, words
+):
+    kept = [half / name for name in ("config.yaml", "metrics.json", "model_0000003.pth")]
+    before = [file.read_bytes() for file in kept]
+    assert train_net(half, *RUN, "--resume", more) == 2
+    assert words in error_of(capsys)
+    assert [file.read_bytes() for file in kept] == before
+
+
 def test_nothing_whole_is_left(train_net, half, capsys):
     for path in half.glob("model_0*.pth"):
         path.write_bytes(b"no")

@@ -18,7 +18,7 @@ from revvideo.training.checkpoint import CheckpointIO
 from revvideo.training.metrics import MetricsLogger, cut_metrics, read_metrics
 from revvideo.training.module import VideoModule
 from tests import forked
-from tests.revvideo.tiny_set import RANDOM, arguments, losses, predictions
+from tests.revvideo.tiny_set import RANDOM, TINY, arguments, losses, predictions
 
 
 def left_by(run: Path) -> tuple:
@@ -191,6 +191,22 @@ def test_a_resumed_run_has_the_settings_of_its_optimizer_that_are_asked_for(run,
     assert {group["weight_decay"] for group in groups} == {0, 0.3}
     assert run(tmp_path, "--resume", *more, "optim.epochs=3") == 0
     assert (tmp_path / "log.txt").read_text().count("other settings than before") == 1
+
+
+def test_what_cannot_be_resumed_with_is_refused(run, tmp_path, capfd):
+    assert run(tmp_path, "optim.max_steps=1") == 0
+    kept = [tmp_path / name for name in ("checkpoints/last.ckpt", "config.yaml", "metrics.csv")]
+    before = [file.read_bytes() for file in kept]
+    refused = {
+        f"model.arguments={ {**TINY, 'depth': 5} }": "of another architecture (Missing key(s)",
+        f"model.arguments={ {**TINY, 'embed_dim': 16} }": "of another architecture (size mismatch",
+        "train.strategy=fsdp": "resume with train.strategy=auto",
+    }
+    for more, words in refused.items():
+        assert run(tmp_path, "--resume", more) == 2
+        (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]
+        assert words in line
+    assert [file.read_bytes() for file in kept] == before
 
 
 @pytest.mark.slow
