@@ -46,6 +46,7 @@ class CheckpointIO(TorchCheckpointIO):
                 raise UserError(f"{before} is no checkpoint of a run: move it away")
         self.step = int(content.get(_STEP, 0))
         self.classes: list[str] = content.get(CLASSES, [])
+        self.averaged = "averaging_state" in content
         recipe = OmegaConf.create(content.get("config", ""))
         self.strategy = str(OmegaConf.select(recipe, "train.strategy"))
         self._content = content if hand_out else {}

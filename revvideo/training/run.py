@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback
+from lightning.pytorch.callbacks import LambdaCallback
 
 from backbones.common.errors import UserError, require_trackers
 from backbones.common.files import locked, make_folder
@@ -32,7 +32,7 @@ from revvideo.training.log import ProgressBar, StepLog, set_up_log
 from revvideo.training.metrics import MetricsLogger, cut_metrics, trackers
 from revvideo.training.module import VideoModule
 from revvideo.training.results import METRICS, write_results
-from revvideo.training.saving import Saving, stopped_at, told_to_stop
+from revvideo.training.saving import Averaging, Saving, stopped_at, told_to_stop
 from revvideo.training.weights import read_weights
 
 logger = logging.getLogger("revvideo")
@@ -101,6 +101,10 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
     sharded = settings.strategy == "fsdp"
     # Of a sharded run, Lightning maps the file into memory itself.
     checkpoints = CheckpointIO(checkpoint, hand_out=not sharded)
+    if checkpoint and checkpoints.averaged != bool(optim.ema):
+        kind = f"a run with{'' if checkpoints.averaged else 'out'} averaged weights"
+        remedy = "resume it with the optim.ema that is in its config.yaml"
+        raise UserError(f"{checkpoint} is of {kind}: {remedy}")
     if checkpoint and sharded and checkpoints.strategy != "fsdp":
         wrong = f"train.strategy=fsdp cannot take over the optimizer of {checkpoint}"
         raise UserError(f"{wrong}: resume with train.strategy={checkpoints.strategy}")
@@ -113,7 +117,7 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
     module = VideoModule(config, weights)
     steps, saving = StepLog(settings.log_every), Saving(last, settings.checkpoint_every)
     bar = ProgressBar(refresh_rate=min(settings.log_every, 10))
-    ema = [EMAWeightAveraging(decay=optim.ema)] if optim.ema else []
+    ema = [Averaging(decay=optim.ema)] if optim.ema else []
     others = trackers(settings.loggers, output_dir, checkpoints.step)
 
     def begin(trainer: pl.Trainer, *_: Any) -> None:  # when nothing has been refused

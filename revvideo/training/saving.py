@@ -7,9 +7,21 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from backbones.common.stopping import Stopped, asked_to_stop, listen_again
 from revvideo.training.module import VideoModule
+
+
+class Averaging(EMAWeightAveraging):
+    """The average of the weights over the steps, which is what is tested.
+
+    Lightning's gives it to the model at the end, and a run that goes on from there would train it.
+    Here it stays in the checkpoint, from where it is tested, beside the weights that were trained.
+    """
+
+    def on_train_end(self, *_: Any) -> None:
+        """Nothing."""
 
 
 class Saving(pl.Callback):

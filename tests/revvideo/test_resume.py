@@ -162,14 +162,18 @@ def test_a_run_that_max_steps_has_ended_goes_on(first, last, run, tmp_path, monk
         return plain(self, key)
 
     monkeypatch.setattr(ClipDataset, "__getitem__", record)
-    more = ["optim.epochs=3", "optim.accumulate=2", "train.val_every=2"]
-    assert run(tmp_path, *more, f"optim.max_steps={first}") == 0
-    assert run(tmp_path, *more, f"optim.max_steps={last}", "--resume") == 0
+    more = ["optim.epochs=3", "optim.accumulate=2", "train.val_every=2", "optim.ema=0.9"]
+    more += [*RANDOM, "optim.end_factor=1"]  # a rate that does not depend on the steps to go
+    output = tmp_path / "run"
+    assert run(output, *more, f"optim.max_steps={first}") == 0
+    assert run(output, *more, f"optim.max_steps={last}", "--resume") == 0
     steps = last or 12
-    assert sorted(losses(tmp_path)) == [*range(steps)]
     assert [position for _, position in read] == [*range(4 * steps)]
-    rows = read_metrics(tmp_path / "metrics.csv")
+    rows = read_metrics(output / "metrics.csv")
     assert [row["step"] for row in rows if "val/top1" in row] == ([7] if steps >= 8 else [])
+    assert run(tmp_path / "whole", *more, f"optim.max_steps={last}") == 0
+    assert sorted(losses(output)) == [*range(steps)]
+    assert left_by(output) == left_by(tmp_path / "whole")
 
 
 def test_a_resumed_run_has_the_settings_of_its_optimizer_that_are_asked_for(run, tmp_path):
@@ -200,6 +204,7 @@ def test_what_cannot_be_resumed_with_is_refused(run, tmp_path, capfd):
     refused = {
         f"model.arguments={ {**TINY, 'depth': 5} }": "of another architecture (Missing key(s)",
         f"model.arguments={ {**TINY, 'embed_dim': 16} }": "of another architecture (size mismatch",
+        "optim.ema=0.9": "is of a run without averaged weights",
         "train.strategy=fsdp": "resume with train.strategy=auto",
     }
     for more, words in refused.items():
