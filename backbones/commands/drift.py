@@ -32,17 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--depth", type=positive, metavar="N", help="number of blocks (default: the model's)")
     add("--img-size", type=positive, metavar="PIXELS", help="side of the input (default: likewise)")
     add("--batch-size", type=positive, default=1, metavar="N", help="default: %(default)s")
-    add(
-        "--precision",
-        choices=get_args(Precision),
-        default="fp32",
-        help="of autocast; fp32 for none (default: %(default)s)",
-    )
+    add("--precision", choices=get_args(Precision), default="fp32", help="autocast (default: none)")
     add_device(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    device = try_device(options.device, f"--device {options.device}", "--device cpu")
+    device = try_device(options.device)
     given = {"depth": options.depth, "img_size": options.img_size}
     overrides = {key: value for key, value in given.items() if value is not None}
     torch.manual_seed(0)

@@ -90,11 +90,8 @@ class ClassFolders(NamedTuple):
 
 
 def find_classes(data: Path) -> ClassFolders:
-    """List the images under ``data/val``, or under ``data`` if there is no such folder.
-
-    As torchvision's ImageFolder does it, but hidden folders are no classes, and images that lie in
-    none of a class are refused.
-    """
+    """The images under ``data/val``, or under ``data`` if there is no such folder, as torchvision's
+    ImageFolder lists them; but hidden folders are no classes, and images in none are refused."""
     if not data.is_dir():
         raise UserError(f"--data {data} is no folder: give the one of the images")
     root = data / "val" if (data / "val").is_dir() else data
@@ -124,12 +121,10 @@ def _some(names: Sequence[str]) -> str:
 def accuracy(
     model: nn.Module, folders: ClassFolders, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Measure how often ``model`` is right on ``folders``.
+    """Measure how often ``model`` is right on ``folders``, in percent of what could be read.
 
-    Returns:
-        ``top1`` and ``top5``: percent of the evaluated images whose class has the largest logit, or
-        is among the five largest; ``evaluated`` and ``images``, the numbers of those that could be
-        read and of all; ``unreadable``: the reason by the path of each of the others.
+    ``evaluated`` and ``images`` are the numbers of those that could be read and of all;
+    ``unreadable`` has the reason by the path of each of the others.
     """
     if len(folders.classes) != model.num_classes:
         raise UserError(
@@ -138,17 +133,16 @@ def accuracy(
         )
     labels = torch.tensor(folders.labels)
     unreadable: dict[str, str] = {}
-    first = among_five = evaluated = 0
+    hits: list[
+        list[bool]
+    ] = []  # of each image, which of the five largest logits is that of its class
     for indices, logits in infer(model, folders.paths, unreadable, options):
         ranked = logits.topk(min(5, logits.shape[1])).indices
-        hits = ranked == labels[indices].unsqueeze(1)
-        first += int(hits[:, 0].sum())
-        among_five += int(hits.sum())
-        evaluated += len(indices)
+        hits += (ranked == labels[indices].unsqueeze(1)).tolist()
     return {
-        "top1": 100 * first / evaluated,
-        "top5": 100 * among_five / evaluated,
-        "evaluated": evaluated,
+        "top1": 100 * sum(first for first, *_ in hits) / len(hits),
+        "top5": 100 * sum(map(any, hits)) / len(hits),
+        "evaluated": len(hits),
         "images": len(folders.paths),
         "unreadable": unreadable,
     }

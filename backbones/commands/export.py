@@ -14,27 +14,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
-from backbones.commands.image_models import model_of_file
-from backbones.common.console import positive
+from backbones.commands.image_models import add_model, chosen_model
 from backbones.common.errors import UserError
-from backbones.factory import create_model
 from backbones.models.trunk import Trunk
 from backbones.registry import input_shape
 from backbones.weights.graph import FORMATS, export_graph
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
     add = parser.add_argument
-    add("--model", metavar="NAME", help="not needed with weights that say what they are of")
-    weights = parser.add_mutually_exclusive_group(required=True)
-    weights.add_argument("--weights", metavar="FILE_OR_URL", help="what load_weights reads")
-    weights.add_argument("--pretrained", action="store_true", help="those released for --model")
     add("--to", metavar="FILE", type=Path, required=True, help=f"ending in {' or '.join(FORMATS)}")
-    add("--img-size", type=positive, metavar="PIXELS", help="of the input (default: the model's)")
     add("--fixed-size", action="store_true", help="images of that size alone")
     add("--maps", action="store_true", help="the maps of every stage, in place of the classes")
 
@@ -53,13 +46,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--to {options.to} should end in {' or '.join(FORMATS)}")
     if not options.to.parent.is_dir():
         raise UserError(f"--to {options.to}: there is no folder {options.to.parent}")
-    size = {"img_size": options.img_size} if options.img_size else {}
-    if options.weights:
-        model: Any = model_of_file(options.model, options.weights, size)
-    elif options.model:
-        model = create_model(options.model, pretrained=True, **size)
-    else:
-        raise UserError("--pretrained needs --model NAME")
+    model = chosen_model(options)
     channels, *frames, height, width = input_shape(model)
     if options.img_size:
         height = width = options.img_size

@@ -17,6 +17,7 @@ from backbones.common.errors import UserError
 from backbones.common.files import printable
 from backbones.common.images import ImageFiles, image_loader, import_images
 from backbones.factory import create_model
+from backbones.models.trunk import Trunk
 from backbones.registry import input_shape, record_of
 from backbones.weights.checkpoint import read_checkpoint
 from backbones.weights.download import local_file
@@ -25,30 +26,36 @@ from backbones.weights.loading import CONFIG, load_checkpoint, load_model
 from backbones.weights.pyslowfast import from_pyslowfast
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The options that :func:`chosen_model` wants."""
+    add = parser.add_argument
+    told = "not needed with weights that say what they are of (own format, PySlowFast)"
+    add("--model", metavar="NAME", help=f"as python -m backbones zoo lists; {told}")
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--weights", metavar="FILE_OR_URL", help="what load_weights reads")
+    weights.add_argument("--pretrained", action="store_true", help="those released for --model")
+    add("--img-size", type=positive, metavar="PIXELS", help="of the input (default: the model's)")
+
+
+def chosen_model(options: argparse.Namespace) -> Trunk:
+    """The model of the options of :func:`add_model`, with its weights."""
+    # Made for the size that will come, so that position embeddings are resized once.
+    size = {"img_size": options.img_size} if options.img_size else {}
+    if options.weights:
+        return model_of_file(options.model, options.weights, size)
+    if not options.model:
+        raise UserError("--pretrained needs --model NAME")
+    return create_model(options.model, pretrained=True, **size)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that :func:`prepare` wants, the same for every command."""
+    add_model(parser)
     add = parser.add_argument
-    add(
-        "--model",
-        metavar="NAME",
-        help="as python -m backbones zoo lists; not needed with weights that say what they are of "
-        "(own format, PySlowFast)",
-    )
-    weights = parser.add_mutually_exclusive_group(required=True)
-    weights.add_argument("--weights", metavar="FILE_OR_URL", help="own, PySlowFast or mmpretrain")
-    weights.add_argument(
-        "--pretrained", action="store_true", help="the released weights of --model"
-    )
-    size = "side of the crop (default: the model's)"
-    add("--img-size", type=positive, metavar="PIXELS", help=size)
     add("--batch-size", type=positive, default=64, metavar="N", help="default: %(default)s")
-    add(
-        "--workers",
-        metavar="N",
-        type=not_negative,
-        default=min(4, os.cpu_count() or 1),
-        help="processes that read images, 0 for none but this (default: %(default)s)",
-    )
+    readers = "processes that read images, 0 for none but this (default: %(default)s)"
+    cores = os.cpu_count() or 1
+    add("--workers", metavar="N", type=not_negative, default=min(4, cores), help=readers)
     add("--amp", choices=("bfloat16", "float16"), help="autocast (default: none)")
     add_device(parser)
     add("--json", metavar="FILE", type=Path, help="write the results there as well")
@@ -57,25 +64,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def prepare(options: argparse.Namespace, head: bool = True) -> nn.Module:
     """The model of the options of :func:`add_options`, all of which are tried before the work.
 
-    Args:
-        head: whether the classes are wanted; without, the model returns pooled features.
-
-    Returns:
-        the model with its weights, on its device, in eval mode.
+    It is on its device, in eval mode. Without ``head`` it returns pooled features, no classes.
     """
-    device = try_device(options.device, f"--device {options.device}", "--device cpu")
+    device = try_device(options.device)
     if options.json:
         prepare_file(options.json)
-    name, weights = options.model, options.weights
-    # Made for the size that will come, so that position embeddings are resized once.
-    size = {"img_size": options.img_size} if options.img_size else {}
-    if weights:
-        model = model_of_file(name, weights, size)
-    elif name:
-        model = create_model(name, pretrained=True, **size)
-        weights = record_of(name).weights
-    else:
-        raise UserError("--pretrained needs --model NAME")
+    model = chosen_model(options)
+    weights = options.weights or record_of(options.model).weights
     channels, *frames, _, _ = input_shape(model)
     if frames:
         raise UserError(f"{weights} is of a model that takes clips, not images")
@@ -88,7 +83,7 @@ def prepare(options: argparse.Namespace, head: bool = True) -> nn.Module:
     return model.eval().to(device)
 
 
-def model_of_file(name: str | None, weights: str, size: dict[str, Any]) -> nn.Module:
+def model_of_file(name: str | None, weights: str, size: dict[str, Any]) -> Trunk:
     """The model ``name``, or the one that the file says, with the file's weights and head.
 
     Raises:
@@ -124,14 +119,10 @@ def infer(
     options: argparse.Namespace,
     upright: bool = False,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Run a model on image files, with a progress bar where stderr is a terminal.
+    """Run a model of :func:`prepare` on image files, with a progress bar on a terminal.
 
-    Args:
-        model: of :func:`prepare`, from images (B, 3, H, W) to (B, classes).
-        paths: the files. One that cannot be read is left out of its batch.
-        unreadable: takes the reason by the path of each of those.
-        options: those of :func:`add_options`.
-        upright: see :func:`backbones.common.images.read_image`.
+    A file that cannot be read is left out of its batch, and ``unreadable`` takes the reason by its
+    path; ``upright`` is that of :func:`backbones.common.images.read_image`.
 
     Yields:
         for each batch, which of the files are in it, and what the model returned for them: a row

@@ -31,9 +31,12 @@ import torch
 from backbones.commands.real_steps import ROUNDS, Settings, Trial
 from backbones.common.console import show_progress
 from backbones.common.errors import UserError, optional_import
+from backbones.engine.policies import MemoryPolicy
 from backbones.memory.budget import fastest_that_fits, free_bytes, parse_budget, readable
 from backbones.memory.simulation import Simulation
 from backbones.registry import build
+
+Shape = tuple[int, ...]
 
 # Of the memory that is free, what steps are planned with: other programs want some of it too.
 _MEASURED_SHARE = 0.9
@@ -46,18 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--input", required=True, metavar="SHAPE", help=shape)
     add("--budget", metavar="SIZE", help="such as 8GB, 800MB or 8GiB; auto: what the GPU has free")
     add("--amp", choices=("bfloat16", "float16"), help="count under autocast (default: float32)")
-    add(
-        "--device",
-        choices=("cuda", "cpu"),
-        default="cuda",
-        help="where the training would run (default: %(default)s, which need not be there)",
+    where = "where the training would run (default: %(default)s, which need not be there)"
+    add("--device", choices=("cuda", "cpu"), default="cuda", help=where)
+    steps = (
+        "run real steps: on a GPU for the peak and the speed, on a CPU for the speed, which may "
+        "take minutes (default: if the device is a GPU that is there)"
     )
-    add(
-        "--measure",
-        action=argparse.BooleanOptionalAction,
-        help="run real steps: on a GPU for the peak and the speed, on a CPU for the speed, which "
-        "may take minutes (default: if the device is a GPU that is there)",
-    )
+    add("--measure", action=argparse.BooleanOptionalAction, help=steps)
     add("--plot", metavar="FILE.png", help="write a picture of the table")
 
 
@@ -74,8 +72,8 @@ def run(options: argparse.Namespace) -> None:
 
     simulation = _simulate(options.model, shape, device, autocast)
     saving = simulation.saving_policy
-    settings: Settings = {"store": ("store", 0, ()), "checkpoint": ("checkpoint", 0, ())}
-    settings[saving] = saving, 0, ()
+    policies: tuple[MemoryPolicy, ...] = "store", "checkpoint", saving
+    settings: Settings = {policy: (policy, 0, ()) for policy in policies}
     for name, setting in settings.items():
         show_progress(f"counting a step under {name}")
         simulation.step(*setting)
@@ -97,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
     operations = simulation.step("store").operations
     _print_row("speed, counted", (f"{operations / x.operations:.2f}" for x in steps.values()))
     if options.measure or (options.measure is None and device.type == "cuda" and here):
-        _measure(options, settings, simulation)
+        _measure(options.model, shape, device, settings, simulation)
     elif here:
         print("\nnot measured; --measure runs real steps")
     else:
@@ -126,7 +124,7 @@ def _check_plot(path: Path) -> None:
 
 
 def _simulate(
-    name: str, shape: tuple[int, ...], device: torch.device, autocast: torch.dtype | None
+    name: str, shape: Shape, device: torch.device, autocast: torch.dtype | None
 ) -> Simulation:
     with torch.device("meta"):
         model, example = build(name), torch.empty(shape)
@@ -137,12 +135,13 @@ def _print_row(label: str, cells: Iterable[str]) -> None:
     print(f"{label:<16}" + "".join(f"{cell:>15}" for cell in cells))
 
 
-def _measure(options: argparse.Namespace, settings: Settings, simulation: Simulation) -> None:
+def _measure(
+    name: str, shape: Shape, device: torch.device, settings: Settings, simulation: Simulation
+) -> None:
     """Print rows of what real steps say: the peak on a GPU, and the speed."""
-    device, shape = torch.device(options.device), _parse_shape(options.input)
     free = free_bytes(device)
     with device:
-        trial = Trial(build(options.model), simulation.autocast)
+        trial = Trial(build(name), simulation.autocast)
     if device.type == "cuda":
         rows = []
         for setting in settings.values():
@@ -155,7 +154,7 @@ def _measure(options: argparse.Namespace, settings: Settings, simulation: Simula
     batch, *sample = shape
     while simulation.step("store").peak_bytes > _MEASURED_SHARE * free and batch > 1:
         batch //= 2
-        simulation = _simulate(options.model, (batch, *sample), device, simulation.autocast)
+        simulation = _simulate(name, (batch, *sample), device, simulation.autocast)
     if simulation.step("store").peak_bytes > _MEASURED_SHARE * free:
         print(f"\nspeed not measured: of {readable(free)}, 'store' has no room for one sample")
         return
@@ -166,7 +165,7 @@ def _measure(options: argparse.Namespace, settings: Settings, simulation: Simula
     print(f"\nspeed measured on {where}, batch {batch}, median of {ROUNDS} rounds")
 
 
-def _parse_shape(text: str) -> tuple[int, ...]:
+def _parse_shape(text: str) -> Shape:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3,4}", text):
         raise UserError(
             f"cannot read the input {text!r}: give BxCxHxW such as 8x3x224x224, "

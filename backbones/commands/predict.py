@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,18 +31,13 @@ _Batches = Iterator[tuple[list[int], Tensor]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="a file, a folder or a pattern")
+    add = parser.add_argument
+    add("images", metavar="IMAGE", nargs="+", help="a file, a folder or a pattern")
     add_options(parser)
-    parser.add_argument(
-        "--classes",
-        metavar="FILE",
-        type=Path,
-        help="names of the classes, one per line (default: ImageNet's for a head of 1000 classes, "
-        "else numbers)",
-    )
-    parser.add_argument(
-        "--features", metavar="FILE.npz", type=Path, help="save pooled features instead"
-    )
+    default = "ImageNet's for a head of 1000 classes, else numbers"
+    names = f"names of the classes, one per line (default: {default})"
+    add("--classes", metavar="FILE", type=Path, help=names)
+    add("--features", metavar="FILE.npz", type=Path, help="save pooled features instead")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -70,10 +66,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def class_names(classes: int, file: Path | None = None) -> list[str]:
-    """The names of the classes of a head, one per line in ``file``.
-
-    Without it, 1000 classes are taken for those of ImageNet-1k; others are named by their numbers.
-    """
+    """The names of the classes of a head, one per line in ``file``; without it those of ImageNet-1k
+    for 1000 classes, else numbers."""
     if file is None:
         if classes != IMAGENET_CLASSES:
             return [str(index) for index in range(classes)]
@@ -107,13 +101,10 @@ def _rank(paths: list[str], batches: _Batches, names: list[str]) -> list[dict[st
 
 def _save_features(paths: list[str], batches: _Batches, file: Path) -> None:
     numpy = import_images("numpy")
-    rows: list[Tensor] = []
-    files: list[str] = []
-    for indices, features in batches:
-        rows.append(features)
-        files += [paths[index] for index in indices]
-    matrix = torch.cat(rows)
+    indices, rows = zip(*batches, strict=True)
+    files = [paths[index] for index in chain.from_iterable(indices)]
+    features = torch.cat(rows)
     with replacing(file) as partial, partial.open("wb") as stream:  # a name would get a suffix
-        numpy.savez(stream, features=matrix.numpy(), files=numpy.array(files))
-    count, width = matrix.shape
+        numpy.savez(stream, features=features.numpy(), files=numpy.array(files))
+    count, width = features.shape
     print(f"{file}: features {count} x {width}, of {count:,} of {len(paths):,} images")

@@ -35,13 +35,10 @@ def explain(parser: argparse.ArgumentParser, doc: str | None) -> None:
 
 
 def config_parser(prog: str, doc: str | None, recipes: Recipes) -> argparse.ArgumentParser:
-    """:func:`make_parser` for a command that takes a recipe and overrides of it.
+    """:func:`make_parser` for a command that takes one of ``recipes`` and overrides of it, the
+    options ``config`` and ``overrides``.
 
-    Its options are ``config`` and ``overrides``. Parse with ``parse_intermixed_args``, so that
-    overrides may stand between options.
-
-    Args:
-        recipes: those that may be named; ``--config list`` prints them and ends.
+    Parse with ``parse_intermixed_args``, so that overrides may stand between options.
     """
 
     def config(text: str) -> str:
@@ -51,16 +48,10 @@ def config_parser(prog: str, doc: str | None, recipes: Recipes) -> argparse.Argu
         return text
 
     parser = make_parser(prog, doc)
-    parser.add_argument(
-        "--config",
-        "--config-file",
-        dest="config",
-        required=True,
-        type=config,
-        metavar="FILE",
-        help="a recipe by name, a file, or the config.yaml of a run; list prints the names",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the recipe")
+    add = parser.add_argument
+    told = "a recipe by name, a file, or the config.yaml of a run; list prints the names"
+    add("--config", "--config-file", required=True, type=config, metavar="FILE", help=told)
+    add("overrides", nargs="*", metavar="key=value", help="override the recipe")
     return parser
 
 
@@ -71,8 +62,7 @@ def run_command(
 ) -> int:
     """Do the work of a command; return its exit status, 0 if it has none.
 
-    Args:
-        arguments: of the command line; None for those that the process was given.
+    ``arguments`` are those of the command line; None for those that the process was given.
 
     Raises:
         SystemExit: with status 2, after a usage error or one line on stderr about what is wrong.
@@ -106,16 +96,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def try_device(name: str, setting: str, remedy: str) -> torch.device:
-    """The device of a name, on which something has been computed; ``"auto"``: a GPU if there is.
-
-    Args:
-        name: such as ``"cuda:1"``.
-        setting: what the user has written, for the error message.
-        remedy: what the user can write instead.
+def try_device(name: str, setting: str = "", remedy: str = "--device cpu") -> torch.device:
+    """The device of a name (``"cuda:1"``), on which something has been computed; ``"auto"``: a GPU
+    if there is.
 
     Raises:
-        UserError: it does not exist, or cannot be used here.
+        UserError: it does not exist, or cannot be used here; ``setting`` is what the user has
+            written (default: ``--device name``), ``remedy`` what can be written instead.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,7 +110,8 @@ def try_device(name: str, setting: str, remedy: str) -> torch.device:
         device = torch.device(name)
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise UserError(f"{setting} cannot be used here ({first_line(error)}): {remedy}") from error
+        given = setting or f"--device {name}"
+        raise UserError(f"{given} cannot be used here ({first_line(error)}): {remedy}") from error
     return device
 
 

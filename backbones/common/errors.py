@@ -49,11 +49,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 @contextmanager
 def extra(name: str, purpose: str = "", also: str = "") -> Iterator[None]:
-    """A part that imports what an extra of this package brings, and what ``also`` brings.
-
-    Raises:
-        MissingExtra: a module is not installed.
-    """
+    """A part that imports what an extra of this package brings, and what ``also`` brings: a
+    :class:`MissingExtra` if a module is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -62,11 +59,8 @@ def extra(name: str, purpose: str = "", also: str = "") -> Iterator[None]:
 
 
 def require_trackers(names: Iterable[str]) -> None:
-    """Import the libraries of ``train.loggers``, those but TensorBoard, which an adapter has.
-
-    Raises:
-        MissingExtra: one is not installed.
-    """
+    """Import the libraries of ``train.loggers``, within :func:`extra`, those but TensorBoard, which
+    an adapter has."""
     for name in names:
         if name != "tensorboard":
             optional_import(name, "trackers", f"train.loggers=[{name}]")

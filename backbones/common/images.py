@@ -72,16 +72,11 @@ def labelled_images(root: str | os.PathLike[str], labels: Mapping[str, int]) -> 
 
 
 def eval_transform(height: int, width: int) -> Any:
-    """What the original evaluates with: the short side to 256/224 of the crop, then its centre.
+    """What the original evaluates with, from an RGB ``PIL.Image`` to float32 (3, height, width):
+    the short side to 256/224 of the longer side of the crop, in pixels, then its centre.
 
     Bicubic on the 8-bit image, then to [0, 1], then ImageNet's mean and deviation
     (``_prepare_im_tf`` in ``slowfast/datasets/imagenet.py``; mmpretrain does the same).
-
-    Args:
-        height, width: of the crop, in pixels. The longer one decides the size before the crop.
-
-    Returns:
-        a callable from an RGB ``PIL.Image`` to a float32 tensor (3, height, width).
     """
     v2 = import_images("torchvision.transforms.v2")
     short_side = max(height, width) * 256 // 224
@@ -97,14 +92,9 @@ def eval_transform(height: int, width: int) -> Any:
 
 
 def read_image(path: str | os.PathLike[str], upright: bool = False) -> Image.Image:
-    """Decode an image file completely, to 8-bit RGB.
+    """Decode an image file completely, to 8-bit RGB; an error of any kind, if it is damaged.
 
-    Args:
-        path: the file.
-        upright: turn the image as its EXIF data say. ImageNet's published scores do not.
-
-    Raises:
-        Exception: of any kind, by the kind of damage.
+    ``upright`` turns the image as its EXIF data say. ImageNet's published scores do not.
     """
     from PIL import ImageOps
 
@@ -113,11 +103,8 @@ def read_image(path: str | os.PathLike[str], upright: bool = False) -> Image.Ima
 
 
 def checked_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Width and height that the header of an image file names, in pixels.
-
-    Raises:
-        Exception: of any kind, where the header says that :func:`read_image` will not read it.
-    """
+    """Width and height that the header of an image file names, in pixels; an error of any kind,
+    where it says that :func:`read_image` will not read it."""
     with _opened(path) as image:
         return image.size
 
@@ -143,10 +130,9 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
             size, most = f"{image.width} x {image.height} px", Image.MAX_IMAGE_PIXELS
             if most and image.width * image.height > most:
                 raise ValueError(f"its header says {size}, over {most:,} pixels: cut it into tiles")
+            mode = f"Pillow's mode {image.mode}"
             if image.mode[0] in "IF":  # Pillow would clip these to white
-                raise ValueError(
-                    f"more than 8 bits a channel (Pillow's mode {image.mode}): save it with 8"
-                )
+                raise ValueError(f"more than 8 bits a channel ({mode}): save it with 8")
             yield image
 
 
@@ -161,11 +147,8 @@ class ImageFiles(Dataset[tuple[int, Tensor | str]]):
     See :func:`eval_transform` for ``height`` and ``width``, :func:`read_image` for ``upright``.
     """
 
-    def __init__(
-        self, paths: Sequence[str], height: int, width: int, upright: bool = False
-    ) -> None:
-        self.paths = paths
-        self.upright = upright
+    def __init__(self, paths: Sequence[str], height: int, width: int, upright: bool = False):
+        self.paths, self.upright = paths, upright
         self.transform = eval_transform(height, width)
 
     def __len__(self) -> int:
@@ -188,19 +171,13 @@ def image_loader(
     none could be read, and the reason by the index of a file for those that are left out.
     """
     batches = -(-len(files) // batch_size)
-    return DataLoader(
-        files,
-        batch_size,
-        # To start processes for a single batch takes longer than to read it.
-        num_workers=min(workers, batches) if batches > 1 else 0,
-        collate_fn=_collate,
-        pin_memory=pin_memory,
-    )
+    # To start processes for a single batch takes longer than to read it.
+    workers = min(workers, batches) if batches > 1 else 0
+    how: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
+    return DataLoader(files, batch_size, collate_fn=_collate, **how)
 
 
-def _collate(
-    items: list[tuple[int, Tensor | str]],
-) -> tuple[list[int], Tensor, dict[int, str]]:
+def _collate(items: list[tuple[int, Tensor | str]]) -> tuple[list[int], Tensor, dict[int, str]]:
     read = {index: image for index, image in items if isinstance(image, Tensor)}
     images = torch.stack([*read.values()]) if read else torch.empty(0)
     return [*read], images, {i: reason for i, reason in items if isinstance(reason, str)}

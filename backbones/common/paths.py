@@ -20,11 +20,8 @@ _REMEDY = {"s3": "pip install boto3, and give AWS credentials"}
 
 
 def local_path(path: str, key: str) -> str:
-    """Where ``path`` lies on this machine; what is remote is fetched once, and kept by iopath.
-
-    Args:
-        path: of a file or folder. Without a prefix, it is given back as it is.
-        key: what the user calls it, for the message.
+    """Where a file or folder lies on this machine: ``path`` itself, if it has no prefix; what is
+    remote is fetched once, and kept by iopath. ``key`` is what the user calls it.
 
     Raises:
         UserError: nothing is registered for the prefix, or it cannot be had.

@@ -35,8 +35,10 @@ class Recipes:
         """
         config = local_path(config, "--config")
         known, name = self.files(), config.removesuffix(self.suffix)
-        if Path(config).is_file() or name in known:
-            return config if Path(config).is_file() else str(known[name])
+        if Path(config).is_file():
+            return config
+        if name in known:
+            return str(known[name])
         near = ", ".join(near_names("/".join(Path(name).parts[-2:]), known, cutoff=0.5))
         hint = f"there are {near}" if near else "--config list prints those that there are"
         raise UserError(f"config {config!r} does not exist; {hint}")

@@ -14,6 +14,7 @@ import textwrap
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from backbones.common.errors import UserError, near_names
@@ -30,7 +31,7 @@ def key(
     """A field: its default (copied, if it is a list), its line of help, its bounds, inclusive."""
     rules = {"text": text, "choices": tuple(choices), "low": low, "high": high}
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=rules)
+        return field(default_factory=default.copy, metadata=rules)
     return field(default=default, metadata=rules)
 
 
@@ -76,37 +77,29 @@ def describe(section: type, prefix: str = "") -> str:
 
 
 def check_values(settings: Any, section: type, prefix: str = "") -> None:
-    """Compare the values of a section with the choices and bounds of its keys.
-
-    Args:
-        settings: holds the values: the dataclass itself, or a config node of its shape.
-        section: the dataclass.
-        prefix: the name of the section.
+    """Compare the values in ``settings`` (an instance of the dataclass ``section``, or a config
+    node of its shape) with the choices and bounds of its keys.
 
     Raises:
         UserError: with the key, its value and what it may be.
     """
     for entry in keys_of(section):
-        value = settings
-        for part in entry.path.split("."):
-            value = getattr(value, part)
-        rules, where = entry.rules, f"{prefix}.{entry.path}={value}".lstrip(".")
+        value = attrgetter(entry.path)(settings)
+        choices, low, high = (entry.rules[rule] for rule in ("choices", "low", "high"))
+        where = f"{prefix}.{entry.path}={value}".lstrip(".")
         values = value if typing.get_origin(entry.kind) is list else [value]
-        if rules["choices"] and not set(values) <= set(rules["choices"]):
-            raise UserError(f"{where}: choose one of {', '.join(rules['choices'])}")
+        if choices and not set(values) <= set(choices):
+            raise UserError(f"{where}: choose one of {', '.join(choices)}")
         # Written so that NaN is refused too.
-        if rules["low"] is not None and not value >= rules["low"]:
-            raise UserError(f"{where}: use a value of at least {rules['low']:g}")
-        if rules["high"] is not None and not value <= rules["high"]:
-            raise UserError(f"{where}: use a value of at most {rules['high']:g}")
+        if low is not None and not value >= low:
+            raise UserError(f"{where}: use a value of at least {low:g}")
+        if high is not None and not value <= high:
+            raise UserError(f"{where}: use a value of at most {high:g}")
 
 
 def split_override(text: str) -> tuple[str, str]:
-    """``"section.key=value"`` -> key and value as it was typed, which may hold more ``=``.
-
-    Raises:
-        UserError: not of this form.
-    """
+    """``"section.key=value"`` -> key and value as it was typed, which may hold more ``=``; a
+    UserError if it is not of this form."""
     name, equals, value = text.partition("=")
     if not equals or not name.strip() or name != name.strip():
         raise UserError(f"override {text!r} is not of the form key=value")
@@ -125,13 +118,8 @@ def verbatim(text: str) -> str:
 
 
 def unknown_key(name: str, known: Iterable[str], where: str = "") -> UserError:
-    """The error for a key that does not exist, with those that may be meant.
-
-    Args:
-        name: the key, whole.
-        known: all keys that there are.
-        where: it stands: the file or the override.
-    """
+    """The error for a key that does not exist (its whole name, and the file or the override where
+    it stands), with those of all ``known`` that may be meant."""
     known, last = list(known), name.rpartition(".")[2]
     # The right name in the wrong section is as near as a misspelt one.
     near = [other for other in known if other.rpartition(".")[2] == last]

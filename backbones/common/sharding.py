@@ -24,14 +24,11 @@ STATE = "state.pth"  # in the folder of a sharded checkpoint, all but the sharde
 def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: Any) -> None:
     """Give each process of a mesh its part of the weights: ``fully_shard``, in place.
 
-    Each block is a unit of its own, of which all weights are in one place while it runs, forwards
-    or backwards; the rest is one unit, there from the forward to the end of the backward pass. So
-    what is held between the two does not grow with the number of reversed blocks.
-
-    Args:
-        model: the same on every process, which is not checked.
-        blocks: modules inside that are called, not by other names than ``forward``.
-        mesh: of one dimension, as :func:`torch.distributed.device_mesh.init_device_mesh` makes it.
+    Each block, a module that is called by no other name than ``forward``, is a unit of its own, of
+    which all weights are in one place while it runs, forwards or backwards; the rest is one unit,
+    there from the forward to the end of the backward pass. So what is held between the two does not
+    grow with the number of reversed blocks. ``model`` is the same on every process, which is not
+    checked; ``mesh`` has one dimension (:func:`torch.distributed.device_mesh.init_device_mesh`).
     """
     from torch.distributed.fsdp import fully_shard  # late, as all of torch's sharding: 0.5 s
 

@@ -52,12 +52,10 @@ def stoppable() -> Iterator[None]:
     owner = os.getpid()
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a forked worker, which its parent ends
-            if number == signal.SIGINT:
-                return
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        if _Asked.number:
+        forked = os.getpid() != owner  # a worker, which its parent ends
+        if forked and number == signal.SIGINT:
+            return
+        if forked or _Asked.number:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         _Asked.number = number

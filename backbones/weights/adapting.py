@@ -8,16 +8,19 @@ over only where it reads what it was trained to read.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import isqrt
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from backbones.common.errors import some_of
 from backbones.models.trunk import Trunk
 from backbones.weights.checkpoint import WeightsError
-from backbones.weights.formats import Translation
+from backbones.weights.formats import Layout, Translation
+from backbones.weights.resizing import is_table
 
 Tensors = dict[str, Tensor]
 
@@ -34,15 +37,56 @@ _PARTS = {
 }
 
 
-class Report(Protocol):
-    """What of a :class:`backbones.LoadReport` is written here."""
+@dataclass
+class LoadReport:
+    """What :func:`load_weights` did. Names are the model's own; ``str()`` gives a summary.
 
-    left_out: dict[str, str]
-    converted: dict[str, str]
-    missing: list[str]
+    Attributes:
+        source: the path or address.
+        format: whose layout the file has: ``"own"``, ``"PySlowFast"``, ``"mmpretrain"``,
+            ``"timm"`` (also DeiT, MAE, DINOv2), ``"Detectron2"`` (ViTDet), ``"Hugging Face"``,
+            ``"torchvision"`` or ``"PyTorchVideo"`` (read by revvideo alone).
+        net: what net it is, in words; empty where only the layout is known.
+        loaded: tensors that were copied into the model.
+        converted: those among them, or what else of the file, that took another form: a class
+            token with its position, LayerScale that was folded, a plain net's norm and head in a
+            reversible model; each with what was done.
+        resized: those among them that were resized to the model's grid, each with what was done.
+        left_out: tensors of the file that were not used, each with the reason.
+        missing: tensors of the model that keep the values they had: those of the head, tables of
+            relative positions where the file has none, and a final norm (ViTDet has none).
+        averaged: under which name the file holds averaged weights too, which were not taken.
+    """
+
+    source: str
+    format: Layout
+    net: str = ""
+    loaded: list[str] = field(default_factory=list)
+    converted: dict[str, str] = field(default_factory=dict)
+    resized: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    averaged: str | None = None
+
+    def __str__(self) -> str:
+        what = ": ".join(filter(None, (self.format, self.net)))
+        lines = [f"{self.source} ({what}): {len(self.loaded)} tensors loaded"]
+        reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for did in ("converted", "resized", "left_out"):
+            for name, why in getattr(self, did).items():
+                reasons[did.replace("_", " "), why].append(name)
+        lines += [f"{did} {some_of(names)}: {why}" for (did, why), names in reasons.items()]
+        if self.averaged is not None:
+            lines.append(f"not taken: averaged weights under {self.averaged!r} (ema=True)")
+        if others := [name for name in self.missing if not is_table(name)]:
+            lines.append(f"left unchanged: {', '.join(others)}")
+        if tables := [name for name in self.missing if is_table(name)]:
+            count = f"{len(tables)} tables of relative positions"
+            lines.append(f"not in the file, unchanged: {count} ({some_of(sorted(tables))})")
+        return "\n  ".join(lines)
 
 
-def adapt(translation: Translation, model: nn.Module, report: Report) -> None:
+def adapt(translation: Translation, model: nn.Module, report: LoadReport) -> None:
     """Make what a file holds fit a model, in place, and say in the report what was done.
 
     Raises:
@@ -76,36 +120,30 @@ def adapt(translation: Translation, model: nn.Module, report: Report) -> None:
         _rewire(tensors, own, report)
 
 
-def _drop_stale_class_token(tensors: Tensors, report: Report) -> None:
+def _drop_stale_class_token(tensors: Tensors, report: LoadReport) -> None:
     """Early mmpretrain allocated a class token and its position and used neither."""
     position = tensors.get(_POSITION)
-    if "cls_token" not in tensors or position is None:
+    if "cls_token" not in tensors or position is None or position.ndim != 3:
         return
-    patches = position.shape[1] - 1 if position.ndim == 3 else 0
-    if patches < 1 or isqrt(patches) ** 2 != patches:
-        return
-    # Extra tokens stand before those of the patches.
-    tensors[_POSITION] = position[:, 1:]
-    del tensors["cls_token"]
-    report.left_out["cls_token"] = "not used by the model"
-    report.left_out[f"{_POSITION}[:, 0]"] = "the position of cls_token"
+    patches = position.shape[1] - 1
+    if patches > 0 and isqrt(patches) ** 2 == patches:
+        # Extra tokens stand before those of the patches.
+        tensors[_POSITION] = position[:, 1:]
+        del tensors["cls_token"]
+        report.left_out["cls_token"] = "not used by the model"
+        report.left_out[f"{_POSITION}[:, 0]"] = "the position of cls_token"
 
 
-def _fit_prefix(tensors: Tensors, own: Mapping[str, Tensor], report: Report) -> None:
+def _fit_prefix(tensors: Tensors, own: Mapping[str, Tensor], report: LoadReport) -> None:
     """Tokens in front of the patches' take in their positions, or go where the model has none."""
     position, registers = tensors.get(_POSITION), tensors.get(_REGISTERS)
-    rows = 0
+    rows, special = 0, 1 + ("dist_token" in tensors)
     if position is not None and position.ndim == 3:
         more = registers.shape[1] if registers is not None and registers.ndim == 3 else 0
-        special = 2 if "dist_token" in tensors else 1
         rows = _rows_in_front(position.shape[1], (special, special + more, 0), own)
         tensors[_POSITION] = position[:, rows:]
-    for name, first, what in (
-        (_CLS, 0, "class token"),
-        (_REGISTERS, 1 + ("dist_token" in tensors), "registers"),
-    ):
-        token = tensors.get(name)
-        if token is None:
+    for name, first, what in ((_CLS, 0, "class token"), (_REGISTERS, special, "registers")):
+        if (token := tensors.get(name)) is None:
             continue
         if name not in own:
             del tensors[name]
@@ -129,19 +167,15 @@ def _rows_in_front(rows: int, candidates: tuple[int, ...], own: Mapping[str, Ten
     return next(square, 0)
 
 
-def _fit_layer_scale(tensors: Tensors, own: Mapping[str, Tensor], report: Report) -> None:
+def _fit_layer_scale(tensors: Tensors, own: Mapping[str, Tensor], report: LoadReport) -> None:
     """Factors behind a layer are those of its rows."""
     folded = 0
     for name in [name for name in tensors if name.endswith(".ls.gamma") and name not in own]:
         start = name.removesuffix("ls.gamma")
         layer = start + ("attn.proj" if start.endswith(".f.") else "mlp.fc2")
-        gamma, weight, bias = (tensors.get(n) for n in (name, f"{layer}.weight", f"{layer}.bias"))
-        if (
-            gamma is None
-            or weight is None
-            or bias is None
-            or not (gamma.shape == bias.shape == weight.shape[:1] and weight.ndim == 2)
-        ):
+        names, none = (name, f"{layer}.weight", f"{layer}.bias"), torch.empty(0)
+        gamma, weight, bias = (tensors.get(name, none) for name in names)
+        if weight.ndim != 2 or not gamma.shape == bias.shape == weight.shape[:1]:
             raise WeightsError(f"{name} belongs to no layer {layer}")
         # Multiplied in half precision, they would be rounded twice.
         gamma = gamma.to(torch.promote_types(gamma.dtype, torch.float32))
@@ -156,7 +190,7 @@ def _fit_layer_scale(tensors: Tensors, own: Mapping[str, Tensor], report: Report
 
 
 def _fit_head(
-    tensors: Tensors, own: Mapping[str, Tensor], pool: str, class_token: bool, report: Report
+    tensors: Tensors, own: Mapping[str, Tensor], pool: str, class_token: bool, report: LoadReport
 ) -> None:
     """Leave a head out that reads something else than the model's does."""
     head, norm = tensors.get("head.weight"), tensors.get("patch_embed.proj.weight")
@@ -179,7 +213,7 @@ def _words(pool: str, behind: bool) -> str:
     return f"the mean of the patches, with the norm {'behind' if behind else 'before'} it"
 
 
-def _fit_norm(tensors: Tensors, own: Mapping[str, Tensor], report: Report) -> None:
+def _fit_norm(tensors: Tensors, own: Mapping[str, Tensor], report: LoadReport) -> None:
     """The norm before the pooling, behind it, or none."""
     for end in ("weight", "bias"):
         here, there = f"norm.{end}", f"fc_norm.{end}"
@@ -195,7 +229,7 @@ def _fit_norm(tensors: Tensors, own: Mapping[str, Tensor], report: Report) -> No
             report.missing.append(here)
 
 
-def _rewire(tensors: Tensors, own: Mapping[str, Tensor], report: Report) -> None:
+def _rewire(tensors: Tensors, own: Mapping[str, Tensor], report: LoadReport) -> None:
     """A plain net's branches become f and g; norm and head see two streams (Re2TAL, CVPR 2023)."""
     if any(".fuse." in name for name in own.keys() - tensors.keys()):
         raise WeightsError(
@@ -203,16 +237,12 @@ def _rewire(tensors: Tensors, own: Mapping[str, Tensor], report: Report) -> None
             "fusion='avg'"
         )
     report.converted["blocks"] = "the branches of a plain net in a reversible one: fine-tune it"
-    double: dict[str, Callable[[Tensor], Tensor]] = {
-        name: lambda value: torch.cat([value, value])
-        for name in ("norm.weight", "norm.bias", "fc_norm.weight", "fc_norm.bias")
-    }
-    double["head.weight"] = lambda value: torch.cat([value, value], dim=-1) / 2
-    for name, twice in double.items():
+    for name in ("norm.weight", "norm.bias", "fc_norm.weight", "fc_norm.bias", "head.weight"):
         value, mine = tensors.get(name), own.get(name)
         if value is None or mine is None or value.ndim != mine.ndim:
             continue
         if value.shape[-1] * 2 == mine.shape[-1]:
-            tensors[name] = twice(value)
-            halved = ", halved" if name == "head.weight" else ""
+            twice, adds = torch.cat([value, value], dim=-1), name == "head.weight"
+            tensors[name] = twice / 2 if adds else twice
+            halved = ", halved" if adds else ""
             report.converted[name] = f"two copies{halved}, one for each stream"

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from backbones.common.errors import UserError, first_line, optional_import, some_of
-from backbones.common.files import replacing
 from backbones.weights.pickles import load_arrays
 
 # Under which key a state dict lies in people's files, and where averaged weights do.
@@ -157,16 +156,12 @@ def _state_dict_in(path: Path, content: dict[str, Any], ema: bool) -> Checkpoint
     # Lightning's and others' have one more level.
     while isinstance(inner := tensors.get("state_dict", tensors.get("model")), dict) and inner:
         tensors = inner
-    if not tensors or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
-    ):
+    kinds = {(isinstance(k, str), isinstance(v, Tensor)) for k, v in tensors.items()}
+    if kinds != {(True, True)}:
         raise WeightsError(f"{path} holds no state dict (names and tensors)")
-    return Checkpoint(
-        path,
-        dict(tensors),
-        content={} if container is None else content,
-        averaged=averaged if container == plain else None,
-    )
+    beside = averaged if container == plain else None
+    content = {} if container is None else content
+    return Checkpoint(path, dict(tensors), content=content, averaged=beside)
 
 
 def _says_averaged(name: object) -> bool:
@@ -181,16 +176,3 @@ def _harmless() -> list[Any]:
         known += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
         known += [numpy.dtype, *map(type, map(numpy.dtype, "fdlqi?"))]
     return known
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, all of it or nothing."""
-    save = optional_import("safetensors.torch", "weights", f"writing {path}").save_file
-    # Cloned, because tensors that share a storage cannot be written.
-    own = {
-        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, value in tensors.items()
-    }
-    with replacing(path) as partial:
-        # Readers that follow the Hugging Face hub ask for this entry.
-        save(own, partial, metadata={"format": "pt", **metadata})

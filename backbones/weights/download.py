@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from backbones.common.files import replacing
+from backbones.common.files import checksum_file, checksum_of, replacing, write_checksum
 from backbones.weights.checkpoint import WeightsError
 
 # Files of other projects to start from, by names of our own.
@@ -42,15 +42,13 @@ def local_file(path_or_url: str | PathLike[str]) -> Path:
 
 
 def download(url: str) -> Path:
-    """The file behind ``url``, downloaded once into ``torch.hub.get_dir()/checkpoints``.
+    """The file behind ``url`` (``http://``, ``https://``, ``file://``), downloaded once into
+    ``torch.hub.get_dir()/checkpoints``.
 
     Beside the file lies its sha256 (``NAME.sha256``, as ``sha256sum`` writes it), recorded at
     the first use, since the publishers give none, and compared at every later one. A file put
     there by hand is used as if downloaded. Of several processes one downloads; the others wait.
     Shows its progress where stderr is a terminal.
-
-    Args:
-        url: an address that starts with ``http://``, ``https://`` or ``file://``.
 
     Raises:
         WeightsError: no such kind of address; no connection, or a download that breaks off (the
@@ -115,16 +113,11 @@ def _fetch(url: str, target: Path) -> None:
 
 def _check_sha256(path: Path) -> None:
     """Compare ``path`` with the checksum beside it, or record the checksum."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    record = path.with_name(f"{path.name}.sha256")
+    digest, record = checksum_of(path), checksum_file(path)
     if not record.exists():
-        # A folder that several users share may be read-only to this one.
-        with suppress(OSError), replacing(record) as partial:
-            partial.write_text(f"{digest.hexdigest()}  {path.name}\n")
-    elif record.read_text().split()[:1] != [digest.hexdigest()]:
+        with suppress(OSError):  # a folder that several users share may be read-only to this one
+            write_checksum(path, digest)
+    elif record.read_text().split()[:1] != [digest]:
         raise WeightsError(
             f"{path} is not the file of the checksum in {record.name}; delete both to download "
             "it again"

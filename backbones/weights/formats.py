@@ -20,16 +20,10 @@ from torch import Tensor, nn
 from backbones.engine.policies import blocks_of
 from backbones.weights.checkpoint import WeightsError
 
-Layout = Literal[
-    "own",
-    "PySlowFast",
-    "mmpretrain",
-    "timm",
-    "Detectron2",
-    "Hugging Face",
-    "torchvision",
-    "PyTorchVideo",
-]
+Layout = (
+    Literal["own", "PySlowFast", "mmpretrain", "timm"]
+    | Literal["Detectron2", "Hugging Face", "torchvision", "PyTorchVideo"]
+)
 
 # Their names for our names, first match first. ``{block}`` is the i-th block of the model, in the
 # order of the forward pass, whatever stage it lies in.
@@ -86,10 +80,7 @@ _RENAMES: dict[Layout, tuple[tuple[str, str], ...]] = {
         (_HF + r"\.mlp\.gate_proj\.", "{block}.g.mlp.gate."),
         (_HF + r"\.mlp\.up_proj\.", "{block}.g.mlp.up."),
         (_HF + r"\.(?:intermediate\.dense|mlp\.fc1|mlp\.weights_in)\.", "{block}.g.mlp.fc1."),
-        (
-            _HF + r"\.(?:output\.dense|mlp\.fc2|mlp\.weights_out|mlp\.down_proj)\.",
-            "{block}.g.mlp.fc2.",
-        ),
+        (_HF + r"\.(?:output\.dense|mlp\.(?:fc2|weights_out|down_proj))\.", "{block}.g.mlp.fc2."),
         (_HF + r"\.layer_scale2\.lambda1$", "{block}.g.ls.gamma"),
         (r"^embeddings\.position_embeddings$", "pos_embed.weight"),
         (r"^embeddings\.cls_token$", "prefix.cls_token"),
@@ -114,6 +105,14 @@ _RENAMES: dict[Layout, tuple[tuple[str, str], ...]] = {
     ),
 }
 
+# Names by which a layout is known at once; timm's are part of others too.
+_SIGNS: dict[str, Layout] = {
+    r"rev_backbone\.": "PySlowFast",
+    r"patch_embed\.projection\.": "mmpretrain",
+    r"\.encoder_layer_": "torchvision",
+    r"embeddings\.patch_embeddings\.": "Hugging Face",
+    r"(^|\.)blocks\.\d+\.(\d+\.)?attn\.rel_pos_[hw]$": "Detectron2",
+}
 # What a net's first layer is called. What stands before it, stands before all names of the net.
 _FIRST = re.compile(
     r"(.*?)(?:patch_embed\.proj|patch_embed\.projection|embeddings\.patch_embeddings\.projection"
@@ -163,16 +162,9 @@ def recognise(names: Iterable[str]) -> Layout:
     """Tell a layout by its names; what looks like none of the foreign ones is ``"own"``."""
     layout: Layout = "own"
     for name in names:
-        if "rev_backbone." in name:
-            return "PySlowFast"
-        if "patch_embed.projection." in name:
-            return "mmpretrain"
-        if ".encoder_layer_" in name:
-            return "torchvision"
-        if "embeddings.patch_embeddings." in name:
-            return "Hugging Face"
-        if re.search(r"(^|\.)blocks\.\d+\.(\d+\.)?attn\.rel_pos_[hw]$", name):
-            return "Detectron2"
+        for sign, found in _SIGNS.items():
+            if re.search(sign, name):
+                return found
         if re.search(r"(^|\.)blocks\.\d+\.(\d+\.)?(norm1|attn\.qkv)\.", name):
             layout = "timm"
     return layout
@@ -201,11 +193,8 @@ def translate(state_dict: Mapping[str, Tensor], model: nn.Module, ema: bool = Fa
     wrappers = [f"{part}." for part in (prefix or "module.backbone.").split(".")[:-1]]
     names, beside = {}, []
     for key in state_dict:
-        names[key] = key
-        if key in own and not prefix:
-            continue
-        if prefix and key.startswith(prefix):
-            names[key] = key[len(prefix) :]
+        names[key] = key.removeprefix(prefix)
+        if names[key] != key or (key in own and not prefix):
             continue
         for wrapper in wrappers:
             names[key] = names[key].removeprefix(wrapper)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backbones.common.errors import some_of
+from backbones.common.errors import optional_import, some_of
+from backbones.common.files import replacing
 from backbones.models.trunk import Trunk
 from backbones.registry import build
-from backbones.weights.adapting import adapt
-from backbones.weights.checkpoint import (
-    Checkpoint,
-    WeightsError,
-    read_checkpoint,
-    write_safetensors,
-)
+from backbones.weights import resizing
+from backbones.weights.adapting import LoadReport, Tensors, adapt
+from backbones.weights.checkpoint import Checkpoint, WeightsError, read_checkpoint
 from backbones.weights.download import local_file
-from backbones.weights.formats import Layout, describe, recognise, translate
-from backbones.weights.resizing import (
-    Grid,
-    grids_of,
-    is_table,
-    resize_patches,
-    resize_positions,
-    resize_tables,
-)
+from backbones.weights.formats import describe, recognise, translate
+from backbones.weights.resizing import Grid, grids_of, is_table
 
 # Entries of a safetensors file's metadata, both JSON: the model's name and arguments, and the
 # grids of its position embeddings, which the number of their rows does not tell.
@@ -39,60 +28,6 @@ CONFIG = "backbones.config"
 _GRIDS = "backbones.grids"
 
 _HEAD = "head."
-
-
-@dataclass
-class LoadReport:
-    """What :func:`load_weights` did. Names are the model's own; ``str()`` gives a summary.
-
-    Attributes:
-        source: the path or address.
-        format: whose layout the file has: ``"own"``, ``"PySlowFast"``, ``"mmpretrain"``,
-            ``"timm"`` (also DeiT, MAE, DINOv2), ``"Detectron2"`` (ViTDet), ``"Hugging Face"``,
-            ``"torchvision"`` or ``"PyTorchVideo"`` (read by revvideo alone).
-        net: what net it is, in words; empty where only the layout is known.
-        loaded: tensors that were copied into the model.
-        converted: those among them, or what else of the file, that took another form: a class
-            token with its position, LayerScale that was folded, a plain net's norm and head in a
-            reversible model; each with what was done.
-        resized: those among them that were resized to the model's grid, each with what was done.
-        left_out: tensors of the file that were not used, each with the reason.
-        missing: tensors of the model that keep the values they had: those of the head, tables of
-            relative positions where the file has none, and a final norm (ViTDet has none).
-        averaged: under which name the file holds averaged weights too, which were not taken.
-    """
-
-    source: str
-    format: Layout
-    net: str = ""
-    loaded: list[str] = field(default_factory=list)
-    converted: dict[str, str] = field(default_factory=dict)
-    resized: dict[str, str] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    averaged: str | None = None
-
-    def __str__(self) -> str:
-        what = ": ".join(filter(None, (self.format, self.net)))
-        lines = [f"{self.source} ({what}): {len(self.loaded)} tensors loaded"]
-        for did, names in (
-            ("converted", self.converted),
-            ("resized", self.resized),
-            ("left out", self.left_out),
-        ):
-            reasons: dict[str, list[str]] = {}
-            for name, why in names.items():
-                reasons.setdefault(why, []).append(name)
-            lines += [f"{did} {some_of(group)}: {why}" for why, group in reasons.items()]
-        if self.averaged is not None:
-            lines.append(f"not taken: averaged weights under {self.averaged!r} (ema=True)")
-        tables = [name for name in self.missing if is_table(name)]
-        if others := [name for name in self.missing if not is_table(name)]:
-            lines.append(f"left unchanged: {', '.join(others)}")
-        if tables:
-            count = f"{len(tables)} tables of relative positions"
-            lines.append(f"not in the file, unchanged: {count} ({some_of(sorted(tables))})")
-        return "\n  ".join(lines)
 
 
 def load_weights(
@@ -134,11 +69,7 @@ def load_weights(
 def load_checkpoint(
     model: nn.Module, checkpoint: Checkpoint, source: str, ema: bool = False
 ) -> LoadReport:
-    """As :func:`load_weights`, for a checkpoint that was read already from ``source``.
-
-    Raises:
-        WeightsError: it does not fit the model.
-    """
+    """As :func:`load_weights`, for a checkpoint that was read already from ``source``."""
     report, ready = fit_checkpoint(model, checkpoint, source, ema)
     own = model.state_dict()
     with torch.no_grad():
@@ -149,13 +80,9 @@ def load_checkpoint(
 
 def fit_checkpoint(
     model: nn.Module, checkpoint: Checkpoint, source: str, ema: bool = False
-) -> tuple[LoadReport, dict[str, Tensor]]:
-    """What :func:`load_checkpoint` would do, and with which tensors; the model stays as it is.
-
-    Raises:
-        WeightsError: it does not fit the model.
-    """
-    own: dict[str, Tensor] = model.state_dict()
+) -> tuple[LoadReport, Tensors]:
+    """What :func:`load_checkpoint` would do, and with which tensors; the model stays as it is."""
+    own: Tensors = model.state_dict()
     report = LoadReport(source, recognise(checkpoint.tensors), averaged=checkpoint.averaged)
     try:
         translation = translate(checkpoint.tensors, model, ema)
@@ -164,11 +91,11 @@ def fit_checkpoint(
         if odd := odd_numbers(tensors, own):
             raise WeightsError(f"not plain numbers: {some_of(odd)}")
         adapt(translation, model, report)
-        grids = _recorded_grids(checkpoint.metadata)
-        report.resized = resize_positions(tensors, model, grids, foreign=report.format != "own")
-        report.resized |= resize_tables(tensors, own)
+        grids, foreign = _recorded_grids(checkpoint.metadata), report.format != "own"
+        report.resized = resizing.resize_positions(tensors, model, grids, foreign)
+        report.resized |= resizing.resize_tables(tensors, own)
         if report.format not in ("own", "PySlowFast", "mmpretrain"):
-            report.resized |= resize_patches(tensors, own)
+            report.resized |= resizing.resize_patches(tensors, own)
         _drop_head(tensors, own, report)
         absent = [name for name in own if name not in tensors]
         has_tables = any(map(is_table, tensors))
@@ -177,32 +104,25 @@ def fit_checkpoint(
         ]
         _check_names_and_shapes(tensors, own, report.missing)
     except WeightsError as error:
-        kind = type(model).__name__
-        raise WeightsError(
-            f"{source}, taken for {report.format}'s layout, does not fit this {kind}: {error}"
-        ) from error
+        kind, taken = type(model).__name__, f"taken for {report.format}'s layout"
+        raise WeightsError(f"{source}, {taken}, does not fit this {kind}: {error}") from error
     # To dtype and device first, since that may still fail; copying cannot.
     ready = {name: tensors[name].to(own[name]) for name in own if name in tensors}
     report.loaded = list(ready)
     return report, ready
 
 
-def odd_numbers(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
+def odd_numbers(tensors: Tensors, own: Tensors) -> list[str]:
     """The names of values of which copying into their places is not sure to work."""
     if any(value.is_meta for value in own.values()):
         raise WeightsError("the model is on the meta device and has no values")
-    return [
-        name
-        for name, value in sorted(tensors.items())
-        if value.layout != torch.strided
-        or value.device.type != "cpu"
-        or value.is_quantized
-        or (
-            name in own
-            and (value.is_floating_point(), value.is_complex())
-            != (own[name].is_floating_point(), own[name].is_complex())
-        )
-    ]
+
+    def is_odd(value: Tensor, mine: Tensor) -> bool:
+        plain = value.layout == torch.strided and value.device.type == "cpu"
+        kinds = [(x.is_floating_point(), x.is_complex()) for x in (value, mine)]
+        return not plain or value.is_quantized or kinds[0] != kinds[1]
+
+    return [name for name, value in sorted(tensors.items()) if is_odd(value, own.get(name, value))]
 
 
 def _recorded_grids(metadata: dict[str, str]) -> dict[str, Grid]:
@@ -214,7 +134,7 @@ def _recorded_grids(metadata: dict[str, str]) -> dict[str, Grid]:
         raise WeightsError("its metadata is damaged") from error
 
 
-def _drop_head(tensors: dict[str, Tensor], own: dict[str, Tensor], report: LoadReport) -> None:
+def _drop_head(tensors: Tensors, own: Tensors, report: LoadReport) -> None:
     """Leave a head out that the model has not, or has for another number of classes."""
     has_head = any(key.startswith(_HEAD) for key in own)
     for name in [name for name in tensors if name.startswith(_HEAD)]:
@@ -231,9 +151,7 @@ def _drop_head(tensors: dict[str, Tensor], own: dict[str, Tensor], report: LoadR
         report.left_out[name] = why
 
 
-def _check_names_and_shapes(
-    tensors: dict[str, Tensor], own: dict[str, Tensor], allowed: Iterable[str]
-) -> None:
+def _check_names_and_shapes(tensors: Tensors, own: Tensors, allowed: Iterable[str]) -> None:
     problems = {
         "of another shape": {
             f"{name} {tuple(tensors[name].shape)} for {tuple(own[name].shape)}"
@@ -257,12 +175,9 @@ def load_model(path: str | PathLike[str] | Checkpoint) -> Trunk:
             other tensors than that model.
         ImportError: safetensors is not installed.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint, instead = read_checkpoint(path), "use create_model(…) and load_weights(…)"
     if CONFIG not in checkpoint.metadata:
-        raise WeightsError(
-            f"{checkpoint.path} does not say which model it is of; use create_model(…) and "
-            "load_weights(…)"
-        )
+        raise WeightsError(f"{checkpoint.path} does not say which model it is of; {instead}")
     try:
         config = json.loads(checkpoint.metadata[CONFIG])
         name, arguments = config["name"], config["arguments"]
@@ -303,4 +218,10 @@ def save_weights(model: nn.Module, path: str | PathLike[str]) -> None:
     metadata = {_GRIDS: json.dumps(grids_of(model))}
     if config := getattr(model, "config", None):
         metadata[CONFIG] = json.dumps(config)
-    write_safetensors(Path(path).expanduser(), model.state_dict(), metadata)
+    save = optional_import("safetensors.torch", "weights", f"writing {path}").save_file
+    # Cloned, because tensors that share a storage cannot be written.
+    whole = {"memory_format": torch.contiguous_format}
+    own = {key: value.detach().cpu().clone(**whole) for key, value in model.state_dict().items()}
+    with replacing(Path(path).expanduser()) as partial:
+        # Readers that follow the Hugging Face hub ask for this entry.
+        save(own, partial, metadata={"format": "pt", **metadata})

@@ -23,17 +23,11 @@ class _Array:
 
     tensor: Tensor
 
+    def __init__(self, *_: object) -> None: ...
+
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, data = state
-        self.fill(data, dtype, shape, "F" if fortran else "C")
-
-    def fill(self, data: Any, dtype: _DType, shape: tuple[int, ...], order: str) -> None:
-        numpy = optional_import("numpy", "weights", "reading a pickle of arrays")
-        kind = numpy.dtype(dtype.text).newbyteorder(dtype.order or "=")
-        if kind.kind not in "fiub" or not isinstance(data, bytes):
-            raise ValueError(f"it holds an array of {kind}, not of numbers")
-        array = numpy.frombuffer(data, kind).reshape(shape, order=order)
-        self.tensor = torch.from_numpy(array.astype(kind.newbyteorder("="), order="C"))
+        self.tensor = _tensor(data, dtype, shape, "F" if fortran else "C")
 
 
 class _DType:
@@ -48,14 +42,17 @@ class _DType:
         self.order = state[1] if state[1] in ("<", ">") else None
 
 
+def _tensor(data: Any, dtype: _DType, shape: tuple[int, ...], order: str) -> Tensor:
+    numpy = optional_import("numpy", "weights", "reading a pickle of arrays")
+    kind = numpy.dtype(dtype.text).newbyteorder(dtype.order or "=")
+    if kind.kind not in "fiub" or not isinstance(data, bytes | bytearray):
+        raise ValueError(f"it holds an array of {kind}, not of numbers")
+    array = numpy.frombuffer(data, kind).reshape(shape, order=order)
+    return torch.from_numpy(array.astype(kind.newbyteorder("="), order="C"))
+
+
 def _scalar(dtype: _DType, data: bytes) -> Tensor:
-    return _from_buffer(data, dtype, (), "C").tensor
-
-
-def _from_buffer(data: Any, dtype: _DType, shape: tuple[int, ...], order: str) -> _Array:
-    value = _Array()
-    value.fill(bytes(data), dtype, shape, order)
-    return value
+    return _tensor(data, dtype, (), "C")
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -65,21 +62,17 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
-def _reconstruct(*_: object) -> _Array:
-    return _Array()
-
-
 _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("_codecs", "encode"): _encode,
     ("numpy", "dtype"): _DType,
-    ("numpy", "ndarray"): _reconstruct,
+    ("numpy", "ndarray"): _Array,
 }
 for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-    _KNOWN[_module, "_reconstruct"] = _reconstruct
+    _KNOWN[_module, "_reconstruct"] = _Array
     _KNOWN[_module, "scalar"] = _scalar
 for _module in ("numpy.core.numeric", "numpy._core.numeric"):  # protocol 5
-    _KNOWN[_module, "_frombuffer"] = _from_buffer
+    _KNOWN[_module, "_frombuffer"] = _tensor
 
 
 class _Unpickler(pickle.Unpickler):
