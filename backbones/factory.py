@@ -54,9 +54,8 @@ def create_model(
     released = record_of(name).weights if pretrained else None
     if pretrained and released is None:
         others = ", ".join(sorted(other for other in MODELS if MODELS[other].weights))
-        raise ValueError(
-            f"no weights are released for {name!r}, only for {others}; use pretrained=False"
-        )
+        only = f"only for {others}; use pretrained=False"
+        raise ValueError(f"no weights are released for {name!r}, {only}")
     model = build(name, **overrides)
     if released is not None:
         _log.info("%s", load_weights(model, released))

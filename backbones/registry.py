@@ -74,11 +74,7 @@ MODELS: dict[str, ModelRecord] = {
 
 
 def register_model(name: str, model: type[nn.Module], **arguments: Any) -> None:
-    """Make ``create_model(name)`` build ``model(**arguments)``.
-
-    Raises:
-        ValueError: the name is taken.
-    """
+    """Make ``create_model(name)`` build ``model(**arguments)``; a ValueError if it is taken."""
     if name in MODELS:
         raise ValueError(f"a model named {name!r} is registered already")
     MODELS[name] = ModelRecord(model, arguments)
@@ -90,11 +86,7 @@ def list_models() -> list[str]:
 
 
 def record_of(name: str) -> ModelRecord:
-    """What a name stands for.
-
-    Raises:
-        ValueError: unknown name (the message lists the near ones).
-    """
+    """What a name stands for; a ValueError, which lists the near ones, if it is unknown."""
     if name not in MODELS:
         near = did_you_mean(name, list_models()) or ": backbones.list_models() has all names"
         raise ValueError(f"there is no model {name!r}{near}")
@@ -102,11 +94,7 @@ def record_of(name: str) -> ModelRecord:
 
 
 def build(name: str, **overrides: Any) -> Trunk:
-    """As :func:`backbones.create_model` without weights: ``overrides`` replace arguments.
-
-    Raises:
-        ValueError: unknown name or argument (the message lists the near ones).
-    """
+    """As :func:`backbones.create_model` without weights: ``overrides`` replace arguments."""
     record = record_of(name)
     known = inspect.signature(record.constructor).parameters
     any_key = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())

@@ -149,9 +149,8 @@ def infer(
             yield indices, values
     if 0 < len(files) == len(unreadable):
         path, reason = next(iter(unreadable.items()))
-        raise UserError(
-            f"none of the {len(files):,} images could be read; {printable(path)}: {reason}"
-        )
+        none = f"none of the {len(files):,} images could be read"
+        raise UserError(f"{none}; {printable(path)}: {reason}")
 
 
 def _forward(model: nn.Module, images: Tensor, amp: str | None) -> Tensor:
@@ -162,10 +161,8 @@ def _forward(model: nn.Module, images: Tensor, amp: str | None) -> Tensor:
             values: Tensor = model(images)
         return values.float().cpu()
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{images.device} has not enough memory for a batch of {len(images)}; "
-            "use a smaller --batch-size"
-        ) from error
+        lack = f"{images.device} has not enough memory for a batch of {len(images)}"
+        raise UserError(f"{lack}; use a smaller --batch-size") from error
 
 
 def prepare_file(path: Path) -> None:

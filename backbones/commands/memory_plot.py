@@ -40,15 +40,9 @@ def frontier(simulation: Simulation) -> Curves:
 def plot(
     steps: Mapping[str, StepMemory], title: str, budget: int | None, path: str, curves: Curves
 ) -> None:
-    """Write a picture of training steps: the parts of each peak, the bytes over each step, and
-    what speed can be had for which bytes.
-
-    Args:
-        curves: of :func:`frontier`.
-        steps: by the name of the policy; one of them is ``"store"``.
-        budget: in bytes, drawn as a line.
-        path: of the file; its suffix decides the format.
-    """
+    """Write a picture of training steps, by the names of their policies, ``"store"`` among them:
+    the parts of each peak, the bytes over each step, and, as :func:`frontier` has counted, what
+    speed can be had for which bytes. The suffix of ``path`` decides the format."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(17.0, 4.8), layout="constrained")

@@ -89,10 +89,8 @@ def _rank(paths: list[str], batches: _Batches, names: list[str]) -> list[dict[st
     for indices, logits in batches:
         top = logits.softmax(1).topk(min(5, len(names)))
         for index, *ranking in zip(indices, top.indices.tolist(), top.values.tolist(), strict=True):
-            classes = [
-                {"index": c, "name": names[c], "probability": p}
-                for c, p in zip(*ranking, strict=True)
-            ]
+            ranked = zip(*ranking, strict=True)
+            classes = [{"index": c, "name": names[c], "probability": p} for c, p in ranked]
             lines = [f"{100 * c['probability']:7.2f} %  {c['name']}" for c in classes]
             write("\n".join([printable(paths[index]), *lines]), file=sys.stdout)
             predictions.append({"file": paths[index], "classes": classes})

@@ -61,11 +61,10 @@ class Trial:
         return torch.cuda.max_memory_allocated(self.device)
 
     def relative_speeds(self, shape: tuple[int, ...], settings: Settings) -> dict[str, float]:
-        """The throughput of each policy over that of ``"store"``, measured.
+        """The throughput of each policy over that of ``"store"``, measured: the median over rounds.
 
-        Each round times one step of ``"store"`` and one of each setting, so
-        that what else the machine does weighs on all alike; the result is the median over the
-        rounds. The first round does not count.
+        Each round times one step of ``"store"`` and one of each setting, so that what else the
+        machine does weighs on all alike. The first round does not count.
         """
         x = torch.randn(shape, device=self.device)
         ratios: dict[str, list[float]] = {name: [] for name in settings}

@@ -38,9 +38,8 @@ def import_images(module: str) -> Any:
     try:
         return optional_import(module, "images", "working on images")
     except RuntimeError as error:  # torchvision, where its compiled operators were not made for it
-        raise ImportError(
-            f"{module} does not fit torch {torch.__version__}: {first_line(error)}"
-        ) from error
+        odd = f"{module} does not fit torch {torch.__version__}"
+        raise ImportError(f"{odd}: {first_line(error)}") from error
 
 
 def image_suffixes() -> tuple[str, ...]:

@@ -73,11 +73,9 @@ class MemoryPlan:
         return f"{self.policy}{keeping}, {stored}{parts}"
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.summary}: "
-            f"{readable(self.predicted_bytes)} of {readable(self.budget)}, "
-            f"{self.relative_speed:.2f} of the speed of 'store' by operation count"
-        ]
+        size = f"{readable(self.predicted_bytes)} of {readable(self.budget)}"
+        speed = f"{self.relative_speed:.2f} of the speed of 'store' by operation count"
+        lines = [f"{self.summary}: {size}, {speed}"]
         lines += [f"  {name:<16} {readable(size):>10}" for name, size in self.parts.items()]
         return "\n".join(lines)
 
@@ -124,9 +122,8 @@ def fit_memory(
     """
     device = _device_of(model)
     limit = parse_budget(budget, device) if budget != "auto" else _auto_budget(model, device)
-    plan = fastest_that_fits(
-        Simulation(model, example_input, device.type, autocast, fused, slices), limit
-    )
+    simulation = Simulation(model, example_input, device.type, autocast, fused, slices)
+    plan = fastest_that_fits(simulation, limit)
     set_memory(model, plan.policy, plan.stored_blocks, plan.keep, plan.slices)
     return plan
 
@@ -151,11 +148,8 @@ def predict_memory(
 
 
 def parse_budget(budget: int | str, device: torch.device | None = None) -> int:
-    """Bytes from a number or from a string as :func:`fit_memory` takes; ``"auto"`` for a GPU.
-
-    Raises:
-        ValueError: not such a string; not positive; ``"auto"`` for a device that is no GPU.
-    """
+    """Bytes from a number or from a string as :func:`fit_memory` takes; ``"auto"`` for a GPU. A
+    ValueError for anything else, what is not positive, and ``"auto"`` for another device."""
     if budget == "auto":
         return _auto_budget(None, device or torch.device("cpu"))
     match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([KMGT]i?)?B?\s*", str(budget), re.IGNORECASE)
@@ -204,12 +198,14 @@ def fastest_that_fits(simulation: Simulation, budget: int) -> MemoryPlan:
         if chosen[1][1] == keeps[-1]:
             chosen.append(last_of([(stored, keeps[-1]) for stored in counts]))
     stored, keep = min(chosen, key=lambda c: (simulation.step(policy, *c).operations, -c[0]))
-    step = simulation.step(policy, stored, keep)
-    speed = simulation.step("store").operations / step.operations
-    slices = simulation.slices
-    return MemoryPlan(
-        policy, stored, keep, blocks, step.peak_bytes, budget, step.peak, speed, slices
-    )
+    return _plan(simulation, budget, stored, keep, simulation.slices)
+
+
+def _plan(simulation: Simulation, budget: int, stored: int, keep: Keep, slices: int) -> MemoryPlan:
+    policy, blocks = simulation.saving_policy, simulation.blocks
+    step = simulation.step(policy, stored, keep, slices)
+    speed, size = simulation.step("store").operations / step.operations, step.peak_bytes
+    return MemoryPlan(policy, stored, keep, blocks, size, budget, step.peak, speed, slices)
 
 
 def _in_slices(simulation: Simulation, budget: int, smallest: int) -> MemoryPlan:
@@ -219,15 +215,13 @@ def _in_slices(simulation: Simulation, budget: int, smallest: int) -> MemoryPlan
     while slices < batch:
         slices = min(2 * slices, batch)
         try:
-            step = simulation.step(policy, 0, (), slices)
+            peak = simulation.step(policy, 0, (), slices).peak_bytes
         except RuntimeError:  # samples of the batch touch each other
             break
-        if step.peak_bytes <= budget:
-            speed = simulation.step("store").operations / step.operations
-            blocks, size = simulation.blocks, step.peak_bytes
-            return MemoryPlan(policy, 0, (), blocks, size, budget, step.peak, speed, slices)
-        useless = step.peak_bytes > 0.99 * smallest  # what is run is not the peak
-        smallest = min(smallest, step.peak_bytes)
+        if peak <= budget:
+            return _plan(simulation, budget, 0, (), slices)
+        useless = peak > 0.99 * smallest  # what is run is not the peak
+        smallest = min(smallest, peak)
         if useless:
             break
     raise ValueError(
@@ -243,10 +237,8 @@ def _device_of(model: nn.Module) -> torch.device:
 def _auto_budget(model: nn.Module | None, device: torch.device) -> int:
     """What "auto" stands for: memory that is free, or that the model has taken out of it."""
     if device.type != "cuda" or not torch.cuda.is_available():
-        raise ValueError(
-            "the budget 'auto' needs a GPU that tells what it has free: give a number, "
-            "such as '12GB'"
-        )
+        instead = "give a number, such as '12GB'"
+        raise ValueError(f"the budget 'auto' needs a GPU that tells what it has free: {instead}")
     free = free_bytes(device)
     if model is not None:
         grads = (p.grad for p in model.parameters() if p.grad is not None)

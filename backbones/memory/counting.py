@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -53,11 +53,9 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore
         if func is torch.ops.prim.device.default:
             return cast(FakeTensor, args[0]).fake_device  # asked for so often that it takes time
         kwargs = kwargs or {}
-        if any(isinstance(arg, Tensor) for arg in tree_leaves((args, kwargs))):
+        given = any(isinstance(arg, Tensor) for arg in tree_leaves((args, kwargs)))
+        with nullcontext() if given else self._fake:  # torch.zeros(…): no memory is taken
             out = func(*args, **kwargs)
-        else:
-            with self._fake:  # torch.zeros(…) and the like: no memory is taken
-                out = func(*args, **kwargs)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.add(tensor)

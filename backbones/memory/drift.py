@@ -86,14 +86,12 @@ class DriftReport:
             gradient = "-" if block.gradient is None else f"{block.gradient:.1e}"
             lines.append(f"{block.name:<{width}}  {block.reconstruction:>14.1e}  {gradient:>8}")
         lines.append(f"{'all gradients':<{width}}  {'':>14}  {self.gradient:>8.1e}")
-        if self.ok:
-            lines.append(f"ok: every gradient within {WARNING_THRESHOLD:.0%} of stored activations")
-        else:
-            lines.append(
-                f"WARNING: a gradient is off by {self.worst_gradient:.1%} (warning threshold "
-                f"{WARNING_THRESHOLD:.0%}); store the last blocks, or take a higher precision"
-            )
-        return "\n".join(lines)
+        most, worst = f"{WARNING_THRESHOLD:.0%}", f"{self.worst_gradient:.1%}"
+        verdict = f"ok: every gradient within {most} of stored activations"
+        if not self.ok:
+            remedy = "store the last blocks, or take a higher precision"
+            verdict = f"WARNING: a gradient is off by {worst} (warning threshold {most}); {remedy}"
+        return "\n".join([*lines, verdict])
 
 
 def _largest(errors: Any) -> float:
@@ -137,10 +135,8 @@ def probe_drift(
     blocks = cast(dict[ReversibleBlock, str], found)
     if not blocks:
         raise ValueError(f"{type(model).__name__} holds no reversible blocks: use a rev_* model")
-    device = example_input.device
-    autocast = torch.autocast(
-        device.type, dtype=_AUTOCAST.get(precision), enabled=precision in _AUTOCAST
-    )
+    device, dtype = example_input.device, _AUTOCAST.get(precision)
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
     try:
         with _as_it_was(model, device), autocast:
             reconstruction = _reconstruction_errors(model, sequences, blocks, example_input)
@@ -148,10 +144,9 @@ def probe_drift(
             reversible = _gradients(model, "reversible", example_input)
     except RuntimeError as error:
         # Both wordings occur; a missing operation is not always a NotImplementedError.
-        if precision in _AUTOCAST and "not implemented for" in str(error):
-            raise RuntimeError(
-                f"{precision} does not run on {device.type}: {first_line(error)}"
-            ) from error
+        if dtype is not None and "not implemented for" in str(error):
+            where = f"{precision} does not run on {device.type}"
+            raise RuntimeError(f"{where}: {first_line(error)}") from error
         raise
     drifts = []
     for block, name in blocks.items():

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from backbones.engine.policies import Keep
 from backbones.memory.simulation import Simulation
@@ -60,9 +61,7 @@ def keeps_by_worth(simulation: Simulation) -> list[Keep]:
     return keeps
 
 
-def _chosen(
-    items: Iterable[_Item], peaks: torch.Tensor, places: list[slice], limit: int
-) -> list[_Item]:
+def _chosen(items: Iterable[_Item], peaks: Tensor, places: list[slice], limit: int) -> list[_Item]:
     chosen: list[_Item] = []
     incomplete: set[int] = set()
     for item in items:
@@ -141,8 +140,6 @@ def _named(items: Iterable[_Item], simulation: Simulation) -> Keep:
     keep: list[str] = []
     for layer, blocks in of_layer.items():
         everywhere = simulation.blocks if layer == "products" else holders[layer]
-        if len(blocks) == everywhere:
-            keep.append(layer)
-        else:
-            keep += [f"{simulation.block_names[block]}.{layer}" for block in sorted(blocks)]
+        names = [f"{simulation.block_names[block]}.{layer}" for block in sorted(blocks)]
+        keep += [layer] if len(blocks) == everywhere else names
     return "products" if keep == ["products"] else tuple(keep)

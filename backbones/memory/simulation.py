@@ -12,17 +12,19 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import module as hooks
 from torch.utils._pytree import tree_leaves
 
 from backbones.engine.kept import linear_layers
 from backbones.engine.policies import Block, Keep, MemoryPolicy, blocks_of, set_memory
 from backbones.memory.counting import Counter, as_on_a_gpu
+
+_ASKS_FOR_VALUES = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+)
 
 
 @dataclass(frozen=True)
@@ -254,8 +256,7 @@ class Simulation:
         for block in range(self.blocks):  # one in which nothing is trained ends with the one before
             end = self._ends.get(block, end)
             spans.append((self._starts.get(block, 0), end))
-        timeline = counter.timeline + timeline
-        passes = sum(counter.peak.values())
+        timeline, passes = counter.timeline + timeline, sum(counter.peak.values())
         return StepMemory(peak, held, counter.operations, timeline, spans, passes)
 
     def _passes(self, backward: bool) -> tuple[Counter, dict[str, int]]:
@@ -267,7 +268,7 @@ class Simulation:
         with kernels, counter, torch.enable_grad():
             try:
                 loss = self._forward(counter)
-            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            except _ASKS_FOR_VALUES as error:
                 raise ValueError(
                     f"{type(self.model).__name__} asks for the values of its tensors ({error}), as "
                     ".item() and boolean masks do, and a simulated step has only shapes: choose "

@@ -216,14 +216,13 @@ def rel_pos_attention(
         (B, heads, T H W, D), of ``q``'s dtype.
     """
     heads, head_dim = q.shape[1], q.shape[-1]
-    axes = [axis for axis, table in enumerate(tables) if table is not None]
+    given = {axis: table for axis, table in enumerate(tables) if table is not None}
     # The kernel will scale what is appended along with the rest.
     rows = {
         "thw"[axis]: relative_rows(table, q.shape[2 + axis], k.shape[2 + axis]) * sqrt(head_dim)
-        for axis, table in enumerate(tables)
-        if table is not None
+        for axis, table in given.items()
     }
-    places = _places(k, axes)
+    places = _places(k, [*given])
     width = head_dim + places.shape[-1]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -237,10 +236,8 @@ def rel_pos_attention(
         wide_k = torch.cat((k, places.expand(*k.shape[:2], -1, -1)), dim=-1)
         # FlashAttention and the fused kernel of the CPU want one width.
         wide_v = F.pad(v, (0, width - head_dim))
-        scale = 1 / sqrt(head_dim)
-        out = F.scaled_dot_product_attention(
-            wide_q, wide_k, wide_v, dropout_p=dropout_p, scale=scale
-        )
+        wide, scale = (wide_q, wide_k, wide_v), 1 / sqrt(head_dim)
+        out = F.scaled_dot_product_attention(*wide, dropout_p=dropout_p, scale=scale)
         return out[..., :head_dim]
 
     rounds = 1  # in a graph, for any batch

@@ -23,18 +23,14 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
-        self.patch_size = patch_size
-        self.in_chans = in_chans
+        self.patch_size, self.in_chans = patch_size, in_chans
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, 1, ceil(H / patch), ceil(W / patch), embed_dim).
 
         An image whose sides are no multiple of the patch is padded with zeros on the right and at
-        the bottom.
-
-        Raises:
-            ValueError: ``x`` is no batch of images with ``in_chans`` channels.
+        the bottom; what is no batch of images with ``in_chans`` channels is a ValueError.
         """
         _check_shape(x, self.in_chans, clips=False)
         height, width = x.shape[-2:]
@@ -54,22 +50,18 @@ class ConvEmbed(nn.Module):
 
     def __init__(self, in_chans: int, embed_dim: int, clips: bool = False) -> None:
         super().__init__()
-        self.in_chans = in_chans
-        self.clips = clips
-        self.proj: nn.Conv2d | nn.Conv3d
-        if clips:
-            self.proj = nn.Conv3d(in_chans, embed_dim, (3, 7, 7), (2, 4, 4), (1, 3, 3))
-        else:
-            self.proj = nn.Conv2d(in_chans, embed_dim, 7, 4, 3)
+        self.in_chans, self.clips = in_chans, clips
+        self.proj: nn.Conv2d | nn.Conv3d = (
+            nn.Conv3d(in_chans, embed_dim, (3, 7, 7), (2, 4, 4), (1, 3, 3))
+            if clips
+            else nn.Conv2d(in_chans, embed_dim, 7, 4, 3)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        """To tokens on a grid whose sides are rounded up, (B, T', H', W', embed_dim).
+        """Images (B, in_chans, H, W) -> (B, 1, ceil(H / 4), ceil(W / 4), embed_dim), or clips
+        (B, in_chans, T, H, W) -> (B, ceil(T / 2), ceil(H / 4), ceil(W / 4), embed_dim).
 
-        Images (B, in_chans, H, W) give (1, ceil(H / 4), ceil(W / 4)), clips (B, in_chans, T, H, W)
-        give (ceil(T / 2), ceil(H / 4), ceil(W / 4)).
-
-        Raises:
-            ValueError: ``x`` is no batch of images, or of clips, with ``in_chans`` channels.
+        Anything else, or with another number of channels, is a ValueError.
         """
         _check_shape(x, self.in_chans, self.clips)
         tokens: Tensor = self.proj(x)
@@ -90,7 +82,16 @@ def resize_plane(weight: Tensor, grid: tuple[int, int], wanted: tuple[int, int])
     return F.interpolate(plane, size=wanted, mode="bicubic").flatten(2).transpose(1, 2)
 
 
-class PrefixTokens(nn.Module):
+class _Positions(nn.Module):
+    """What adds learned vectors to tokens."""
+
+    def reset_parameters(self) -> None:
+        """Initialise as the original implementation does; modules inside do so themselves."""
+        for vectors in self.parameters(recurse=False):
+            nn.init.trunc_normal_(vectors, std=0.02)
+
+
+class PrefixTokens(_Positions):
     """Learned tokens in front of those of the patches: a class token, and registers.
 
     A class token's own position is part of it: both are added anyway. Registers have none (DINOv2
@@ -107,18 +108,13 @@ class PrefixTokens(nn.Module):
             self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, embed_dim))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Initialise as the position embeddings."""
-        for tokens in self.parameters():
-            nn.init.trunc_normal_(tokens, std=0.02)
-
     def forward(self, x: Tensor) -> Tensor:
         """A grid (B, T, H, W, C) -> a row of tokens (B, 1, 1, prefix + T H W, C)."""
         prefix = [tokens.expand(x.shape[0], -1, -1) for tokens in self.parameters()]
         return torch.cat([*prefix, x.flatten(1, 3)], dim=1)[:, None, None]
 
 
-class PositionEmbedding(nn.Module):
+class PositionEmbedding(_Positions):
     """One learned vector for each cell of a grid of tokens, (H, W)."""
 
     def __init__(self, grid: tuple[int, int], embed_dim: int) -> None:
@@ -127,10 +123,6 @@ class PositionEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1, grid[0] * grid[1], embed_dim))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Initialise as the original implementation does."""
-        nn.init.trunc_normal_(self.weight, std=0.02)
-
     def forward(self, x: Tensor) -> Tensor:
         """Add the embedding to (B, T, H, W, C), resized bicubically where the grid differs."""
         height, width = x.shape[2:4]
@@ -138,7 +130,7 @@ class PositionEmbedding(nn.Module):
         return x + weight.view(1, 1, height, width, -1)
 
 
-class SpaceTimePositionEmbedding(nn.Module):
+class SpaceTimePositionEmbedding(_Positions):
     """The sum of one learned vector for each place of a grid (T, H, W) and one for each time.
 
     Separable, as in MViT (arXiv 2104.11227): H W + T vectors instead of T H W.
@@ -149,10 +141,6 @@ class SpaceTimePositionEmbedding(nn.Module):
         self.spatial = PositionEmbedding(grid[1:], embed_dim)
         self.temporal = nn.Parameter(torch.zeros(1, grid[0], embed_dim))
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise as the original implementation does; the places in space do so themselves."""
-        nn.init.trunc_normal_(self.temporal, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         """Likewise, and resized linearly in time."""
@@ -244,12 +232,10 @@ class AttentionBranch(nn.Module):
 
     attention: ClassVar[type[GridAttention]] = Attention
 
-    def __init__(
-        self, dim: int, *args: Any, layer_scale: float | None = None, **options: Any
-    ) -> None:
+    def __init__(self, dim: int, *args: Any, layer_scale: float | None = None, **how: Any) -> None:
         super().__init__()
         self.norm = LayerNorm(dim)
-        self.attn = self.attention(dim, *args, **options)
+        self.attn = self.attention(dim, *args, **how)
         self.ls = None if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,13 +13,8 @@ from typing import get_args
 
 from torch import Tensor, nn
 
-from backbones.models.layers import (
-    ConvEmbed,
-    MLPBranch,
-    PositionEmbedding,
-    SpaceTimePositionEmbedding,
-    drop_path_rates,
-)
+from backbones.models import layers
+from backbones.models.layers import MLPBranch, drop_path_rates
 from backbones.models.pooled_attention import Fusion, PooledAttentionBranch, StageTransition, Triple
 from backbones.models.trunk import Fuse, Trunk, run_blocks
 
@@ -37,10 +32,7 @@ class Stage(nn.Module):
 
     def forward(self, *streams: Tensor) -> tuple[Tensor, ...]:
         """One stream or two, (B, T, H, W, C) each, to as many as the blocks have."""
-        if self.transition is None:
-            (x,) = streams
-        else:
-            x = self.transition(*streams)
+        (x,) = streams if self.transition is None else (self.transition(*streams),)
         return run_blocks(self.blocks, x)
 
 
@@ -63,26 +55,20 @@ class MViT(Trunk):
             size works at run time; the embedding is resized.
         num_frames: None for images; for clips, the length that the position embedding is made
             for. Any other length works at run time.
-        in_chans: channels of the input.
-        num_classes: outputs of the head; 0 for pooled features.
         embed_dim: channels of a token, of one stream, in the first stage.
         depth: number of blocks, transitions included.
         num_heads: attention heads in the first stage; divides ``embed_dim``.
         transitions: the indices of the blocks that open a new stage, from 1 on, rising.
         kv_stride: spatial stride of keys and values in the first stage. Each transition halves
             it along with the grid, so the number of keys stays the same until it is down to 1.
-        mlp_ratio: hidden width of the MLP over that of the tokens.
-        qkv_bias: whether q, k and v have a bias.
         use_rel_pos: decomposed relative positions in every block, in space and for clips in time
             (MViTv2, arXiv 2112.01526; see :mod:`backbones.models.attention`), all zeros at first.
         residual_pooling: whether the queries are added to the output of the attention (MViTv2).
         fusion: how a transition of :class:`RevMViT` makes one stream out of two: ``"avg"``,
             ``"concat"``, or ``"concat_linear_2"``, which is what None stands for.
         fuse: as for :class:`backbones.ViT`, of the features of every stage.
-        drop_rate: dropout before the head.
-        pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout after the position embedding, in
-            the branches, and on the attention weights.
-        drop_path_rate: stochastic depth of the last block; rises linearly from 0 at the first.
+        in_chans, num_classes, mlp_ratio, qkv_bias, and the rates of dropout and stochastic depth:
+            as for :class:`backbones.ViT`.
 
     Raises:
         ValueError: ``transitions`` that do not rise within 1 … ``depth - 1``; ``embed_dim`` no
@@ -115,17 +101,15 @@ class MViT(Trunk):
         super().__init__(num_classes, clips=num_frames is not None, fuse=fuse)
         bounds = [0, *transitions, depth]
         if any(first >= following for first, following in pairwise(bounds)):
-            raise ValueError(
-                f"transitions must rise within 1 … depth - 1, got {tuple(transitions)} "
-                f"for depth {depth}"
-            )
+            given = f"{tuple(transitions)} for depth {depth}"
+            raise ValueError(f"transitions must rise within 1 … depth - 1, got {given}")
         fusion = self._choose_fusion(fusion)
         grid = _stem_grid(img_size, num_frames)
-        self.patch_embed = ConvEmbed(in_chans, embed_dim, self.clips)
+        self.patch_embed = layers.ConvEmbed(in_chans, embed_dim, self.clips)
         self.pos_embed: nn.Module = (
-            SpaceTimePositionEmbedding(grid, embed_dim)
+            layers.SpaceTimePositionEmbedding(grid, embed_dim)
             if self.clips
-            else PositionEmbedding(grid[1:], embed_dim)
+            else layers.PositionEmbedding(grid[1:], embed_dim)
         )
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
@@ -161,9 +145,8 @@ class MViT(Trunk):
                 for rate in rates[first:following]
             ]
             stages.append(Stage(transition, self._stack(blocks)))
-            feature_info.append(
-                {"num_chs": self.width * dim, "reduction": _STEM_STRIDE[1] * 2**index}
-            )
+            reduction = _STEM_STRIDE[1] * 2**index
+            feature_info.append({"num_chs": self.width * dim, "reduction": reduction})
         self.stages = nn.ModuleList(stages)
         self._finish(feature_info, drop_rate)
 

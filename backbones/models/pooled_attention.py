@@ -82,8 +82,7 @@ class PooledAttention(GridAttention):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def _make_pool(self, kernel: Triple, stride: Triple) -> tuple[nn.Conv3d, nn.LayerNorm]:
-        channels = self.head_dim
-        padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
+        channels, padding = self.head_dim, (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
         conv = nn.Conv3d(channels, channels, kernel, stride, padding, groups=channels, bias=False)
         return conv, nn.LayerNorm(channels, eps=NORM_EPS)
 

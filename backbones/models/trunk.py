@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from backbones.engine.policies import blocks_of, set_memory
+from backbones.engine.policies import MemoryPolicy, blocks_of, set_memory
 from backbones.engine.reversible import ReversibleBlock, ReversibleSequence
 from backbones.models.layers import NORM_EPS, ResidualBlock, init_weights
 
@@ -179,9 +179,8 @@ class Trunk(nn.Module):
             ValueError: another ``output_fmt``, or ``norm``.
         """
         if output_fmt != "NCHW" or norm:
-            raise ValueError(
-                f"{output_fmt=}, {norm=}: maps are to be had with 'NCHW' and False alone"
-            )
+            given = f"{output_fmt=}, {norm=}"
+            raise ValueError(f"{given}: maps are to be had with 'NCHW' and False alone")
         grids, tokens = self._forward_grids(x, every_stage=True)
         wanted = range(-indices, 0) if isinstance(indices, int) else indices
         chosen = grids if wanted is None else [grids[index] for index in wanted]
@@ -199,10 +198,8 @@ class Trunk(nn.Module):
             ValueError: another ``global_pool`` than the model has, which its norms depend on.
         """
         if global_pool not in (None, self.global_pool):
-            raise ValueError(
-                f"this model's global_pool is {self.global_pool!r}, not {global_pool!r}: give it "
-                "to create_model"
-            )
+            own = f"this model's global_pool is {self.global_pool!r}"
+            raise ValueError(f"{own}, not {global_pool!r}: give it to create_model")
         self.num_classes = num_classes
         like = next(self.parameters())
         head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
@@ -213,8 +210,7 @@ class Trunk(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """The policy that keeps least, ``"reversible"`` or ``"checkpoint"``; else ``"store"``."""
-        least: Literal["reversible", "checkpoint"]
-        least = "reversible" if self.streams == 2 else "checkpoint"
+        least: MemoryPolicy = "reversible" if self.streams == 2 else "checkpoint"
         set_memory(self, least if enable else "store")
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:

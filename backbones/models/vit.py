@@ -10,15 +10,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from backbones.models.layers import (
-    NORM_EPS,
-    AttentionBranch,
-    MLPBranch,
-    PatchEmbed,
-    PositionEmbedding,
-    PrefixTokens,
-    drop_path_rates,
-)
+from backbones.models import layers
+from backbones.models.layers import NORM_EPS, AttentionBranch, MLPBranch, drop_path_rates
 from backbones.models.trunk import Fuse, Trunk, run_blocks
 
 
@@ -112,15 +105,14 @@ class ViT(Trunk):
             )
         self.global_pool = global_pool or ("token" if class_token else "avg")
         if self.global_pool not in ("avg", "token") or (global_pool == "token" and not class_token):
-            raise ValueError(
-                f"global_pool {global_pool!r}: choose 'avg', or 'token' with class_token=True"
-            )
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+            choices = "choose 'avg', or 'token' with class_token=True"
+            raise ValueError(f"global_pool {global_pool!r}: {choices}")
+        self.patch_embed = layers.PatchEmbed(patch_size, in_chans, embed_dim)
         positions = _grid(pretrain_img_size or img_size, patch_size)
-        self.pos_embed = PositionEmbedding(positions, embed_dim)
-        self.prefix = (
-            PrefixTokens(embed_dim, class_token, num_registers) if self.num_prefix_tokens else None
-        )
+        self.pos_embed = layers.PositionEmbedding(positions, embed_dim)
+        self.prefix: nn.Module | None = None
+        if self.num_prefix_tokens:
+            self.prefix = layers.PrefixTokens(embed_dim, class_token, num_registers)
         self.pos_drop = nn.Dropout(pos_drop_rate)
         blocks: list[tuple[nn.Module, nn.Module, float]] = []
         for index, rate in enumerate(drop_path_rates(drop_path_rate, depth)):
@@ -138,9 +130,8 @@ class ViT(Trunk):
             mlp = MLPBranch(embed_dim, mlp_ratio, proj_drop_rate, swiglu, layer_scale)
             blocks.append((attention, mlp, rate))
         self.blocks = self._stack(blocks)
-        channels = self.width * embed_dim
-        info = [{"num_chs": channels, "reduction": patch_size}]
-        self._finish(info, drop_rate, final_norm, fc_norm)
+        info = {"num_chs": self.width * embed_dim, "reduction": patch_size}
+        self._finish([info], drop_rate, final_norm, fc_norm)
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = norm_eps
@@ -180,8 +171,6 @@ def _check_windows(window_size: int, global_attn_indexes: Sequence[int], depth: 
             f"global_attn_indexes {tuple(global_attn_indexes)} without windows: every block "
             "attends over the whole image anyway; set window_size too"
         )
-    for index in global_attn_indexes:
-        if not 0 <= index < depth:
-            raise ValueError(
-                f"global_attn_indexes: there is no block {index}, only 0 … {depth - 1}"
-            )
+    if beyond := set(global_attn_indexes) - set(range(depth)):
+        names = f"no block {min(beyond)}, only 0 … {depth - 1}"
+        raise ValueError(f"global_attn_indexes: there is {names}")

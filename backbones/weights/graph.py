@@ -49,8 +49,8 @@ def export_graph(
         model: in eval mode, on the CPU; from a batch of images or clips to a tensor or several.
         sample: the shape of one, (C, H, W) or (C, T, H, W).
         path: ending in one of ``FORMATS``.
-        multiple: sides may be any that are multiples of this; None: those of ``sample`` alone.
-            Position embeddings of another size are resized in the graph.
+        multiple: sides may be any that are multiples of this, positions are resized in the graph;
+            None: those of ``sample`` alone.
 
     Raises:
         MissingExtra: what ONNX needs is not installed.
@@ -68,9 +68,7 @@ def export_graph(
         for place, name in ((-2, "height"), (-1, "width")):
             dims[len(sample) + 1 + place] = multiple * Dim(name, min=max(2, least))
             names[place] = f"{multiple} x {name}"
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(2, *sample, generator=generator)]
-    other = [*sample]
+    generator, other = torch.Generator().manual_seed(0), [*sample]
     if multiple:
         if min(sample[-2:]) < least * multiple:
             raise UserError(
@@ -78,7 +76,8 @@ def export_graph(
                 f"sides of at least {least * multiple}, or a fixed size"
             )
         other[-2:] = other[-2] + multiple, max(max(2, least) * multiple, other[-1] - multiple)
-    inputs.append(torch.randn(3, *other, generator=generator))
+    shapes = (2, *sample), (3, *other)
+    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = [_outputs(model(x)) for x in inputs]
@@ -91,10 +90,8 @@ def export_graph(
                     buffer = io.BytesIO()
                     torch.export.save(program, buffer)
                     partial.write_bytes(buffer.getvalue())
-                error = max(
-                    _distance(_run(partial, x, onnx), own)
-                    for x, own in zip(inputs, expected, strict=True)
-                )
+                made = [_run(partial, x, onnx) for x in inputs]
+                error = max(map(_distance, made, expected))
                 if not error <= TOLERANCE:
                     raise UserError(
                         f"the graph gives other numbers than the model (by {error:.1e} of the "

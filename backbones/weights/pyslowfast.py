@@ -31,10 +31,8 @@ def from_pyslowfast(path: str | PathLike[str] | Checkpoint) -> Trunk:
     """
     checkpoint = read_checkpoint(path)
     if checkpoint.cfg is None:
-        raise WeightsError(
-            f"{checkpoint.path} has no PySlowFast cfg inside; use create_model(…) and "
-            "load_weights(…)"
-        )
+        instead = "use create_model(…) and load_weights(…)"
+        raise WeightsError(f"{checkpoint.path} has no PySlowFast cfg inside; {instead}")
     try:
         name, arguments = _model_of_cfg(checkpoint.cfg)
     except WeightsError as error:
@@ -93,10 +91,8 @@ def _flatten(tree: object, prefix: str = "") -> dict[str, Any]:
 
 def _expect(cfg: dict[str, Any], expected: dict[str, object], beside: str = "") -> None:
     for key, value in expected.items():
-        if cfg.get(key, value) != value:
-            raise WeightsError(
-                f"no model of this package has {key} {cfg[key]}{beside} (only {value})"
-            )
+        if (given := cfg.get(key, value)) != value:
+            raise WeightsError(f"no model of this package has {key} {given}{beside} (only {value})")
 
 
 def _arguments(cfg: dict[str, Any]) -> tuple[str, dict[str, Any]]:
