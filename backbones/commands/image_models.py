@@ -84,11 +84,8 @@ def prepare(options: argparse.Namespace, head: bool = True) -> nn.Module:
 
 
 def model_of_file(name: str | None, weights: str, size: dict[str, Any]) -> Trunk:
-    """The model ``name``, or the one that the file says, with the file's weights and head.
-
-    Raises:
-        UserError: it does not say, says another, or lacks weights.
-    """
+    """The model ``name``, or the one that the file says, with the file's weights and head; a
+    UserError if it does not say, says another, or lacks weights."""
     checkpoint = read_checkpoint(local_file(weights))
     if CONFIG in checkpoint.metadata:
         model = load_model(checkpoint)

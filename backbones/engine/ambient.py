@@ -98,11 +98,8 @@ class RandomState:
 
 
 class OtherRandom:
-    """The states of generators that torch's own state does not cover.
-
-    Args:
-        own: generators that a module holds or gets from outside.
-    """
+    """The states of generators that torch's own state does not cover, ``own`` ones among them, that
+    a module holds or gets from outside."""
 
     def __init__(self, own: Sequence[torch.Generator] = ()) -> None:
         self._own = [(generator, generator.get_state()) for generator in own]

@@ -58,12 +58,8 @@ class Kept:
         return self._watched(keep, {id(weight) for weight in self._weights or ()})
 
     def played(self, outputs: Sequence[Tensor], weights: Sequence[Tensor] | None) -> Any:
-        """A context in which the chosen products return what was recorded.
-
-        Args:
-            outputs: what was recorded.
-            weights: as at first; others, if others stand in their places now.
-        """
+        """A context in which the chosen products return ``outputs``, what was recorded; ``weights``
+        are as at first, or others, if others stand in their places now."""
         tensors, products = iter(outputs), iter(self._outputs)
 
         def play(func: Any, args: Any, kwargs: Any) -> Any:

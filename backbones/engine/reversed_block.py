@@ -196,20 +196,15 @@ def _rebuild(
     needs: Sequence[bool],
     rebuild: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """From the outputs of a block and their gradients to its inputs and theirs.
+    """From the outputs of a block, in the slice ``part``, and their gradients to its inputs and
+    theirs: x1, or None where it is not wanted (``rebuild``) or not known; x2; their gradients.
 
     Args:
-        first: the first run.
-        part: the slice that the tensors belong to.
         streams: y1 and y2, which are taken out: nobody else should hold them.
         kept: outputs of f's products and of g's.
         gradients: of y1 and y2.
         grads: takes the gradients of the node's inputs, by index, beside those that are there.
         needs: which of them are wanted.
-        rebuild: whether x1 is wanted.
-
-    Returns:
-        x1, or None where it is not wanted or not known; x2; and their gradients.
     """
     mask, autocast = part.mask, first.autocast
     y2, y1 = streams.pop(), streams.pop()

@@ -24,12 +24,8 @@ from backbones.engine.state import ModuleState
 
 
 def checked(module: nn.Module, out: object, x: Tensor) -> Tensor:
-    """The output of a branch, if it can be added to a stream.
-
-    Raises:
-        TypeError: no tensor.
-        ValueError: of another shape than the branch's input.
-    """
+    """The output of a branch, if it can be added to a stream: a TypeError if it is no tensor, a
+    ValueError if it has another shape than the branch's input."""
     if not isinstance(out, Tensor):
         raise TypeError(
             f"{type(module).__name__} returns a {type(out).__name__}; a branch returns one tensor "
@@ -171,13 +167,9 @@ class Branch:
         needs: Sequence[bool],
         autocast: AutocastState,
     ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-        """Run the branch again, with a graph.
+        """Run the branch again on ``x``, with a graph; ``kept`` is not computed again.
 
-        Args:
-            x: its input.
-            kept: outputs that are not computed again.
-            inputs: the tensors of the block's node.
-            needs: which of them need a gradient.
+        ``inputs`` are the tensors of the block's node, ``needs`` says which need a gradient.
 
         Returns:
             ``x`` as a leaf, the output, and by index what to differentiate it to.

@@ -92,14 +92,10 @@ class Layout:
         return found
 
     def copy(self, before: Mapping[int, dict[str, Any]], params: Mapping[int, Tensor]) -> nn.Module:
-        """The module as it was, as objects of its own.
+        """The module as it was, as objects of its own; a RuntimeError if a part is a ScriptModule.
 
-        Args:
-            before: by its number, what else the attributes of a part were.
-            params: tensors in the place of parameters, by their ``id``.
-
-        Raises:
-            RuntimeError: a part is a ScriptModule, which cannot be copied like this.
+        ``before`` has by its number what else the attributes of a part were, ``params`` by their
+        ``id`` what stands in the place of parameters.
         """
         if any(issubclass(kind, torch.jit.ScriptModule) for kind in self.types):
             raise RuntimeError(
@@ -168,9 +164,6 @@ def known_as_before(module: nn.Module) -> Iterator[None]:
 
 class ModuleState:
     """A module as it is now.
-
-    Args:
-        module: any.
 
     Attributes:
         layout: what the module is made of.

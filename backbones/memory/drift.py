@@ -205,10 +205,8 @@ def _reconstruction_errors(
 def _gradients(
     model: nn.Module, policy: Literal["store", "reversible"], x: Tensor
 ) -> dict[str, Tensor]:
-    """The gradients of a fixed random projection of the output, by the names of the parameters.
-
-    That of the input goes by the empty name. ``torch.autograd.grad``, so no ``.grad`` is touched.
-    """
+    """The gradients of a fixed random projection of the output, by the names of the parameters,
+    that of the input by the empty one. ``torch.autograd.grad``, so no ``.grad`` is touched."""
     set_memory(model, policy)
     leaves = {"": x.detach().clone().requires_grad_()}
     leaves |= {name: param for name, param in model.named_parameters() if param.requires_grad}

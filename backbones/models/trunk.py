@@ -192,11 +192,8 @@ class Trunk(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new head for ``num_classes`` on, none for 0.
-
-        Raises:
-            ValueError: another ``global_pool`` than the model has, which its norms depend on.
-        """
+        """Put a new head for ``num_classes`` on, none for 0; a ValueError for another
+        ``global_pool`` than the model has, which its norms depend on."""
         if global_pool not in (None, self.global_pool):
             own = f"this model's global_pool is {self.global_pool!r}"
             raise ValueError(f"{own}, not {global_pool!r}: give it to create_model")

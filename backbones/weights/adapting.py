@@ -87,11 +87,8 @@ class LoadReport:
 
 
 def adapt(translation: Translation, model: nn.Module, report: LoadReport) -> None:
-    """Make what a file holds fit a model, in place, and say in the report what was done.
-
-    Raises:
-        WeightsError: a net of two streams for a model of one, or one that cannot become the other.
-    """
+    """Make what a file holds fit a model, in place, and say in the report what was done; a
+    WeightsError for a net of two streams in a model of one, or that cannot become the other."""
     tensors, own = translation.tensors, model.state_dict()
     foreign = translation.layout not in ("own", "PySlowFast", "mmpretrain")
     if foreign:

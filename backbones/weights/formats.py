@@ -176,11 +176,7 @@ def prefixes_of(names: Iterable[str]) -> list[str]:
 
 
 def translate(state_dict: Mapping[str, Tensor], model: nn.Module, ema: bool = False) -> Translation:
-    """As :func:`convert_state_dict`, and what was found out.
-
-    Raises:
-        WeightsError: also for a net that is none of this package, by its name.
-    """
+    """As :func:`convert_state_dict`, and what was found out."""
     own = model.state_dict().keys()
     prefixes = prefixes_of(state_dict)
     averaged = [prefix for prefix in prefixes if any(word in prefix for word in _AVERAGED)]
