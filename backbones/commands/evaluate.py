@@ -133,9 +133,7 @@ def accuracy(
         )
     labels = torch.tensor(folders.labels)
     unreadable: dict[str, str] = {}
-    hits: list[
-        list[bool]
-    ] = []  # of each image, which of the five largest logits is that of its class
+    hits: list[list[bool]] = []  # of each image, which of its five likeliest classes is its own
     for indices, logits in infer(model, folders.paths, unreadable, options):
         ranked = logits.topk(min(5, logits.shape[1])).indices
         hits += (ranked == labels[indices].unsqueeze(1)).tolist()
