@@ -6,14 +6,19 @@ and starts an interrupted epoch over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Sampler
+from tqdm import tqdm
 
 from backbones.common.errors import UserError
 from backbones.common.seeds import seed_of
+
+_File = TypeVar("_File")
+_Made = TypeVar("_Made")
 
 
 class ResumableSampler(Sampler[tuple[int, int]]):
@@ -104,3 +109,20 @@ class TestBatches(list[list[tuple[int, int]]]):
         largest = -(-size // world_size)  # of all processes
         starts = range(0, largest, batch_size)
         super().__init__(indices[start : start + batch_size] for start in starts)
+
+
+def each_file(
+    make: Callable[[_File], _Made],
+    files: Sequence[_File],
+    text: str,
+    workers: int | None,
+    least: int = 1,
+) -> Iterable[_Made]:
+    """What ``make`` makes of each file, in their order, below a progress bar.
+
+    By ``workers`` processes, None for one per core, each of which gets ``least`` files or more.
+    """
+    workers = min((os.cpu_count() or 1) if workers is None else workers, len(files) // least)
+    # Without a batch size, it is called for one file at a time.
+    how: dict[str, Any] = {"batch_size": None, "collate_fn": make, "num_workers": workers}
+    return tqdm(DataLoader(files, **how), desc=text, unit="file", disable=None)  # type: ignore[arg-type]

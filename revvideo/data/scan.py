@@ -6,16 +6,15 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from backbones.common.errors import UserError, error_line
 from backbones.common.files import make_folder
 from revvideo.data.decode import probe
-from revvideo.data.layouts import Entries, Layout, find_videos
+from revvideo.data.layouts import Layout, find_videos
+from revvideo.data.loader import each_file
 from revvideo.data.manifest import Manifest, VideoRecord, load_manifest
 from revvideo.data.stills import IMAGES, probe_still
 from revvideo.errors import VideoError
@@ -56,13 +55,10 @@ def scan(
         for file in () if deep else (path, unfinished):
             if file.exists():
                 known |= {record.path: record for record in load_manifest(file).readable}
-    files = _Files(Path(root).absolute(), entries, known, deep, layout == IMAGES)
-    most = (os.cpu_count() or 1) if workers is None else workers
-    workers = min(most, len(files) // _FILES_PER_WORKER)
-    loader: DataLoader[VideoRecord] = DataLoader(files, batch_size=None, num_workers=workers)
-    manifest, saved = Manifest(files.root, names, []), time.monotonic()
+    manifest, saved = Manifest(Path(root).absolute(), names, []), time.monotonic()
+    made = partial(_record, root=manifest.root, known=known, deep=deep, images=layout == IMAGES)
     try:
-        for record in tqdm(loader, desc=f"scanning {split}", unit="file", disable=None):
+        for record in each_file(made, entries, f"scanning {split}", workers, _FILES_PER_WORKER):
             manifest.records.append(record)
             if unfinished and not deep and time.monotonic() - saved > _SAVE_EVERY:
                 manifest.save(unfinished)
@@ -81,32 +77,21 @@ def scan(
     return manifest
 
 
-@dataclass
-class _Files(Dataset[VideoRecord]):
-    """The record of each file, made by opening it unless ``known`` has one that still holds."""
-
-    root: Path
-    entries: Entries
-    known: dict[str, VideoRecord]
-    deep: bool
-    images: bool
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: int) -> VideoRecord:
-        name, label = self.entries[index]
-        path = self.root / name
-        record = VideoRecord(name, label)
-        with suppress(OSError):  # opening it says so again
-            status = path.stat()
-            record = replace(record, size=status.st_size, mtime_ns=status.st_mtime_ns)
-        known = self.known.get(name)
-        if known and (known.size, known.mtime_ns) == (record.size, record.mtime_ns):
-            return replace(known, label=label)
-        try:
-            info = (probe_still if self.images else probe)(path, deep=self.deep)
-        except VideoError as error:
-            return replace(record, problem=error.reason)
-        problem = "has a single frame" if info.frames < 2 and not self.images else ""
-        return replace(record, **asdict(info), problem=problem)
+def _record(
+    entry: tuple[str, int], *, root: Path, known: dict[str, VideoRecord], deep: bool, images: bool
+) -> VideoRecord:
+    """That of a file, made by opening it unless ``known`` has one that still holds."""
+    record = VideoRecord(*entry)
+    path = root / record.path
+    with suppress(OSError):  # opening it says so again
+        status = path.stat()
+        record = replace(record, size=status.st_size, mtime_ns=status.st_mtime_ns)
+    before = known.get(record.path)
+    if before and (before.size, before.mtime_ns) == (record.size, record.mtime_ns):
+        return replace(before, label=record.label)
+    try:
+        info = (probe_still if images else probe)(path, deep=deep)
+    except VideoError as error:
+        return replace(record, problem=error.reason)
+    problem = "has a single frame" if info.frames < 2 and not images else ""
+    return replace(record, **asdict(info), problem=problem)

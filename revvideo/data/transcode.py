@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
 from av.video.frame import VideoFrame
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from backbones.common.errors import UserError, error_line
 from backbones.common.files import make_folder, replacing
 from revvideo.data.decode import Video
 from revvideo.data.layouts import Layout, annotation_file, find_videos
+from revvideo.data.loader import each_file
 from revvideo.errors import VideoError
 
 _COMPARED = 8  # frames of a file whose PSNR is taken
@@ -95,11 +94,12 @@ def transcode(
         raise UserError(f"{to} lies in {root}: write to a folder outside")
     _, entries = find_videos(source, split, annotations, layout)
     make_folder(str(target), "the folder to write to")
-    files = _Files(source, target, [path for path, _ in entries], encoding)
-    workers = min((os.cpu_count() or 1) if workers is None else workers, len(files))
-    loader: DataLoader[_Written] = DataLoader(files, batch_size=None, num_workers=workers)
+    files = [path for path, _ in entries]
+    # Of files that would have one name the first one gets it.
+    first = {Path(path).with_suffix(".mp4"): path for path in reversed(files)}
+    made = partial(_written, source=source, target=target, first=first, encoding=encoding)
     outcome = Outcome(len(files))
-    for done in tqdm(loader, desc=f"transcoding {split}", unit="file", disable=None):
+    for done in each_file(made, files, f"transcoding {split}", workers):
         if done.problem:
             outcome.problems[done.path] = done.problem
             continue
@@ -130,52 +130,40 @@ class _Written:
     psnr: float | None = None
 
 
-@dataclass
-class _Files(Dataset[_Written]):
-    """Each file is written as it is asked for, by the process that asks."""
+def _written(
+    path: str, *, source: Path, target: Path, first: dict[Path, str], encoding: Encoding
+) -> _Written:
+    """Write a file below ``target``, unless it stands there."""
+    new = Path(path).with_suffix(".mp4")
+    if new.is_absolute() or ".." in new.parts:
+        return _Written(path, "lies outside of the folder of the videos")
+    if first[new] != path:
+        return _Written(path, f"would become {new}, as {first[new]} does: rename one")
+    try:
+        return _Written(path, "", *_write(source / path, target / new, encoding))
+    except VideoError as error:
+        return _Written(path, error.reason)
+    except (OSError, av.error.FFmpegError) as error:
+        return _Written(path, f"cannot be written ({error_line(error)})")
 
-    source: Path
-    target: Path
-    paths: Sequence[str]
-    encoding: Encoding
 
-    def __post_init__(self) -> None:
-        # Of files that would have one name the first one gets it.
-        self.first = {Path(path).with_suffix(".mp4"): path for path in reversed(self.paths)}
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> _Written:
-        path = self.paths[index]
-        new = Path(path).with_suffix(".mp4")
-        if new.is_absolute() or ".." in new.parts:
-            return _Written(path, "lies outside of the folder of the videos")
-        if self.first[new] != path:
-            return _Written(path, f"would become {new}, as {self.first[new]} does: rename one")
-        try:
-            return self._write(path, self.source / path, self.target / new)
-        except VideoError as error:
-            return _Written(path, error.reason)
-        except (OSError, av.error.FFmpegError) as error:
-            return _Written(path, f"cannot be written ({error_line(error)})")
-
-    def _write(self, path: str, source: Path, target: Path) -> _Written:
-        if not source.is_file():
-            raise VideoError("file is missing")
-        status = source.stat()
-        made_of = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-        note = json.dumps({"revvideo transcode": 1, **asdict(self.encoding), **made_of})
-        psnr, noted = None, ""
-        with suppress(OSError, av.error.FFmpegError), av.open(str(target)) as container:
-            noted = container.metadata.get("comment", "")
-        if noted != note:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with Video(source) as video, replacing(target) as partial:
-                if video.truncated:
-                    raise VideoError(video.truncated)
-                psnr = _check(video, partial, _encode(video, partial, self.encoding, note))
-        return _Written(path, "", status.st_size, target.stat().st_size, psnr)
+def _write(source: Path, target: Path, encoding: Encoding) -> tuple[int, int, float | None]:
+    """Bytes before and after, and the PSNR of what has been written now."""
+    if not source.is_file():
+        raise VideoError("file is missing")
+    status = source.stat()
+    made_of = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    note = json.dumps({"revvideo transcode": 1, **asdict(encoding), **made_of})
+    psnr, noted = None, ""
+    with suppress(OSError, av.error.FFmpegError), av.open(str(target)) as container:
+        noted = container.metadata.get("comment", "")
+    if noted != note:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with Video(source) as video, replacing(target) as unfinished:
+            if video.truncated:
+                raise VideoError(video.truncated)
+            psnr = _check(video, unfinished, _encode(video, unfinished, encoding, note))
+    return status.st_size, target.stat().st_size, psnr
 
 
 def _encode(video: Video, path: Path, encoding: Encoding, note: str) -> dict[int, np.ndarray]:
