@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -22,6 +21,7 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from backbones.common.errors import error_line
+from backbones.common.videos import open_container
 from revvideo.errors import VideoError
 
 AnyPath = str | os.PathLike[str]
@@ -33,11 +33,6 @@ _DIVX_PACKED = re.compile(rb"DivX\d+(b|Build)\d+p")  # a packet may then hold tw
 _NOT_CODED = 16  # bytes; such a small packet of MPEG-4 is no picture
 _KEEP_BYTES = 32 * 2**20
 _LONG = 5000  # packets; an index of so many is worth writing down
-
-# PyAV 18 fails on metadata that are no UTF-8 unless told not to; 19 does not, and takes no word.
-_OPTIONS: dict[str, Any] = {}
-if int(av.__version__.partition(".")[0]) < 19:
-    _OPTIONS["metadata_errors"] = "ignore"
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,7 @@ def open_video(path: AnyPath, threads: int) -> tuple[InputContainer, VideoStream
         if not path.stat().st_size:
             raise VideoError("file is empty")
         # "file:" keeps a colon in a name from being taken for a protocol.
-        container = av.open(f"file:{path.absolute()}", **_OPTIONS)
+        container = open_container(f"file:{path.absolute()}")
     except (av.error.FFmpegError, OSError) as error:
         raise _why_not_open(path, error) from error
     try:

@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
-from av.video.frame import VideoFrame
 
 from backbones.common.errors import UserError, error_line
 from backbones.common.files import make_folder, replacing
+from backbones.common.videos import h264_writer
 from revvideo.data.decode import Video
 from revvideo.data.layouts import Layout, annotation_file, find_videos
 from revvideo.data.loader import each_file
@@ -168,31 +169,18 @@ def _write(source: Path, target: Path, encoding: Encoding) -> tuple[int, int, fl
 
 def _encode(video: Video, path: Path, encoding: Encoding, note: str) -> dict[int, np.ndarray]:
     """Write ``path``; give back some of the pictures that went into it, by their numbers."""
-    step = max(1, len(video) // _COMPARED)
+    step, shape = max(1, len(video) // _COMPARED), None
     compared: dict[int, np.ndarray] = {}
-    size = None
     unit = video.unit if video.unit.denominator <= _FINEST else Fraction(1, _FINEST)
-    with av.open(str(path), "w", format="mp4") as container:
-        container.metadata["comment"] = note
-        rate = Fraction(video.rate).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate=rate, options=encoding.options)
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.time_base = unit
-        stream.codec_context.thread_count = 1
+    how: dict[str, Any] = {"rate": video.rate, "threads": 1, "comment": note}
+    with h264_writer(path, unit, encoding.options, **how) as write:
         for number, picture in video.pictures(encoding.short_side):
-            height, width = (max(2, side - side % 2) for side in picture.shape[:2])
-            picture = np.ascontiguousarray(picture[:height, :width])
-            if size is None:
-                size = stream.height, stream.width = height, width
-            if size != (height, width):
+            shape = shape or picture.shape
+            if picture.shape != shape:
                 raise VideoError("has frames of several sizes")
             if number % step == 0:
                 compared[number] = picture
-            frame = VideoFrame.from_ndarray(picture, "rgb24")
-            frame.pts = round(Fraction(video.timestamps[number]) / unit)
-            frame.time_base = unit
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+            write(picture, round(Fraction(video.timestamps[number]) / unit))
     return compared
 
 
@@ -206,7 +194,9 @@ def _check(video: Video, path: Path, compared: dict[int, np.ndarray]) -> float:
             raise VideoError("its frames would be shown at other times")
         numbers = list(compared)
         frames = new.frames(numbers).permute(0, 2, 3, 1).numpy()
-    errors = frames.astype(np.float64) - np.stack([compared[number] for number in numbers])
+    height, width = frames.shape[1:3]
+    given = np.stack([compared[number][:height, :width] for number in numbers])
+    errors = frames.astype(np.float64) - given
     with np.errstate(divide="ignore"):
         psnr = 10 * np.log10(255**2 / np.square(errors).mean())
     return round(min(float(psnr), _BEST_PSNR), 2)

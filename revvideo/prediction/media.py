@@ -10,13 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from backbones.common.files import replacing
+from backbones.common.videos import h264_writer
 from revvideo.data.decode import Video
 
 # The unit of timestamps in the copy, in seconds: the usual frame rates are whole multiples of it.
@@ -38,27 +38,23 @@ def frame_labels(times: Sequence[float], prediction: dict[str, Any]) -> list[str
 
 def write_labelled(video: Video, labels: Sequence[str], output: Path) -> None:
     """Write a soundless H.264 copy of labelled frames at their times; a VideoError for damage."""
-    with replacing(output) as partial, av.open(partial, "w", format="mp4") as container:
-        width, height = video.info.width, video.info.height
-        side = min(width, height)
-        scale = min(max(side, SMALLEST_SIDE), LARGEST_SIDE) / side
-        size = 2 * round(width * scale / 2), 2 * round(height * scale / 2)  # even, for H.264
-        rate = Fraction(video.info.fps).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate, {"crf": "20", "preset": "veryfast"})
-        stream.width, stream.height = size
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.time_base = TIME_BASE
-        frames = zip(_pictures(video), labels, video.timestamps, strict=True)
-        shown = {"desc": output.name, "unit": "frame", "leave": False, "delay": 2, "disable": None}
+    width, height = video.info.width, video.info.height
+    side = min(width, height)
+    scale = min(max(side, SMALLEST_SIDE), LARGEST_SIDE) / side
+    size = 2 * round(width * scale / 2), 2 * round(height * scale / 2)  # even, for H.264
+    frames = zip(_pictures(video), labels, video.timestamps, strict=True)
+    shown = {"desc": output.name, "unit": "frame", "leave": False, "delay": 2, "disable": None}
+    fast = {"crf": "20", "preset": "veryfast"}
+    with (
+        replacing(output) as partial,
+        h264_writer(partial, TIME_BASE, fast, rate=video.info.fps) as write,
+    ):
         for picture, label, time in tqdm(frames, total=len(video), **shown):
             if picture.size != size:
                 picture = picture.resize(size, Image.Resampling.BICUBIC)
             tag = _tag(label, size)
             picture.paste(tag, (0, size[1] - tag.height), tag)
-            frame = av.VideoFrame.from_image(picture)
-            frame.pts, frame.time_base = round(time / TIME_BASE), TIME_BASE
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            write(np.asarray(picture), round(time / TIME_BASE))
 
 
 def _pictures(video: Video) -> Iterator[Image.Image]:
