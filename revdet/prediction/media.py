@@ -13,6 +13,7 @@ import numpy as np
 from backbones.common.errors import UserError, error_line, optional_import
 from backbones.common.files import replacing
 from backbones.common.images import image_suffixes
+from backbones.common.videos import h264_writer, open_container
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
 SUFFIXES = {*image_suffixes(), *VIDEO_SUFFIXES}  # of what is looked for in folders
@@ -43,11 +44,8 @@ class VideoReader(AbstractContextManager["VideoReader"]):
 
     def __init__(self, path: Path) -> None:
         self._av = import_av()
-        # PyAV 18 fails on metadata that are no UTF-8 unless told not to; 19 takes no word.
-        old = int(self._av.__version__.partition(".")[0]) < 19
-        options = {"metadata_errors": "ignore"} if old else {}
         try:
-            self._container = self._av.open(str(path), **options)
+            self._container = open_container(str(path))
         except (self._av.error.FFmpegError, OSError, ValueError) as error:
             raise UnreadableError(error_line(error)) from error
         if not self._container.streams.video:
@@ -83,27 +81,7 @@ class VideoReader(AbstractContextManager["VideoReader"]):
 
 
 @contextmanager
-def video_writer(
-    path: Path, time_base: Fraction, size: tuple[int, int]
-) -> Iterator[Callable[[np.ndarray, int], None]]:
-    """A function that appends frames to an H.264 ``.mp4``, which is there whole or not at all.
-
-    It takes a frame (H, W, 3), uint8 RGB, and its time in ``time_base`` seconds, later than the
-    last one's. Of an odd ``size`` (width, height) the last row or column is lost, because H.264
-    halves the resolution of its colours.
-    """
-    av = import_av()
-    width, height = (side // 2 * 2 for side in size)
-    with replacing(path) as partial, av.open(str(partial), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", options={"crf": "20"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.codec_context.time_base = time_base
-
-        def write(pixels: np.ndarray, time: int) -> None:
-            cut = np.ascontiguousarray(pixels[:height, :width])
-            frame = av.VideoFrame.from_ndarray(cut, format="rgb24")
-            frame.pts, frame.time_base = time, time_base
-            container.mux(stream.encode(frame))
-
+def video_writer(path: Path, time_base: Fraction) -> Iterator[Callable[[np.ndarray, int], None]]:
+    """As :func:`h264_writer`; the file is there whole or not at all."""
+    with replacing(path) as partial, h264_writer(partial, time_base, {"crf": "20"}) as write:
         yield write
-        container.mux(stream.encode(None))

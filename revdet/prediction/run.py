@@ -157,8 +157,7 @@ class Inference:
                     drawn = painter.draw_instance_predictions(frame.pixels, found).get_image()
                     if write is None:
                         drawing = self.predictions.drawing("videos", path, ".mp4")
-                        size = drawn.shape[1], drawn.shape[0]
-                        write = stack.enter_context(video_writer(drawing, video.time_base, size))
+                        write = stack.enter_context(video_writer(drawing, video.time_base))
                         facts["drawing"] = str(drawing)
                     write(drawn, frame.index)
                 facts["objects"] += len(found)

@@ -166,7 +166,7 @@ def test_what_cannot_be_read_is_counted_and_named(predict, photos, tmp_path, cap
     (photos / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (photos / "fake.mp4").write_bytes(b"no video")
     Image.new("RGB", (3000, 1)).save(photos / "line.png")  # nothing is left of it at its new size
-    with video_writer(photos / "line.mp4", Fraction(1, 10), (1200, 4)) as write:
+    with video_writer(photos / "line.mp4", Fraction(1, 10)) as write:
         write(np.zeros((4, 1200, 3), np.uint8), 0)
     assert predict("--input", photos, "--no-drawings") == 0
     _, results = read(tmp_path / "out")
@@ -181,7 +181,7 @@ def test_what_cannot_be_read_is_counted_and_named(predict, photos, tmp_path, cap
 
 def write_video(path: Path, frames: int, size: tuple[int, int], picture: Path) -> None:
     pixels = np.asarray(Image.open(picture).resize(size))
-    with video_writer(path, Fraction(1, 25), size) as write:
+    with video_writer(path, Fraction(1, 25)) as write:
         for number in range(frames):
             write(np.roll(pixels, 8 * number, axis=1), 2 * number)
 

@@ -54,7 +54,7 @@ def mine(datasets_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             lines.append(" ".join(map(str, [names[thing["category_id"]], *corners])))
         (labels / f"{stem}.txt").write_text("\n".join(lines))
     frames = np.random.default_rng(0).integers(0, 255, (4, 96, 128, 3), dtype=np.uint8)
-    with video_writer(folder / "mine/clip.mp4", Fraction(1, 10), (128, 96)) as write:
+    with video_writer(folder / "mine/clip.mp4", Fraction(1, 10)) as write:
         for number, frame in enumerate(frames):
             write(frame, number)
     return folder
