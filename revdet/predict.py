@@ -27,9 +27,7 @@ from pathlib import Path
 if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.realpath(__file__)):
     del sys.path[0]  # else this folder's config, data and models would hide other people's
 
-from backbones.common.console import config_parser
-from backbones.common.errors import UserError
-from backbones.common.stopping import Stopped, stoppable
+from backbones.common.console import config_parser, run_stoppable
 from revdet.install import RECIPES, detection_extra
 from revdet.quiet import quiet
 
@@ -58,18 +56,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns the exit status: 2 for what the user can fix."""
     args = parse_args(argv)
     quiet()
-    try:
-        with stoppable(), detection_extra():
+
+    def predict() -> None:
+        with detection_extra():
             from revdet.prediction.run import run  # late: after quiet(); none of it for --help
 
             run(args)
-    except Stopped as stopped:
-        print(f"\n{stopped}", file=sys.stderr)  # behind the progress bar
-        return stopped.status
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_stoppable(predict)
 
 
 if __name__ == "__main__":

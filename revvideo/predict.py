@@ -28,9 +28,8 @@ from collections.abc import Sequence
 if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.realpath(__file__)):
     del sys.path[0]  # else this folder's config, data and models would hide other people's
 
-from backbones.common.console import config_parser
-from backbones.common.errors import UserError, extra
-from backbones.common.stopping import Stopped, stoppable
+from backbones.common.console import config_parser, run_stoppable
+from backbones.common.errors import extra
 from revvideo.settings import RECIPES
 
 
@@ -48,18 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--workers", type=int, default=processes, metavar="N", help="that decode (%(default)s)")
     add("--no-drawings", action="store_true", help="write the JSON files only")
     args = parser.parse_intermixed_args(argv)
-    try:
-        with stoppable(), extra("video"):
+
+    def predict() -> None:
+        with extra("video"):
             from revvideo.prediction.run import run  # late: --help needs none of it
 
             run(args)
-    except Stopped as stopped:
-        print(f"\n{stopped}", file=sys.stderr)  # behind the progress bar
-        return stopped.status
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_stoppable(predict)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,8 @@ from collections.abc import Sequence
 if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.realpath(__file__)):
     del sys.path[0]  # else this folder's config, data and models would hide other people's
 
-from backbones.common.console import config_parser
-from backbones.common.errors import UserError, extra
-from backbones.common.stopping import Stopped, stoppable
+from backbones.common.console import config_parser, run_stoppable
+from backbones.common.errors import extra
 from revvideo.settings import RECIPES, describe_schema
 
 
@@ -43,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     ranks = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # of torchrun, Lightning and SLURM
     first = int(next((os.environ[name] for name in ranks if name in os.environ), 0)) == 0
-    try:
-        with stoppable(), extra("video"):
+
+    def train() -> None:
+        with extra("video"):
             from revvideo.config import load_config  # late: --help needs none of it
 
             config = load_config(args.config, args.overrides)
@@ -54,15 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             given = any(override.startswith("model.weights=") for override in args.overrides)
             weights = config.model.weights if given else ""
             run(config, resume=args.resume, eval_only=args.eval_only, weights=weights)
-    except Stopped as stopped:
-        if first:
-            print(f"\n{stopped}", file=sys.stderr)  # behind the progress bar
-        return stopped.status
-    except UserError as error:
-        if first:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_stoppable(train, speaks=first)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from backbones.common.errors import UserError, first_line
 from backbones.common.files import printable
 from backbones.common.recipes import Recipes
+from backbones.common.stopping import Stopped, stoppable
 
 _NAMED = 20  # files that are printed where a JSON file has all
 
@@ -73,6 +74,19 @@ def run_command(
     except _ERRORS as error:
         show_progress("")
         parser.exit(2, f"error: {first_line(error)}\n")
+
+
+def run_stoppable(work: Callable[[], None], speaks: bool = True) -> int:
+    """As :func:`run_command`, for work that signals stop, of whose processes one ``speaks``."""
+    try:
+        with stoppable():
+            work()
+    except (Stopped, UserError) as error:
+        stopped = isinstance(error, Stopped)
+        if speaks:  # behind the progress bar, if there is one
+            print(f"\n{error}" if stopped else f"error: {error}", file=sys.stderr)
+        return error.status if isinstance(error, Stopped) else 2
+    return 0
 
 
 def positive(text: str) -> int:
