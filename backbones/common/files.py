@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from backbones.common.errors import UserError, error_line
 
 
@@ -92,6 +94,29 @@ def write_checksum(path: Path, checksum: str) -> None:
     """Write it beside ``path``."""
     with replacing(checksum_file(path)) as partial:
         partial.write_text(f"{checksum}  {path.name}\n")
+
+
+def save_checkpoint(path: Path, content: Any, previous: Path | None = None) -> None:
+    """Write by ``torch.save`` a file that is whole, or not there, and its checksum.
+
+    The one before becomes ``previous``, if that is given. A UserError if it cannot be written.
+    """
+    try:
+        with replacing(path) as partial:
+            with partial.open("wb") as file:
+                torch.save(content, file)
+            checksum = checksum_of(partial)
+            if previous is not None and path.is_file():
+                checksum_file(previous).unlink(missing_ok=True)
+                path.replace(previous)
+                if checksum_file(path).is_file():
+                    checksum_file(path).replace(checksum_file(previous))
+        write_checksum(path, checksum)
+    except (OSError, RuntimeError) as error:  # the latter by torch, on a full disk
+        raise UserError(
+            f"cannot save {path} ({error_line(error)}): make room, or the folder writable, and "
+            "continue from the checkpoint before with --resume"
+        ) from error
 
 
 def has_other_checksum(path: Path) -> bool | None:

@@ -9,10 +9,8 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")  # no display on a training machine
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from revvideo.data.decode import Video
 from revvideo.prediction.predictor import Windows
@@ -43,12 +41,9 @@ def draw_strip(clip: Clip, best: Sequence[tuple[str, float]], output: Path) -> N
     height, width = clip[0][1].shape[:2]
     shape = min(max(width / height, 0.3), 3.0)  # of a frame in the picture, however long it is
     widths = [*([shape] * len(clip)), 0.05, 1.6]
-    figure, axes = plt.subplots(
-        *(1, len(widths)),
-        figsize=(1.06 * sum(widths), 1.45),
-        width_ratios=widths,
-        gridspec_kw={"wspace": 0.03, "left": 0.01, "right": 0.99, "top": 0.72, "bottom": 0.02},
-    )
+    figure = Figure(figsize=(1.06 * sum(widths), 1.45))
+    margins = {"wspace": 0.03, "left": 0.01, "right": 0.99, "top": 0.72, "bottom": 0.02}
+    axes = figure.subplots(1, len(widths), width_ratios=widths, gridspec_kw=margins)
     for axis, frame in zip(axes, clip, strict=False):
         _show(axis, *frame)
     axes[-2].axis("off")
@@ -62,7 +57,6 @@ def draw_strip(clip: Clip, best: Sequence[tuple[str, float]], output: Path) -> N
     name, score = best[0]
     figure.suptitle(f"{name}  {100 * score:.0f}%", x=0.01, y=0.98, ha="left", fontsize=11)
     figure.savefig(output, dpi=110)
-    plt.close(figure)
 
 
 def draw_curve(windows: Windows, classes: Sequence[str], clip: Clip, output: Path) -> None:
@@ -73,11 +67,10 @@ def draw_curve(windows: Windows, classes: Sequence[str], clip: Clip, output: Pat
     colours = {label: f"C{rank}" for rank, label in enumerate(drawn)}
     begin, end = clip[0][0], clip[-1][0]
     edges = [begin, *((a + b) / 2 for a, b in pairwise(times)), end]
-    figure = plt.figure(figsize=(11, 4.2))
+    figure = Figure(figsize=(11, 4.2))
     margins: dict[str, Any] = {"left": 0.06, "right": 0.8, "top": 0.93, "bottom": 0.11}
-    grid = figure.add_gridspec(
-        *(2, len(clip)), height_ratios=(1, 3.2), wspace=0.04, hspace=0.06, **margins
-    )
+    spaces = {"height_ratios": (1, 3.2), "wspace": 0.04, "hspace": 0.06}
+    grid = figure.add_gridspec(2, len(clip), **spaces, **margins)
     for column, frame in enumerate(clip):
         _show(figure.add_subplot(grid[0, column]), *frame)
     axis = figure.add_subplot(grid[1, :])
@@ -90,4 +83,3 @@ def draw_curve(windows: Windows, classes: Sequence[str], clip: Clip, output: Pat
     axis.grid(alpha=0.3)
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
     figure.savefig(output, dpi=110)
-    plt.close(figure)

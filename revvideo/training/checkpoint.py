@@ -6,18 +6,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import OmegaConf
 
-from backbones.common.errors import UserError, error_line, first_line
-from backbones.common.files import (
-    checksum_file,
-    checksum_of,
-    has_other_checksum,
-    replacing,
-    write_checksum,
-)
+from backbones.common.errors import UserError, first_line
+from backbones.common.files import has_other_checksum, save_checkpoint
 from backbones.weights.checkpoint import WeightsError, read_checkpoint
 from revvideo.training.weights import CLASSES
 
@@ -66,23 +59,7 @@ class CheckpointIO(TorchCheckpointIO):
         path.parent.mkdir(parents=True, exist_ok=True)
         for leftover in path.parent.glob(f"{path.name}.*.partial"):
             leftover.unlink()  # of a session that was killed within a save
-        previous = path.with_name(PREVIOUS)
-        try:
-            with replacing(path) as partial:
-                with partial.open("wb") as file:
-                    torch.save(checkpoint, file)
-                checksum = checksum_of(partial)
-                if path.is_file():
-                    checksum_file(previous).unlink(missing_ok=True)
-                    path.replace(previous)
-                    if checksum_file(path).is_file():
-                        checksum_file(path).replace(checksum_file(previous))
-            write_checksum(path, checksum)
-        except (OSError, RuntimeError) as error:  # the latter by torch, on a full disk
-            raise UserError(
-                f"cannot save {path} ({error_line(error)}): make room, or the folder writable, and "
-                "continue from the checkpoint before with --resume"
-            ) from error
+        save_checkpoint(path, checkpoint, path.with_name(PREVIOUS))
 
 
 def checkpoint_to_resume(folder: Path) -> Path | None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure
 
 from revvideo.training.metrics import read_metrics
-
-matplotlib.use("Agg")  # no display on a training machine
-import matplotlib.pyplot as plt
 
 # Titles, the columns of metrics.csv, and what these are multiplied by.
 _PANELS: tuple[tuple[str, list[str], int], ...] = (
@@ -23,7 +20,8 @@ _PANELS: tuple[tuple[str, list[str], int], ...] = (
 def draw_curves(metrics: Path, output: Path) -> None:
     """Plot loss, accuracy, learning rate, and time spent waiting for data over the steps."""
     rows = read_metrics(metrics)
-    figure, axes = plt.subplots(1, len(_PANELS), figsize=(18, 3.8))
+    figure = Figure(figsize=(18, 3.8))  # not of pyplot, which may want a display
+    axes = figure.subplots(1, len(_PANELS))
     for axis, (title, names, scale) in zip(axes, _PANELS, strict=True):
         for name in names:
             steps = [row["step"] for row in rows if name in row]
@@ -37,4 +35,3 @@ def draw_curves(metrics: Path, output: Path) -> None:
     axes[1].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(output, dpi=110)
-    plt.close(figure)

@@ -37,7 +37,10 @@ def decode(path: Path) -> tuple[list[np.ndarray], list[float]]:
 def figure(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Figure]:
     """``figure()``: the one that was drawn last."""
     drawn: list[Figure] = []
-    monkeypatch.setattr(pictures.plt, "close", drawn.append)
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **how: drawn.append(self) or save(self, *args, **how)
+    )
     return lambda: drawn[-1]
 
 
