@@ -6,13 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import Tensor, nn
 
 from backbones.common import files, sharding
-from backbones.common.errors import UserError, error_line, first_line
+from backbones.common.errors import UserError, first_line
 from backbones.weights.checkpoint import Checkpoint, read_checkpoint
 from backbones.weights.loading import load_checkpoint
 from revdet.models import find_trunk
@@ -58,16 +57,7 @@ class Checkpointer(DetectionCheckpointer):
             return False
         path = Path(self.save_dir) / f"{name}.pth"
         self.logger.info(f"Saving checkpoint to {path}")
-        try:
-            with files.replacing(path) as partial:
-                torch.save(content, partial)
-                checksum = files.checksum_of(partial)
-            files.write_checksum(path, checksum)
-        except (OSError, RuntimeError) as error:  # the latter by torch, on a full disk
-            raise UserError(
-                f"cannot save {path} ({error_line(error)}): make room, or the folder writable, and "
-                "continue from the checkpoint before with --resume"
-            ) from error
+        files.save_checkpoint(path, content)
         return True
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:

@@ -212,7 +212,7 @@ def test_two_runs_in_one_folder(train_net, tmp_path, capsys):
 @pytest.mark.parametrize("error", (OSError(28, "No space left on device"), RuntimeError("failed")))
 def test_no_room_for_a_checkpoint(train_net, tmp_path, monkeypatch, capsys, error):
     def save(_, file):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise error
 
     monkeypatch.setattr(torch, "save", save)
