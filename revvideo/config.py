@@ -6,7 +6,7 @@ A file may name another one under ``base:`` (relative to itself), and then holds
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -32,14 +32,11 @@ _RAND_AUGMENT = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(mstd|p)\d+(\.\d+)?)*")
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe and apply overrides to it.
 
-    Args:
-        path: a YAML file; also the ``config.yaml`` that a run has saved, or the name of a recipe
-            that comes with this package, such as ``kinetics400/rev_mvit_b_16x4``.
-        overrides: ``section.key=value``: a text as it is (``null`` is the empty one, as in YAML),
-            any other value in YAML.
-
-    A UserError says that there is no such file, that it is no recipe, which key is unknown (and
-    which are near), or which value is of the wrong type or out of its range.
+    ``path`` is a YAML file, also the ``config.yaml`` that a run has saved, or the name of a recipe
+    that comes with this package, such as ``kinetics400/rev_mvit_b_16x4``; ``overrides`` are
+    ``section.key=value``: a text as it is (``null`` is the empty one, as in YAML), any other value
+    in YAML. A UserError says that there is no such file, that it is no recipe, which key is unknown
+    (and which are near), or which value is of the wrong type or out of its range.
     """
     merged = OmegaConf.structured(Config)
     for where, tree in [*_read(str(path), ()), *map(_parse_override, overrides)]:
@@ -59,7 +56,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(f"config {str(path)!r}, with the overrides: {_one_line(error)}") from error
     check_values(config, Config)
-    _check_together(config)
+    for contradiction in _contradictions(config):
+        raise UserError(contradiction)
     return config
 
 
@@ -118,46 +116,37 @@ def _explain(error: OmegaConfBaseException, tree: Tree, where: str) -> UserError
     return UserError(f"{where}: {section} is a section, with keys such as {first}")
 
 
-def _check_together(config: Config) -> None:
-    """What bounds of single keys do not say."""
+def _contradictions(config: Config) -> Iterator[str]:
+    """What is wrong, and the bounds of single keys do not say."""
     data, augment, train, test = config.data, config.augment, config.train, config.test
     for name, value in (("scale", augment.scale), ("ratio", augment.ratio)):
         if len(value) != 2 or not 0 < value[0] <= value[1]:
-            raise UserError(f"augment.{name}={value}: give two numbers, the smaller one first")
+            yield f"augment.{name}={value}: give two numbers, the smaller one first"
     if data.layout == IMAGES:
-        one = {"data.num_frames": data.num_frames, "test.clips": test.clips}
-        for name, number in {**one, "test.crops": test.crops}.items():
+        ones = {"data.num_frames": data.num_frames, "test.clips": test.clips}
+        for name, number in {**ones, "test.crops": test.crops}.items():
             if number != 1:
-                raise UserError(f"data.layout=images: an image is one frame, set {name}=1")
+                yield f"data.layout=images: an image is one frame, set {name}=1"
         if (data.mean, data.std) != (DataConfig().mean, DataConfig().std):
-            raise UserError(
-                f"data.mean={data.mean} data.std={data.std} are of videos: images are normalised "
-                "by ImageNet's, leave both out"
-            )
+            given = f"data.mean={data.mean} data.std={data.std}"
+            yield f"{given} are of videos: images are normalised by ImageNet's, leave both out"
     if test.views == "published" and (test.clips, test.crops) != (5, 1):
-        raise UserError(
-            f"test.views=published is of 5 clips and 1 crop, got test.clips={test.clips} "
-            f"test.crops={test.crops}: set these, or test.views=even"
-        )
+        given = f"got test.clips={test.clips} test.crops={test.crops}"
+        of = f"is of 5 clips and 1 crop, {given}: set these, or test.views=even"
+        yield f"test.views=published {of}"
     if (text := augment.rand_augment) and not _RAND_AUGMENT.fullmatch(text):
-        example = "rand-m7-n4-mstd0.5-inc1"
-        raise UserError(f"augment.rand_augment={text}: write it as timm does, such as {example}")
+        yield f"augment.rand_augment={text}: write it as timm does, such as rand-m7-n4-mstd0.5-inc1"
     for name, free in (("memory_keep", []), ("memory_slices", 1)):
         if train.memory_budget and (kept := getattr(train, name)) != free:
-            raise UserError(
-                f"train.memory_budget={train.memory_budget} chooses what is kept, and so does "
-                f"train.{name}={kept}: set one of the two"
-            )
+            both = f"chooses what is kept, and so does train.{name}={kept}: set one of the two"
+            yield f"train.memory_budget={train.memory_budget} {both}"
     if test.short_side < data.crop_size:
-        least = f"data.crop_size={data.crop_size}"
-        raise UserError(f"test.short_side={test.short_side}: use at least {least}")
+        yield f"test.short_side={test.short_side}: use at least data.crop_size={data.crop_size}"
     if 0 < data.decode_short_side < test.short_side:
-        raise UserError(
-            f"data.decode_short_side={data.decode_short_side}: use at least test.short_side="
-            f"{test.short_side}, or 0, or frames would be enlarged again"
-        )
+        least = f"test.short_side={test.short_side}, or 0, or frames would be enlarged again"
+        yield f"data.decode_short_side={data.decode_short_side}: use at least {least}"
     if test.crops == 2:
-        raise UserError("test.crops=2: use 1 (centre) or 3 (along the longer side)")
+        yield "test.crops=2: use 1 (centre) or 3 (along the longer side)"
 
 
 def _one_line(error: BaseException) -> str:

@@ -41,7 +41,7 @@ def find_videos(
     annotations: str | os.PathLike[str] | None = None,
     layout: Layout = "auto",
     classes: Sequence[str] | None = None,
-) -> tuple[list[str], Entries]:
+) -> _Found:
     """The classes of a set, and path and label of each of its videos.
 
     Layouts:
@@ -59,16 +59,13 @@ def find_videos(
     - ``auto``: ``folders`` if ``root/split`` holds folders with no ``annotations`` given, else what
       the first line of the annotations looks like.
 
-    Args:
-        classes: the names that labels stand for, where they are known: of the training set, when
-            this is the validation set. Otherwise they are found and sorted by name, with ``_``
-            taken for a space, which for Kinetics is the order of the released weights.
+    ``classes`` are the names that labels stand for, where they are known: of the training set, when
+    this is the validation set. Otherwise they are found and sorted by name, with ``_`` taken for a
+    space, which for Kinetics is the order of the released weights.
 
-    Returns:
-        The names of the classes, and paths relative to ``root`` (absolute if outside of it) with
-        labels; -1 where the annotations give none. A file that the annotations name is among them
-        also when it is missing. A UserError says that nothing is found, that annotations cannot be
-        read, or that a class is not in ``classes``.
+    Paths are relative to ``root`` (absolute if outside of it); labels -1 where the annotations give
+    none. A file that the annotations name is among them also when it is missing. A UserError says
+    that nothing is found, that annotations cannot be read, or that a class is not in ``classes``.
     """
     root = _existing_folder(root)
     if layout == "images":
@@ -81,12 +78,10 @@ def find_videos(
     if file is None and layout != "folders":
         tried = ", ".join(_candidates(split))
         raise UserError(f"no annotations for split {split!r} in {root}: tried {tried}; name yours")
-    if file is not None and layout == "list":
-        names, entries = _listed(root, split, file, classes)
-    elif file is not None and layout == "csv":
-        names, entries = _kinetics(root, split, file, classes)
-    else:
+    if file is None or layout == "folders":
         names, entries = _folders(root, split, file, classes)
+    else:
+        names, entries = {"list": _listed, "csv": _kinetics}[layout](root, split, file, classes)
     if not entries:
         raise UserError(f"split {split!r} of {root} holds no video: check the folder and the split")
     return names, entries
@@ -122,8 +117,8 @@ def annotation_file(
         raise UserError(f"the annotations {annotations} do not exist: check the path")
     if layout == "folders" or (layout == "auto" and _subfolders(root / split)):
         return None
-    found = (root / name for name in _candidates(split) if (root / name).is_file())
-    return next(found, None)
+    candidates = (root / name for name in _candidates(split))
+    return next((file for file in candidates if file.is_file()), None)
 
 
 def _guess_layout(root: Path, split: str, file: Path) -> Layout:

@@ -90,41 +90,32 @@ def index_from_text(text: str) -> PacketIndex | None:
 
 
 def open_video(path: AnyPath, threads: int) -> tuple[InputContainer, VideoStream]:
-    """The container and the video stream of a file; others are not read. 0 threads: one per core.
-
-    A VideoError says that the file is missing or empty, or is no video.
-    """
+    """A file and its video stream, or a VideoError; 0 threads: one per core."""
     path = Path(path)
     try:
         if not path.stat().st_size:
             raise VideoError("file is empty")
         # "file:" keeps a colon in a name from being taken for a protocol.
         container = open_container(f"file:{path.absolute()}")
+    except FileNotFoundError as error:
+        raise VideoError("file is missing") from error
+    except av.error.InvalidDataError as error:
+        with path.open("rb") as file:
+            cut = file.read(12)[4:8] == b"ftyp"
+        lost = "is cut off: the index that mp4 and mov files end with is missing"
+        raise VideoError(lost if cut else f"is not a video ({error_line(error)})") from error
     except (av.error.FFmpegError, OSError) as error:
-        raise _why_not_open(path, error) from error
+        raise VideoError(f"does not open ({error_line(error)})") from error
     try:
         stream = _choose_stream(container)
     except VideoError:
         container.close()
         raise
-    for other in container.streams:
-        if other is not stream:
-            other.discard = av.stream.Discard.all
+    for other in set(container.streams) - {stream}:  # which need not be read
+        other.discard = av.stream.Discard.all
     stream.codec_context.thread_count = threads
     stream.codec_context.thread_type = "NONE" if threads == 1 else "AUTO"
     return container, stream
-
-
-def _why_not_open(path: Path, error: Exception) -> VideoError:
-    reason = error_line(error)
-    if isinstance(error, FileNotFoundError):
-        return VideoError("file is missing")
-    if not isinstance(error, av.error.InvalidDataError):
-        return VideoError(f"does not open ({reason})")
-    with path.open("rb") as file:
-        if file.read(12)[4:8] == b"ftyp":
-            return VideoError("is cut off: the index that mp4 and mov files end with is missing")
-    return VideoError(f"is not a video ({reason})")
 
 
 def _choose_stream(container: InputContainer) -> VideoStream:
@@ -137,17 +128,13 @@ def _choose_stream(container: InputContainer) -> VideoStream:
             if stream.codec_context is None:
                 raise VideoError("has a video stream of an unknown codec")
             return stream
-    if container.streams.audio:
-        raise VideoError("has no video stream, only sound")
-    raise VideoError("has no video stream")
+    only = ", only sound" if container.streams.audio else ""
+    raise VideoError(f"has no video stream{only}")
 
 
 def read_index(container: InputContainer, stream: VideoStream) -> PacketIndex:
     """Read all packets of ``stream``, which has to be at its start."""
-    packets: list[int] = []
-    dts: list[int] = []
-    keyframes: list[int] = []
-    shown: list[int] = []
+    packets, dts, keyframes, shown = (list[int]() for _ in range(4))
     data: list[Packet[VideoStream]] = []
     size = latest = end = 0
     codec = stream.codec_context

@@ -30,19 +30,16 @@ def scan(
     *,
     layout: Layout = "auto",
     classes: Sequence[str] | None = None,
-    workers: int | None = None,
+    workers: int | None = None,  # processes that open files; None for one per core
     manifest_path: str | os.PathLike[str] | None = None,
     deep: bool = False,
 ) -> Manifest:
     """Find the videos of a split, and open each.
 
-    Args:
-        root, split, annotations, layout, classes: as for ``find_videos``, whose order is kept.
-        workers: processes that open files; None for one per core.
-        manifest_path: where to write the manifest. If it is there already, it says which files
-            need not be opened again: readable ones of the same size and time of change. A scan
-            that was interrupted leaves what it has found out beside it, for the next one.
-        deep: decode every frame of every file, also of those that are known.
+    The first arguments are as for ``find_videos``, whose order is kept. A manifest that is there
+    already at ``manifest_path`` says which files need not be opened again: readable ones of the
+    same size and time of change. A scan that was interrupted leaves what it has found out beside
+    it, for the next one. ``deep`` decodes every frame of every file, also of those that are known.
 
     A UserError is that of ``find_videos``, or says that the manifest is none, or not to be written.
     """

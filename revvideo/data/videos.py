@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from backbones.common.errors import UserError
 from backbones.common.paths import local_path
 from revvideo.data.clips import ClipDataset, collate, opened_as, test_dataset, train_clips
-from revvideo.data.layouts import Layout
 from revvideo.data.loader import ResumableLoader, ResumableSampler, TestBatches
 from revvideo.data.manifest import VideoRecord, default_manifest, describe, load_manifest
 from revvideo.data.scan import scan
@@ -31,21 +30,16 @@ class VideoData(pl.LightningDataModule):
     """Training and validation videos as their manifests list them.
 
     The run keeps manifests of its own, beside its results. Those of ``python -m revvideo.scan``
-    save it opening every video again.
-
-    Args:
-        train: whether training videos are needed.
-        classes: the names that labels stand for; none: those of the training videos.
-        resume: take the manifests of the run as they are, so that the order of the videos is the
-            same as before.
+    save it opening every video again. To ``resume`` takes the manifests of the run as they are, so
+    that the order of the videos is the same as before.
     """
 
     def __init__(
         self,
         config: Config,
         *,
-        train: bool = True,
-        classes: Sequence[str] = (),
+        train: bool = True,  # whether training videos are needed
+        classes: Sequence[str] = (),  # that labels stand for; none: those of the training videos
         resume: bool = False,
     ) -> None:
         super().__init__()
@@ -72,10 +66,8 @@ class VideoData(pl.LightningDataModule):
             if scanned.is_file() and not path.is_file():
                 shutil.copyfile(scanned, path)
             listed = local_path(data.annotations.replace("{split}", split), "data.annotations")
-            layout = cast(Layout, data.layout)
-            manifest = scan(
-                root, split, listed or None, layout=layout, classes=classes, manifest_path=path
-            )
+            how: dict[str, Any] = {"layout": data.layout, "classes": classes, "manifest_path": path}
+            manifest = scan(root, split, listed or None, **how)
             classes = manifest.classes
             logger.info("%s (%s): %s", split, path, describe(manifest, most=NAMED))
         self._prepared = True
@@ -160,8 +152,8 @@ class VideoData(pl.LightningDataModule):
         return self._test_loader(self.config.test)
 
     def _test_loader(self, test: TestConfig) -> DataLoader[Any]:
-        data, seed = self.config.data, self.config.train.seed
-        dataset = test_dataset(self._val.usable, self._val.root, data, test, seed)
+        config, val = self.config, self._val
+        dataset = test_dataset(val.usable, val.root, config.data, test, config.train.seed)
         batches = TestBatches(len(dataset), test.batch_size, **self._process())
         return DataLoader(dataset, batch_sampler=batches, **self._workers())
 
