@@ -2,11 +2,7 @@
 
 
 class VideoError(Exception):
-    """A video file cannot be used; ``reason`` is one line, without the name of the file.
+    """A video file cannot be used; the message is one line, without the name of the file.
 
     Datasets skip such a file, count it and name it.
     """
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason

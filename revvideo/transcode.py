@@ -26,21 +26,15 @@ if not __package__:  # run by path: this folder came first, where `models`, `dat
 import argparse
 from collections.abc import Sequence
 
-from backbones.common.console import (
-    make_parser,
-    name_unreadable,
-    not_negative,
-    positive,
-    run_command,
-)
+from backbones.common import console
 from backbones.common.errors import UserError, extra
 from revvideo.data.layouts import splits_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Transcode, print what it cost and what was unreadable; status 2 for what the user can fix."""
-    parser = make_parser("python -m revvideo.transcode", __doc__)
-    add = parser.add_argument
+    parser = console.make_parser("python -m revvideo.transcode", __doc__)
+    add, positive, not_negative = parser.add_argument, console.positive, console.not_negative
     add("data", type=Path, metavar="DATA", help="folder of a set of videos")
     add("to", type=Path, metavar="DEST", help="folder to write to")
     add("--split", nargs="+", help="train, val, ... (those of train, val and test that are there)")
@@ -50,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--crf", type=not_negative, default=23, help="quality: less is better and larger (23)")
     add("--keyframes", type=positive, default=16, help="frames from one to the next (16)")
     add("--workers", type=not_negative, help="processes (one per core)")
-    return run_command(parser, _transcode_all, argv)
+    return console.run_command(parser, _transcode_all, argv)
 
 
 def _transcode_all(options: argparse.Namespace) -> None:
@@ -65,7 +59,7 @@ def _transcode_all(options: argparse.Namespace) -> None:
         outcome = transcode(options.data, options.to, split, encoding, **how)
         print(f"{options.data}, {split}: {outcome}")
         unreadable |= outcome.problems
-    name_unreadable(unreadable, None)
+    console.name_unreadable(unreadable, None)
     print(f"train on them with data.root={options.to}")
 
 

@@ -22,12 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from pytorchvideo.data.clip_sampling import (
-    ClipInfo,
-    ClipSampler,
-    ConstantClipsPerVideoSampler,
-    make_clip_sampler,
-)
+from pytorchvideo.data import clip_sampling
+from pytorchvideo.data.clip_sampling import ClipInfo, ClipSampler
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -56,7 +52,7 @@ class RandomStart(ClipSampler):
         return ClipInfo(start, start + length, 0, 0, is_last_clip=True)
 
 
-class EvenStarts(ConstantClipsPerVideoSampler):
+class EvenStarts(clip_sampling.ConstantClipsPerVideoSampler):
     """Clips at equal distances, the first at the start of a video and the last at its end.
 
     A single clip lies in the middle. That is SlowFast's ``DATA.USE_OFFSET_SAMPLING``; without it,
@@ -93,7 +89,7 @@ class Clips:
 
     def make_sampler(self) -> ClipSampler:
         """A fresh one: they remember where they are in a video."""
-        return make_clip_sampler(self.sampler, self.duration, *self.arguments)
+        return clip_sampling.make_clip_sampler(self.sampler, self.duration, *self.arguments)
 
     def __call__(self, timestamps: Sequence[float], rate: float = 0.0) -> list[list[int]]:
         clips = []
@@ -196,13 +192,11 @@ class ClipDataset(Dataset[dict[str, Any]]):
     alone, not on the process, the worker or what was read before. The global generators are left
     as they were.
 
-    Args:
-        records, root: videos of a manifest that can be read, and the folder of their paths.
-        clips: which frames to take.
-        transform: from a clip, uint8 (T, 3, H, W), to (3, T, H, W), or (V, 3, T, H, W) for several
-            crops; or to a clip and which box of it is to be erased, or None. May draw from the
-            global generators of torch, Python and NumPy.
-        short_side: as of :meth:`revvideo.data.decode.Video.frames`.
+    ``records`` are videos of a manifest that can be read, ``root`` is the folder of their paths.
+    ``transform`` takes a clip, uint8 (T, 3, H, W), to (3, T, H, W), or (V, 3, T, H, W) for several
+    crops; or to a clip and which box of it is to be erased, or None. It may draw from the global
+    generators of torch, Python and NumPy. ``short_side`` is as of
+    :meth:`revvideo.data.decode.Video.frames`.
 
     A sample is a dict: ``video``, (V, 3, T, H, W), V being all clips times all crops, or None if
     the file broke after the scan; ``erased``, boxes by their number among these; ``label`` and
@@ -249,7 +243,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             try:  # in here: an error that leaves isolate_rng would pass its end by
                 video, erased = self._views(os.path.join(self.root, path), index)
             except VideoError as error:
-                problem = error.reason
+                problem = str(error)
         sample = {"video": video, "erased": erased, "label": int(self._labels[index])}
         return {**sample, "index": index, "path": path, "problem": problem}
 
@@ -302,10 +296,9 @@ test_clips.__test__ = test_dataset.__test__ = False  # type: ignore[attr-defined
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Join samples of a ``ClipDataset`` to a batch; of those that broke only the problem is kept.
 
-    Returns:
-        ``video``: (N, 3, T, H, W), N being the views of all videos; ``erased``: boxes by their
-        number among these; ``label``, ``index``: int64 (N,); ``problems``: a list of (path,
-        reason). If no video is left, N is 0, and ``video`` has the shape (0,).
+    ``video``: (N, 3, T, H, W), N being the views of all videos, or (0,) if none is left;
+    ``erased``: boxes by their number among these; ``label``, ``index``: int64 (N,); ``problems``: a
+    list of (path, reason).
     """
     good = [sample for sample in samples if sample["video"] is not None]
     views = torch.tensor([len(sample["video"]) for sample in good], dtype=torch.int64)

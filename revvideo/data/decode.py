@@ -68,17 +68,15 @@ class Video(AbstractContextManager["Video"]):
     taken for square. Use it as a context manager, or call :meth:`close`. A file that is missing,
     empty, no video or without frames is a VideoError.
 
-    Args:
-        known_frames: how many frames a scan has found. Saves decoding a file whose timestamps
-            cannot be relied upon once more, to count them; not used for others.
-        known_index: what a scan has noted of this very file; saves reading through it.
-
-    Attributes:
-        timestamps: when each frame is shown, in seconds after the first one, ascending.
-        unit: of which they are whole multiples, in seconds.
-        rate: frames per second as the file states them, or else the mean.
-        truncated: why the file is taken to be cut off; "" if it is whole.
+    What a scan has found saves work: ``known_frames``, decoding a file whose timestamps cannot be
+    relied upon once more to count them; ``known_index``, noted of this very file, reading through
+    it.
     """
+
+    timestamps: list[float]  # when each frame is shown, in seconds after the first one, ascending
+    unit: Fraction  # of which they are whole multiples, in seconds
+    rate: float  # frames per second as the file states them, or else the mean
+    truncated: str  # why the file is taken to be cut off; "" if it is whole
 
     def __init__(
         self, path: AnyPath, *, known_frames: int | None = None, known_index: str = ""
@@ -135,20 +133,13 @@ class Video(AbstractContextManager["Video"]):
         return VideoInfo(len(self), duration, fps, width, height, index)
 
     def frames(self, indices: Sequence[int], short_side: int | None = None) -> Tensor:
-        """Decode frames.
+        """Frames as uint8 (T, 3, H, W), RGB, upright, in ``channels_last`` memory format.
 
-        Args:
-            indices: which, counted from 0 in presentation order. In any order, also repeated.
-            short_side: shrink frames to this many pixels on their shorter side, which is cheapest
-                here. Frames that are smaller stay as they are.
-
-        Returns:
-            uint8 (T, 3, H, W), RGB, upright, in ``channels_last`` memory format.
-
-        Raises:
-            IndexError: an index that the video does not have.
-            VideoError: one of the frames does not decode, because the file is damaged there or in a
-                frame that it refers to. Damage elsewhere does not matter.
+        Which ones say ``indices``, counted from 0 in presentation order, in any order, also
+        repeated; one that the video does not have is an IndexError. Frames are shrunk to
+        ``short_side`` pixels on their shorter side, which is cheapest here; smaller ones stay as
+        they are. A VideoError says that a frame does not decode, because the file is damaged there
+        or in a frame that it refers to. Damage elsewhere does not matter.
         """
         wanted = set(indices)
         for number in wanted:

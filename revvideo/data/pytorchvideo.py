@@ -65,12 +65,9 @@ class VideoPathHandler(interfaces.VideoPathHandler):
         dataset.video_path_handler = revvideo.VideoPathHandler(frames=16)
 
     Paths may be any that iopath's ``g_pathmgr`` knows. Folders of frames are read as before. There
-    is no sound.
-
-    Args:
-        frames: of a clip, evenly spread as by ``UniformTemporalSubsample``, of which alone are then
-            converted; None for all.
-        short_side: shrink frames to this many pixels on their shorter side while decoding.
+    is no sound. ``frames`` are those of a clip, evenly spread as by ``UniformTemporalSubsample``,
+    which alone are then converted, None for all; ``short_side`` are the pixels of the shorter side
+    to which frames are shrunk while decoding.
     """
 
     def __init__(self, frames: int | None = None, short_side: int | None = None) -> None:

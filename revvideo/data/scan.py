@@ -89,6 +89,6 @@ def _record(
     try:
         info = (probe_still if images else probe)(path, deep=deep)
     except VideoError as error:
-        return replace(record, problem=error.reason)
+        return replace(record, problem=str(error))
     problem = "has a single frame" if info.frames < 2 and not images else ""
     return replace(record, **asdict(info), problem=problem)

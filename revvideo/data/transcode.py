@@ -143,7 +143,7 @@ def _written(
     try:
         return _Written(path, "", *_write(source / path, target / new, encoding))
     except VideoError as error:
-        return _Written(path, error.reason)
+        return _Written(path, str(error))
     except (OSError, av.error.FFmpegError) as error:
         return _Written(path, f"cannot be written ({error_line(error)})")
 

@@ -32,13 +32,9 @@ MOST_WINDOWS = 240
 def load(run: str | Path, *, checkpoint: str = "", device: str = "auto") -> Predictor:
     """The classifier that a run has trained, on a video: ``revvideo.load(RUN)("clip.mp4")``.
 
-    Args:
-        run: its ``train.output_dir``.
-        checkpoint: a file in the place of the newest one.
-        device: ``cuda``, ``cpu``, …; ``auto``: a GPU where there is one.
-
-    Raises:
-        UserError: the folder holds no run, or its checkpoint cannot be read.
+    ``run`` is its ``train.output_dir``, ``checkpoint`` a file in the place of the newest one, and
+    ``device`` ``cuda``, ``cpu``, …, or ``auto``: a GPU where there is one. A UserError says that
+    the folder holds no run, or that its checkpoint cannot be read.
     """
     config = load_config(Path(run) / "config.yaml")
     file = checkpoint or str(Path(run) / "checkpoints" / LAST)
@@ -102,10 +98,9 @@ class Predictor:
 
         Yields path, scores (classes,) or None, and "" or the reason why the file cannot be used.
         """
-        test = self.config.test
-        views = test.clips * test.crops
+        views = self.config.test.clips * self.config.test.crops
         records = [VideoRecord(str(path), label=-1) for path in paths]
-        dataset = test_dataset(records, "", self.config.data, test, seed=0)
+        dataset = test_dataset(records, "", self.config.data, self.config.test, seed=0)
         batches = TestBatches(len(dataset), max(1, self.batch_size // views))
         how: dict[str, Any] = {"collate_fn": collate, "num_workers": workers}
         for batch in DataLoader(dataset, batch_sampler=batches, **how):

@@ -56,12 +56,11 @@ def run(args: Namespace) -> None:
                 unreadable[str(path)] = problem
                 continue
             best = predictor.best(scores)
-            entry: Entry = {"path": str(path), "top": best}
-            videos.append(entry)
+            videos.append(entry := {"path": str(path), "top": best})
             try:
                 look_closer(predictor, path, entry, names[path], args)
             except VideoError as error:  # in frames that the scores did not need
-                unreadable[str(path)] = error.reason
+                unreadable[str(path)] = str(error)
             words = (f"{top['class']} {100 * top['score']:.1f}%" for top in best)
             tqdm.write(f"{printable(path)}: {', '.join(words)}")
     finally:

@@ -33,6 +33,28 @@ class Hardware:
     device: str
     processes: int
 
+    def trainer_arguments(self, config: Config, *, sharded: bool) -> dict[str, Any]:
+        """Those of the trainer that training and testing share; ``sharded``: the weights are."""
+        settings = config.train
+        world_size = self.processes * settings.nodes
+        strategy: str | Strategy = "auto"
+        if sharded:
+            parts: dict[str, Any] = {"data_parallel_size": world_size, "tensor_parallel_size": 1}
+            strategy = ModelParallelStrategy(**parts, save_distributed_checkpoint=False)
+        elif settings.strategy == "ddp" or world_size > 1:
+            strategy = DDPStrategy(gradient_as_bucket_view=True)
+        return {
+            "accelerator": "gpu" if self.device == "cuda" else "cpu",
+            "devices": self.processes,
+            "num_nodes": settings.nodes,
+            "strategy": strategy,
+            "precision": settings.precision,
+            "default_root_dir": settings.output_dir,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,  # by Lightning itself
+            "use_distributed_sampler": False,
+        }
+
 
 def find_hardware(config: Config) -> Hardware:
     """What the config comes to here; a UserError, with the remedy, if this machine cannot do it."""
@@ -53,27 +75,3 @@ def find_hardware(config: Config) -> Hardware:
     # torchrun says in a variable how many processes it has started here.
     given = settings.devices or int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     return Hardware(device, given or (gpus if device == "cuda" else 1))
-
-
-def trainer_arguments(config: Config, hardware: Hardware, *, sharded: bool) -> dict[str, Any]:
-    """Arguments of the trainer that training and testing share; ``sharded``: the weights are."""
-    settings = config.train
-    world_size = hardware.processes * settings.nodes
-    strategy: str | Strategy = "auto"
-    if sharded:
-        strategy = ModelParallelStrategy(
-            data_parallel_size=world_size, tensor_parallel_size=1, save_distributed_checkpoint=False
-        )
-    elif settings.strategy == "ddp" or world_size > 1:
-        strategy = DDPStrategy(gradient_as_bucket_view=True)
-    return {
-        "accelerator": "gpu" if hardware.device == "cuda" else "cpu",
-        "devices": hardware.processes,
-        "num_nodes": settings.nodes,
-        "strategy": strategy,
-        "precision": settings.precision,
-        "default_root_dir": settings.output_dir,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,  # by Lightning itself
-        "use_distributed_sampler": False,
-    }

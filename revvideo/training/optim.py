@@ -6,11 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from fvcore.common.param_scheduler import (
-    CompositeParamScheduler,
-    CosineParamScheduler,
-    LinearParamScheduler,
-)
+from fvcore.common import param_scheduler
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -59,13 +55,11 @@ def lr_factor(step: int, *, warmup: int, total: int, start: float, end: float) -
     """
     total = max(total, 1)
     where = min(step / total, 1.0)
+    line, cosine = param_scheduler.LinearParamScheduler, param_scheduler.CosineParamScheduler
     if warmup >= total:
-        return float(LinearParamScheduler(start, start + (1 - start) * total / warmup)(where))
-    scheduler = CosineParamScheduler(1.0, end)
-    if warmup:
-        scheduler = CompositeParamScheduler(
-            [LinearParamScheduler(start, 1.0), scheduler],
-            lengths=[warmup / total, 1 - warmup / total],
-            interval_scaling=["rescaled", "rescaled"],
-        )
-    return float(scheduler(where))
+        return float(line(start, start + (1 - start) * total / warmup)(where))
+    if not warmup:
+        return float(cosine(1.0, end)(where))
+    parts, lengths = [line(start, 1.0), cosine(1.0, end)], [warmup / total, 1 - warmup / total]
+    both = param_scheduler.CompositeParamScheduler(parts, lengths, ["rescaled", "rescaled"])
+    return float(both(where))

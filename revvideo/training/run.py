@@ -21,13 +21,7 @@ from revvideo.models import build_model
 from revvideo.settings import Config
 from revvideo.training.checkpoint import LAST, CheckpointIO, checkpoint_to_resume, saved_in
 from revvideo.training.evaluation import gathered
-from revvideo.training.hardware import (
-    Hardware,
-    find_hardware,
-    is_first_process,
-    launched,
-    trainer_arguments,
-)
+from revvideo.training.hardware import Hardware, find_hardware, is_first_process, launched
 from revvideo.training.log import ProgressBar, StepLog, set_up_log
 from revvideo.training.metrics import MetricsLogger, cut_metrics, trackers
 from revvideo.training.module import VideoModule
@@ -126,7 +120,7 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
             cut_metrics(output_dir / METRICS, checkpoints.step)
 
     trainer = pl.Trainer(
-        **trainer_arguments(config, hardware, sharded=sharded),
+        **hardware.trainer_arguments(config, sharded=sharded),
         plugins=[checkpoints],
         callbacks=[*ema, steps, bar, saving, LambdaCallback(on_train_start=begin)],
         logger=[MetricsLogger(output_dir / METRICS), *others],
@@ -169,7 +163,7 @@ def _evaluate(config: Config, hardware: Hardware, source: str, facts: dict[str, 
     if not launched():
         data.prepare_data()
     module = VideoModule(config, weights)
-    shared = trainer_arguments(config, hardware, sharded=False)
+    shared = hardware.trainer_arguments(config, sharded=False)
     trainer = pl.Trainer(**shared, callbacks=[ProgressBar()], logger=False)
     trainer.test(module, data, verbose=False)
     left_out = {**facts.pop("left_out", {}), **_left_out(module)}
