@@ -16,7 +16,7 @@ from pytorchvideo.models import hub
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from backbones.common.errors import UserError, near_names
+from backbones.common.errors import UserError, first_line, near_names
 from backbones.weights.checkpoint import Checkpoint
 from backbones.weights.loading import LoadReport
 from revvideo.settings import Config
@@ -76,10 +76,9 @@ def build(config: Config, num_classes: int) -> nn.Module:
             raise UserError(f"train.{key} is for models of backbones, not for {settings.name}")
     if train.memory_budget or train.memory == "reversible":
         chosen = "a memory budget" if train.memory_budget else "train.memory=reversible"
-        raise UserError(
-            f"{chosen} needs a model of backbones, such as rev_mvit_base_16x4: for {settings.name} "
-            "set train.memory=store or checkpoint, and no train.memory_budget"
-        )
+        needs = "needs a model of backbones, such as rev_mvit_base_16x4"
+        remedy = "set train.memory=store or checkpoint, and no train.memory_budget"
+        raise UserError(f"{chosen} {needs}: for {settings.name} {remedy}")
     if config.optim.layer_decay != 1:
         raise UserError(f"{settings.name} has no layers to decay by: set optim.layer_decay=1")
     model = builder(**arguments)
@@ -147,10 +146,9 @@ def _check_clip(model: nn.Module, name: str, frames: int, size: int) -> None:
             copy.deepcopy(model).to("meta").eval()(clip)
     except (RuntimeError, ValueError, AssertionError) as error:
         of, pixels = _MADE_FOR[name.removeprefix(PREFIX)]
-        raise UserError(
-            f"{name} does not take {frames} frames of {size} px ({str(error).splitlines()[0]}): it "
-            f"is made for data.num_frames={of} data.crop_size={pixels}"
-        ) from error
+        wrong = f"does not take {frames} frames of {size} px ({first_line(error)})"
+        made_for = f"data.num_frames={of} data.crop_size={pixels}"
+        raise UserError(f"{name} {wrong}: it is made for {made_for}") from error
 
 
 class _Checkpointed(nn.Module):
@@ -160,10 +158,8 @@ class _Checkpointed(nn.Module):
 
 def _checkpoint_blocks(model: nn.Module, name: str) -> None:
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        raise UserError(
-            f"train.memory=checkpoint would count each batch twice in the batch norms of {name}: "
-            "set train.memory=store"
-        )
+        twice = f"would count each batch twice in the batch norms of {name}"
+        raise UserError(f"train.memory=checkpoint {twice}: set train.memory=store")
     for block in cast(nn.ModuleList, model.blocks):
         # A class of its own, which a copy of the model keeps, unlike a forward put on the object.
         block.__class__ = type(type(block).__name__, (_Checkpointed, type(block)), {})

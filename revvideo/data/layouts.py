@@ -170,10 +170,9 @@ def _labelled(named: _Named, found: Collection[str], classes: _Classes, where: P
     known = {_order(name): label for label, name in enumerate(names)}
     for name in sorted(found):
         if _order(name) not in known:
-            raise UserError(
-                f"class {name!r} in {where} is none of the {len(names)} classes of the model, such "
-                f"as {some_of(near_names(name, names) or names)}: rename it, or take it out"
-            )
+            near = some_of(near_names(name, names) or names)
+            none = f"is none of the {len(names)} classes of the model, such as {near}"
+            raise UserError(f"class {name!r} in {where} {none}: rename it, or take it out")
     return names, [(path, known[_order(name)] if name else -1) for path, name in named]
 
 
@@ -182,10 +181,8 @@ def _folders(root: Path, split: str, file: Path | None, classes: _Classes) -> _F
     if not _subfolders(base):
         if file is None:
             there = ", ".join(sorted(_subfolders(root))) or "no folders"
-            raise UserError(
-                f"{base} holds no folders of classes, and {root} no annotations "
-                f"({', '.join(_candidates(split))}); it holds {there}: check the folder"
-            )
+            lacks = f"and {root} no annotations ({', '.join(_candidates(split))}); it holds {there}"
+            raise UserError(f"{base} holds no folders of classes, {lacks}: check the folder")
         base = root
     found = sorted(_subfolders(base), key=_order)
     named = []
@@ -247,10 +244,8 @@ def _listed(root: Path, split: str, file: Path, classes: _Classes) -> _Found:
     numbers = [row is not None and _is_number(row[1]) for *_, row in rows]
     for (where, line, row), number in zip(rows, numbers, strict=True):
         if row is None or number != numbers[0] or (number and int(row[1]) not in _LABELS):
-            raise UserError(
-                f"{where}: {line[:200]!r} is not `path label`, labels counting from 0 or names "
-                "(in quotes, if they have commas)"
-            )
+            form = "`path label`, labels counting from 0 or names (in quotes, if they have commas)"
+            raise UserError(f"{where}: {line[:200]!r} is not {form}")
     named = [(_place(root, split, row[0]), row[1]) for *_, row in rows if row is not None]
     counts = Counter(path for path, _ in dict.fromkeys(named))
     if several := [path for path, count in counts.items() if count > 1]:
@@ -261,11 +256,9 @@ def _listed(root: Path, split: str, file: Path, classes: _Classes) -> _Found:
     if classes is None:
         names = _names_of(entries)
         if without := sorted(set(range(len(names))) - {label for _, label in entries}):
-            absent, last = some_of([str(label) for label in without]), len(names) - 1
-            _logger.warning(
-                f"{file}: no video has the label {absent}: it is a class that is never seen; "
-                f"labels count from 0, to {last} here"
-            )
+            absent = f"no video has the label {some_of([str(label) for label in without])}"
+            count = f"labels count from 0, to {len(names) - 1} here"
+            _logger.warning(f"{file}: {absent}: it is a class that is never seen; {count}")
         return names, entries
     for (where, _, _), (_, label) in zip(rows, entries, strict=True):
         if label >= len(classes):

@@ -35,10 +35,9 @@ class ResumableSampler(Sampler[tuple[int, int]]):
         self, size: int, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1
     ) -> None:
         if batch_size < 1 or size < batch_size * world_size:
-            raise UserError(
-                f"{size} readable training videos do not fill one batch of {batch_size} on each "
-                f"of {world_size} processes: set a smaller optim.batch_size, or add videos"
-            )
+            batch = f"one batch of {batch_size} on each of {world_size} processes"
+            remedy = "set a smaller optim.batch_size, or add videos"
+            raise UserError(f"{size} readable training videos do not fill {batch}: {remedy}")
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = size // (batch_size * world_size)

@@ -65,10 +65,9 @@ class Outcome:
     problems: dict[str, str] = field(default_factory=dict)  # why others could not be written
 
     def __str__(self) -> str:
-        text = (
-            f"{self.written:,} of {self.videos:,} videos written, {self.left:,} stood there "
-            f"already; {self.before / 1e6:,.1f} MB became {self.after / 1e6:,.1f} MB"
-        )
+        sizes = f"{self.before / 1e6:,.1f} MB became {self.after / 1e6:,.1f} MB"
+        written = f"{self.written:,} of {self.videos:,} videos written"
+        text = f"{written}, {self.left:,} stood there already; {sizes}"
         if not self.psnr:
             return text
         worst = min(self.psnr, key=self.psnr.__getitem__)

@@ -85,10 +85,9 @@ class VideoData(pl.LightningDataModule):
         self.val_total = sum(record.label >= 0 for record in self._val.records)
         if not self.val_records:
             split = self.config.data.val_split
-            raise UserError(
-                f"none of the {len(self._val.records)} videos of {split!r} can be read and has a "
-                f"label: see {self._manifest_path(split)}"
-            )
+            none = f"none of the {len(self._val.records)} videos of {split!r}"
+            see = self._manifest_path(split)
+            raise UserError(f"{none} can be read and has a label: see {see}")
         if self.train:
             self.steps_per_epoch = self._train_sampler().steps_per_epoch
 
@@ -106,20 +105,16 @@ class VideoData(pl.LightningDataModule):
         """Videos in a training batch of one process, which is a part of a step if accumulating."""
         optim = self.config.optim
         processes = self._process()["world_size"]
-        parts = processes * optim.accumulate
+        parts, given = processes * optim.accumulate, f"optim.batch_size={optim.batch_size}"
         shared = f"{processes} processes x optim.accumulate={optim.accumulate}"
         if optim.batch_size % parts:
-            raise UserError(
-                f"optim.batch_size={optim.batch_size} is no multiple of {shared}: use "
-                f"{-(-optim.batch_size // parts) * parts}"
-            )
+            multiple = -(-optim.batch_size // parts) * parts
+            raise UserError(f"{given} is no multiple of {shared}: use {multiple}")
         videos, augment = optim.batch_size // parts, self.config.augment
         if videos == 1 and (augment.mixup or augment.cutmix):
-            raise UserError(
-                f"optim.batch_size={optim.batch_size} over {shared} is one video at a time, which "
-                "has none to be mixed with: lower optim.accumulate, or set augment.mixup=0 "
-                "augment.cutmix=0"
-            )
+            alone = "is one video at a time, which has none to be mixed with"
+            remedy = "lower optim.accumulate, or set augment.mixup=0 augment.cutmix=0"
+            raise UserError(f"{given} over {shared} {alone}: {remedy}")
         return videos
 
     def train_dataloader(self) -> DataLoader[Any]:

@@ -32,10 +32,9 @@ def run(args: Namespace) -> None:
     _check_options(args)
     config = load_config(args.config, args.overrides)
     if config.data.layout == IMAGES:
-        raise UserError(
-            f"{args.config} is of images: python -m backbones predict IMAGES "
-            f"--model {config.model.name} --weights {args.weights}"
-        )
+        command = "python -m backbones predict IMAGES"
+        of = f"--model {config.model.name} --weights {args.weights}"
+        raise UserError(f"{args.config} is of images: {command} {of}")
     output = Path(args.output)
     paths = find_files(args.input, has_video_extension, "video", passed_over=output)
     name = args.device or config.train.device

@@ -119,10 +119,9 @@ class StepLog(pl.Callback):
     def _check_loss(self, trainer: pl.Trainer) -> None:
         loss = float(trainer.callback_metrics.get("train/loss", 0.0))
         if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {trainer.global_step:,}: set a smaller optim.lr or "
-                "optim.clip_grad_norm=1, and continue from the last checkpoint with --resume"
-            )
+            remedy = "set a smaller optim.lr or optim.clip_grad_norm=1, and continue from the last"
+            where = f"at step {trainer.global_step:,}"
+            raise UserError(f"the loss is {loss} {where}: {remedy} checkpoint with --resume")
 
     def _wait_share(self) -> float:
         """Of the time of this epoch."""

@@ -102,8 +102,8 @@ class VideoModule(pl.LightningModule):
         except ValueError as error:
             raise UserError(f"train.memory_budget={budget}: {error}") from error
         keep = [plan.keep] if isinstance(plan.keep, str) else [*plan.keep]
-        self.memory = {"memory": plan.policy, "stored_blocks": plan.stored_blocks}
-        self.memory |= {"memory_keep": keep, "memory_slices": plan.slices}
+        chosen = (plan.policy, plan.stored_blocks, keep, plan.slices)
+        self.memory = dict(zip(self.memory, chosen, strict=True))
         logger.info("%s", plan)
 
     def _note(self, problems: list[tuple[str, str]]) -> None:
@@ -133,11 +133,9 @@ class VideoModule(pl.LightningModule):
         self._empty = 0 if len(label) else self._empty + 1
         if self._empty >= min(_EMPTY_BATCHES, self.trainer.num_training_batches):
             path, reason = next(reversed(self.problems.items()))
-            raise UserError(
-                f"not one video of the last {self._empty} batches can be read any more, the last "
-                f"is {path} ({reason}): see that data.root={self.config.data.root} is there, and "
-                "continue with --resume"
-            )
+            lost = f"not one video of the last {self._empty} batches can be read any more"
+            remedy = f"see that data.root={self.config.data.root} is there, and continue"
+            raise UserError(f"{lost}, the last is {path} ({reason}): {remedy} with --resume")
         if empty := len(label) == 0:
             # All processes take part in every step, or the others wait for ever.
             video, label, repeats = self._blank_clip(), label.new_zeros(1), 1
@@ -193,9 +191,8 @@ class VideoModule(pl.LightningModule):
         optim, per_epoch = self.config.optim, self.data.steps_per_epoch
         steps, warmup = optim.epochs * per_epoch, round(optim.warmup_epochs * per_epoch)
         total = min(steps, optim.max_steps or steps)
-        optimizer, schedule = build_optimizer(
-            self.backbone, optim, warmup_steps=warmup, total_steps=total
-        )
+        how = {"warmup_steps": warmup, "total_steps": total}
+        optimizer, schedule = build_optimizer(self.backbone, optim, **how)
         self._recipe = [dict(group, lr=group["initial_lr"]) for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -253,8 +250,7 @@ def _check_labels(data: VideoData, outputs: int) -> None:
     if count == outputs or (count < outputs and data.config.data.layout == "list"):
         return
     first = ", ".join(data.classes[:3]) + (", …" if count > 3 else "")
-    raise UserError(
-        f"the data has {count} classes ({first}), the model {outputs}: set "
-        f"model.num_classes={count}, complete the data, or, where it is a list whose labels are "
-        "those of the model, set data.layout=list"
-    )
+    remedy = f"set model.num_classes={count}, complete the data"
+    same = "where it is a list whose labels are those of the model, set data.layout=list"
+    what = f"the data has {count} classes ({first}), the model {outputs}"
+    raise UserError(f"{what}: {remedy}, or, {same}")

@@ -49,10 +49,8 @@ def run(config: Config, *, resume: bool, eval_only: bool, weights: str = "") -> 
     hardware = find_hardware(config)
     # The other processes may come when the first one has begun to write.
     if is_first_process() and saved_in(folder) and not (resume or eval_only):
-        raise UserError(
-            f"{output_dir} already holds a run: add --resume to continue it, or set "
-            "train.output_dir to a new folder"
-        )
+        remedy = "add --resume to continue it, or set train.output_dir to a new folder"
+        raise UserError(f"{output_dir} already holds a run: {remedy}")
     last = checkpoint_to_resume(folder) if resume or (eval_only and not weights) else None
     if eval_only:
         weights = weights or (config.model.weights if last is None else str(last))

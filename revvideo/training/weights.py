@@ -90,10 +90,8 @@ def require_complete(report: LoadReport) -> None:
     """Refuse weights whose head was left out: its scores would be those of a random one."""
     if report.missing:
         why = "; ".join(dict.fromkeys(report.left_out.values())) or "the file has none"
-        raise UserError(
-            f"{report.source}: its head does not fit ({why}), so there is nothing to evaluate: "
-            "set model.num_classes, or fine-tune first"
-        )
+        remedy = "so there is nothing to evaluate: set model.num_classes, or fine-tune first"
+        raise UserError(f"{report.source}: its head does not fit ({why}), {remedy}")
 
 
 def _inflate(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, str]:
