@@ -181,8 +181,7 @@ class Video(AbstractContextManager["Video"]):
                 if place == last:
                     frames += codec.decode(None)  # those that it holds back for reordering
                 for frame in frames:
-                    shown = index.numbers.get(frame.pts)
-                    if shown in wanted:
+                    if (shown := index.numbers.get(frame.pts)) in wanted:
                         yield shown, frame
                 if place == last:
                     break

@@ -29,6 +29,7 @@ _VIDEO_NAME = re.compile(
     r".*\.(3gp|avi|flv|m2ts|m4v|mkv|mov|mp4|mpe?g|mts|ogv|ts|vob|webm|wmv)", re.IGNORECASE
 )
 _LABELS = range(-1, 100_000)  # the largest in a list says how many classes there are
+_NUMBER = re.compile(r"-?\d+")
 # A line of words alone, none of which could be a path.
 _HEADER = re.compile(r"[\w\s,\"-]*[a-z][\w\s,\"-]*", re.IGNORECASE)
 _SPLIT_NAMES = {"validation": "val", "validate": "val", "valid": "val", "testing": "test"}
@@ -239,9 +240,9 @@ def _listed(root: Path, split: str, file: Path, classes: _Classes) -> _Found:
     lines = list(_lines(file))
     rows = [(f"{file}, line {number}", line, _row(line)) for number, line in lines]
     _, first, row = rows[0] if rows else ("", "", None)
-    if _HEADER.fullmatch(first) and (row is None or not _is_number(row[1])):
+    if _HEADER.fullmatch(first) and (row is None or not _NUMBER.fullmatch(row[1])):
         _logger.info("%s: the first line, %r, is taken for the names of columns", *rows.pop(0)[:2])
-    numbers = [row is not None and _is_number(row[1]) for *_, row in rows]
+    numbers = [bool(row and _NUMBER.fullmatch(row[1])) for *_, row in rows]
     for (where, line, row), number in zip(rows, numbers, strict=True):
         if row is None or number != numbers[0] or (number and int(row[1]) not in _LABELS):
             form = "`path label`, labels counting from 0 or names (in quotes, if they have commas)"
@@ -264,10 +265,6 @@ def _listed(root: Path, split: str, file: Path, classes: _Classes) -> _Found:
         if label >= len(classes):
             raise UserError(f"{where}: label {label} with the {len(classes)} classes of the model")
     return list(classes), entries
-
-
-def _is_number(label: str) -> bool:
-    return re.fullmatch(r"-?\d+", label) is not None
 
 
 def _place(root: Path, split: str, path: str) -> str:

@@ -175,26 +175,17 @@ def read_index(container: InputContainer, stream: VideoStream) -> PacketIndex:
         broken = True
     timed = timed and len(set(packets)) == len(packets) > 0
     timed = timed and all(earlier < later for earlier, later in pairwise(dts))
-    reliable = (
-        reliable
-        and timed
-        and keyframes[:1] == [0]
-        and packets[0] == min(packets)
-        # Frames are reordered, but their times are not: these are made up, as in avi.
-        and not (codec.has_b_frames and len(packets) > 1 and packets == sorted(packets))
-    )
+    times = sorted(packets) if timed else []
+    # Frames are reordered, but their times are not: these are made up, as in avi.
+    made_up = codec.has_b_frames and len(packets) > 1 and packets == times
+    reliable = reliable and timed and not made_up
+    reliable = reliable and keyframes[:1] == [0] and packets[0] == times[0]
     if reliable:
         shown.sort()
-    return PacketIndex(
-        packets,
-        keyframes,
-        shown,
-        {pts: number for number, pts in enumerate(shown)},
-        reliable,
-        times=sorted(packets) if timed else [],
-        data=data if size <= _KEEP_BYTES else [],
-        truncated=_what_is_missing(container, stream, len(packets), broken, latest, end),
-    )
+    numbers: dict[int | None, int] = {pts: number for number, pts in enumerate(shown)}
+    data = data if size <= _KEEP_BYTES else []
+    missing = _what_is_missing(container, stream, len(packets), broken, latest, end)
+    return PacketIndex(packets, keyframes, shown, numbers, reliable, times, data, missing)
 
 
 def _what_is_missing(

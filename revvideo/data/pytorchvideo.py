@@ -40,10 +40,8 @@ class ExactVideo(interfaces.Video):
         ``video`` is float32 (3, T, H, W) in [0, 255], or None where there is no such frame or it
         does not decode, which their datasets then pass over, and the log says; ``audio`` is None.
         """
-        start, end = (
-            bisect_left(self._video.timestamps, float(time) - _ROUNDING)
-            for time in (start_sec, end_sec)
-        )
+        times = (float(time) - _ROUNDING for time in (start_sec, end_sec))
+        start, end = (bisect_left(self._video.timestamps, time) for time in times)
         numbers, video = torch.arange(start, end), None
         if self._frames and len(numbers):
             numbers = torch.linspace(start, end - 1, self._frames).long()

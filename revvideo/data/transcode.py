@@ -133,37 +133,32 @@ class _Written:
 def _written(
     path: str, *, source: Path, target: Path, first: dict[Path, str], encoding: Encoding
 ) -> _Written:
-    """Write a file below ``target``, unless it stands there."""
+    """Write a file below ``target``, unless it stands there already."""
     new = Path(path).with_suffix(".mp4")
     if new.is_absolute() or ".." in new.parts:
         return _Written(path, "lies outside of the folder of the videos")
     if first[new] != path:
         return _Written(path, f"would become {new}, as {first[new]} does: rename one")
+    source, target, psnr, noted = source / path, target / new, None, ""
     try:
-        return _Written(path, "", *_write(source / path, target / new, encoding))
+        if not source.is_file():
+            raise VideoError("file is missing")
+        status = source.stat()
+        made_of = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+        note = json.dumps({"revvideo transcode": 1, **asdict(encoding), **made_of})
+        with suppress(OSError, av.error.FFmpegError), av.open(str(target)) as container:
+            noted = container.metadata.get("comment", "")
+        if noted != note:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with Video(source) as video, replacing(target) as unfinished:
+                if video.truncated:
+                    raise VideoError(video.truncated)
+                psnr = _check(video, unfinished, _encode(video, unfinished, encoding, note))
+        return _Written(path, "", status.st_size, target.stat().st_size, psnr)
     except VideoError as error:
         return _Written(path, str(error))
     except (OSError, av.error.FFmpegError) as error:
         return _Written(path, f"cannot be written ({error_line(error)})")
-
-
-def _write(source: Path, target: Path, encoding: Encoding) -> tuple[int, int, float | None]:
-    """Bytes before and after, and the PSNR of what has been written now."""
-    if not source.is_file():
-        raise VideoError("file is missing")
-    status = source.stat()
-    made_of = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-    note = json.dumps({"revvideo transcode": 1, **asdict(encoding), **made_of})
-    psnr, noted = None, ""
-    with suppress(OSError, av.error.FFmpegError), av.open(str(target)) as container:
-        noted = container.metadata.get("comment", "")
-    if noted != note:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with Video(source) as video, replacing(target) as unfinished:
-            if video.truncated:
-                raise VideoError(video.truncated)
-            psnr = _check(video, unfinished, _encode(video, unfinished, encoding, note))
-    return status.st_size, target.stat().st_size, psnr
 
 
 def _encode(video: Video, path: Path, encoding: Encoding, note: str) -> dict[int, np.ndarray]:

@@ -46,6 +46,7 @@ def write_results(module: VideoModule, facts: dict[str, Any], left_out: dict[str
 def _write_predictions(path: Path, module: VideoModule) -> None:
     """One line for each tested video: its class, and the best classes with their scores."""
     (index, label, scores), names = module.predictions, module.data.classes
+    records = module.data.val_records
     best, order = scores.topk(min(TOP_K, scores.shape[1]), dim=1)
     ranks = range(1, best.shape[1] + 1)
     with replacing(path) as partial, partial.open("w", newline="") as file:
@@ -53,7 +54,7 @@ def _write_predictions(path: Path, module: VideoModule) -> None:
         head = [f"{what}{rank}" for rank in ranks for what in ("top", "score")]
         writer.writerow(["path", "class", *head])
         for row, video in enumerate(index.tolist()):
-            cells = [module.data.val_records[video].path, names[int(label[row])]]
+            cells = [records[video].path, names[int(label[row])]]
             for name, score in zip(order[row].tolist(), best[row].tolist(), strict=True):
                 cells += [names[name] if name < len(names) else str(name), f"{score:.7f}"]
             writer.writerow(cells)
