@@ -68,13 +68,9 @@ class AugmentConfig:
 class ModelConfig:
     """Which network, and from which weights it starts."""
 
-    name: str = key(
-        "rev_mvit_base_16x4", "a name of backbones.list_models(), or of a hub: pytorchvideo/x3d_m"
-    )
+    name: str = key("rev_mvit_base_16x4", "backbones.list_models() or a hub's: pytorchvideo/x3d_m")
     num_classes: int = key(0, "outputs of the head; 0: as many as the data has classes", low=0)
-    weights: str = key(
-        "", "file, address or released model to start from; an image model's: inflated"
-    )
+    weights: str = key("", "file, address or released model to start from; of images: inflated")
     drop_rate: float = key(0.0, "dropout before the head", low=0, high=1)
     drop_path_rate: float = key(0.0, "stochastic depth of the last block", low=0, high=1)
     arguments: dict[str, Any] = key({}, "others, such as arguments.depth=8; {}: none at all")  # noqa: RUF009
@@ -137,9 +133,7 @@ class TestConfig:
     )
     clips: int = key(5, "clips of a video, evenly spread", low=1)
     crops: int = key(1, "crops of a clip: 1 (centre) or 3 (along the longer side)", low=1, high=3)
-    short_side: int = key(
-        256, "shorter side before cropping, in pixels; images: 8/7 of the crop", low=8
-    )
+    short_side: int = key(256, "px of the shorter side before the crop; images: 8/7 of it", low=8)
     batch_size: int = key(8, "videos that a process tests at a time", low=1)
     published_top1: float = key(0.0, "of the paper, printed beside the own one; 0: none", low=0)
 

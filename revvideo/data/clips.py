@@ -279,15 +279,9 @@ def test_dataset(
     records: Sequence[VideoRecord], root: str | Path, data: DataConfig, test: TestConfig, seed: int
 ) -> ClipDataset:
     """The clips and crops by which videos are tested."""
-    return ClipDataset(
-        records,
-        root,
-        test_clips(data, test),
-        TestTransform(test, data),
-        short_side=None if test.views == "published" else data.decode_short_side or None,
-        seed=seed,
-        opened=opened_as(data),
-    )
+    short_side = None if test.views == "published" else data.decode_short_side or None
+    how: dict[str, Any] = {"short_side": short_side, "seed": seed, "opened": opened_as(data)}
+    return ClipDataset(records, root, test_clips(data, test), TestTransform(test, data), **how)
 
 
 test_clips.__test__ = test_dataset.__test__ = False  # type: ignore[attr-defined]  # pytest
@@ -308,14 +302,12 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         values = torch.tensor([sample[key] for sample in good], dtype=torch.int64)
         return values.repeat_interleave(views)
 
-    return {
-        "video": torch.cat([sample["video"] for sample in good]) if good else torch.empty(0),
-        "erased": {
-            first + number: box
-            for first, sample in zip(firsts, good, strict=False)
-            for number, box in sample.get("erased", {}).items()
-        },
-        "label": repeated("label"),
-        "index": repeated("index"),
-        "problems": [(s["path"], s["problem"]) for s in samples if s["video"] is None],
+    erased = {
+        first + number: box
+        for first, sample in zip(firsts, good, strict=False)
+        for number, box in sample.get("erased", {}).items()
     }
+    video = torch.cat([sample["video"] for sample in good]) if good else torch.empty(0)
+    problems = [(s["path"], s["problem"]) for s in samples if s["video"] is None]
+    numbers = {"label": repeated("label"), "index": repeated("index")}
+    return {"video": video, "erased": erased, **numbers, "problems": problems}

@@ -119,24 +119,14 @@ class VideoData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled clips; resumable in the middle of an epoch."""
-        data, augment = self.config.data, self.config.augment
-        dataset = ClipDataset(
-            self._train.usable,
-            self._train.root,
-            train_clips(data, augment),
-            TrainTransform(augment, data),
-            short_side=data.decode_short_side or None,
-            seed=self.config.train.seed,
-            opened=opened_as(data),
-        )
-        return ResumableLoader(
-            dataset,
-            self.loader_batch_size,
-            sampler=self._train_sampler(),
-            batches_per_step=self.config.optim.accumulate,
-            steps=self.trainer.global_step if self.trainer else 0,
-            **self._workers(),
-        )
+        data, augment, seed = self.config.data, self.config.augment, self.config.train.seed
+        videos, root = self._train.usable, self._train.root
+        clips, transform = train_clips(data, augment), TrainTransform(augment, data)
+        how: dict[str, Any] = {"short_side": data.decode_short_side or None, "seed": seed}
+        dataset = ClipDataset(videos, root, clips, transform, opened=opened_as(data), **how)
+        how = {"sampler": self._train_sampler(), "batches_per_step": self.config.optim.accumulate}
+        how["steps"] = self.trainer.global_step if self.trainer else 0
+        return ResumableLoader(dataset, self.loader_batch_size, **how, **self._workers())
 
     def val_dataloader(self) -> DataLoader[Any]:
         """One view of each video: the clip in the middle, cropped at the centre."""
