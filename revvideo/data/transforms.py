@@ -20,7 +20,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from backbones.common.errors import UserError
+from backbones.common.errors import optional_import
 from backbones.common.images import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 from revvideo.data.stills import IMAGES
 from revvideo.settings import AugmentConfig, DataConfig, TestConfig
@@ -32,12 +32,10 @@ class _RandAugment:
     """timm's RandAugment (Cubuk et al., arXiv 1909.13719), the same for all frames of a clip."""
 
     def __init__(self, recipe: str, **more: Any) -> None:
-        try:
-            from timm.data.auto_augment import rand_augment_transform  # takes a second or two
-        except ImportError as error:
-            raise UserError("augment.rand_augment needs timm: pip install timm") from error
+        # Late, because it takes a second or two.
+        timm = optional_import("timm.data.auto_augment", "timm", "augment.rand_augment")
         bicubic = {"interpolation": Image.Resampling.BICUBIC}
-        self._augment = rand_augment_transform(recipe, bicubic | more)
+        self._augment = timm.rand_augment_transform(recipe, bicubic | more)
 
     def __call__(self, clip: tv_tensors.Video) -> tv_tensors.Video:
         seed = int(torch.randint(2**31, ()))

@@ -23,11 +23,10 @@ logger = logging.getLogger("revvideo")
 
 # What Lightning says that users of this command cannot act on.
 _NOISE = (
-    ".*isinstance.treespec, LeafSpec.. is deprecated",
-    "The dirpath has changed from",
-    "Checkpoint directory .* exists and is not empty",  # of a run that is resumed
-    "You're using the WeightAveraging callback with a model that overrides",
-    "The '.*_dataloader' does not have many workers",
+    ".*isinstance.treespec, LeafSpec.. is deprecated|The dirpath has changed from|"
+    "Checkpoint directory .* exists and is not empty|"  # of a run that is resumed
+    "You're using the WeightAveraging callback with a model that overrides|"
+    "The '.*_dataloader' does not have many workers"
 )
 
 
@@ -40,8 +39,7 @@ def set_up_log(output_dir: Path) -> None:
     """The first process writes to the console and to ``log.txt``, the others are quiet."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in _NOISE:
-        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", message=_NOISE)
     for handler in logger.handlers[:]:  # of a run before in this process
         logger.removeHandler(handler)
         handler.close()
