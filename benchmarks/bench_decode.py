@@ -45,7 +45,7 @@ from tqdm import tqdm
 from backbones.common.errors import error_line
 from backbones.common.files import write_json
 from benchmarks.measuring import RESULTS, facts, parser_of, slug
-from revvideo.data.clips import ClipDataset, RandomClip
+from revvideo.data.clips import ClipDataset, Clips
 from revvideo.data.manifest import VideoRecord
 from revvideo.data.pytorchvideo import VideoPathHandler
 from revvideo.data.transcode import Encoding, transcode
@@ -136,7 +136,7 @@ def _ours(folder: Path, dtype: torch.dtype = torch.float32) -> Callable[[], Iter
     dataset = ClipDataset(
         [VideoRecord(path.name, 0) for path in _paths(folder)],
         folder / "moving",
-        RandomClip(FRAMES, STRIDE),
+        Clips(FRAMES, STRIDE),
         lambda clip: clip.permute(1, 0, 2, 3).to(dtype),
     )
     drawn = iter(range(sys.maxsize))

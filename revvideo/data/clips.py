@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,8 @@ class Clips:
 
     frames: int  # of a clip
     stride: int  # from one of them to the next
-    sampler: str = "random"  # a name of PyTorchVideo's make_clip_sampler …
-    arguments: tuple[int, ...] = ()  # … and what it takes after the duration
+    sampler: Callable[..., ClipSampler] = RandomStart  # which remembers where it is in a video …
+    arguments: tuple[int, ...] = ()  # … and what it is made of besides the duration
     views: int = 1  # how often to give each clip, for repeated augmentation
 
     @property
@@ -87,36 +88,14 @@ class Clips:
         """Of a clip, in seconds."""
         return Fraction((self.frames - 1) * self.stride / KINETICS_FPS)
 
-    def make_sampler(self) -> ClipSampler:
-        """A fresh one: they remember where they are in a video."""
-        return clip_sampling.make_clip_sampler(self.sampler, self.duration, *self.arguments)
-
     def __call__(self, timestamps: Sequence[float], rate: float = 0.0) -> list[list[int]]:
         clips = []
-        for start in _starts(self.make_sampler(), timestamps[-1]):
+        for start in _starts(self.sampler(self.duration, *self.arguments), timestamps[-1]):
             # From the time of a frame on: rounded timestamps (Matroska: milliseconds) do no harm.
             first = timestamps[_nearest(timestamps, start)]
             times = [first + i * self.stride / KINETICS_FPS for i in range(self.frames)]
             clips += [[_nearest(timestamps, time) for time in times]] * self.views
         return clips
-
-
-@dataclass(frozen=True)
-class RandomClip(Clips):
-    """One clip by ``RandomStart``, given ``views`` times."""
-
-    def make_sampler(self) -> ClipSampler:
-        return RandomStart(self.duration)
-
-
-@dataclass(frozen=True)
-class UniformClips(Clips):
-    """So many ``clips`` by ``EvenStarts``."""
-
-    clips: int = 1
-
-    def make_sampler(self) -> ClipSampler:
-        return EvenStarts(self.duration, self.clips)
 
 
 @dataclass(frozen=True)
@@ -149,10 +128,12 @@ class PublishedClips(Clips):
 def train_clips(data: DataConfig, augment: AugmentConfig) -> Clips:
     """The clips of a training video, ``augment.repeats`` of them."""
     frames, stride, repeats = data.num_frames, data.stride, augment.repeats
+    if augment.clip_sampler == "exact":
+        return Clips(frames, stride, views=repeats)
+    sampler = partial(clip_sampling.make_clip_sampler, augment.clip_sampler)
     if augment.clip_sampler == "random_multi":
-        return Clips(frames, stride, "random_multi", (repeats,))
-    kind = RandomClip if augment.clip_sampler == "exact" else Clips
-    return kind(frames, stride, views=repeats)
+        return Clips(frames, stride, sampler, (repeats,))
+    return Clips(frames, stride, sampler, views=repeats)
 
 
 def test_clips(data: DataConfig, test: TestConfig) -> Clips:
@@ -161,8 +142,13 @@ def test_clips(data: DataConfig, test: TestConfig) -> Clips:
     if test.views == "published":
         return PublishedClips(frames, stride, clips=clips)
     if test.views == "even":
-        return UniformClips(frames, stride, clips=clips)
-    return Clips(frames, stride, test.views, (clips,))
+        return uniform_clips(frames, stride, clips)
+    return Clips(frames, stride, partial(clip_sampling.make_clip_sampler, test.views), (clips,))
+
+
+def uniform_clips(frames: int, stride: int, clips: int = 1) -> Clips:
+    """So many ``clips`` by :class:`EvenStarts`."""
+    return Clips(frames, stride, EvenStarts, (clips,))
 
 
 def _starts(sampler: ClipSampler, duration: float) -> Iterator[float]:

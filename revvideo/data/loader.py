@@ -94,20 +94,18 @@ class ResumableLoader(DataLoader[Any]):
         """Nothing: ``steps`` say it."""
 
 
-class TestBatches(list[list[tuple[int, int]]]):
+def batches_to_test(
+    size: int, batch_size: int, *, rank: int = 0, world_size: int = 1
+) -> list[list[tuple[int, int]]]:
     """Batches of ``(index, index)`` for testing: every video once over all processes, none twice.
 
     Every process makes the same number of steps, as a sharded model needs; where it has fewer
     videos, its last batches are smaller or empty. Gather results at the end.
     """
 
-    __test__ = False  # no test case, whatever pytest takes its name for
-
-    def __init__(self, size: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
-        indices = [(index, index) for index in range(rank, size, world_size)]
-        largest = -(-size // world_size)  # of all processes
-        starts = range(0, largest, batch_size)
-        super().__init__(indices[start : start + batch_size] for start in starts)
+    indices = [(index, index) for index in range(rank, size, world_size)]
+    largest = -(-size // world_size)  # of all processes
+    return [indices[start : start + batch_size] for start in range(0, largest, batch_size)]
 
 
 def each_file(

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from backbones.common.errors import UserError
 from backbones.common.paths import local_path
 from revvideo.data.clips import ClipDataset, collate, opened_as, test_dataset, train_clips
-from revvideo.data.loader import ResumableLoader, ResumableSampler, TestBatches
+from revvideo.data.loader import ResumableLoader, ResumableSampler, batches_to_test
 from revvideo.data.manifest import VideoRecord, default_manifest, describe, load_manifest
 from revvideo.data.scan import scan
 from revvideo.data.transforms import TrainTransform
@@ -139,7 +139,7 @@ class VideoData(pl.LightningDataModule):
     def _test_loader(self, test: TestConfig) -> DataLoader[Any]:
         config, val = self.config, self._val
         dataset = test_dataset(val.usable, val.root, config.data, test, config.train.seed)
-        batches = TestBatches(len(dataset), test.batch_size, **self._process())
+        batches = batches_to_test(len(dataset), test.batch_size, **self._process())
         return DataLoader(dataset, batch_sampler=batches, **self._workers())
 
     def _train_sampler(self) -> ResumableSampler:

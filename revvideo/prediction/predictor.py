@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from backbones.common.console import try_device
 from revvideo.config import load_config
-from revvideo.data.clips import UniformClips, collate, test_dataset
+from revvideo.data.clips import collate, test_dataset, uniform_clips
 from revvideo.data.decode import Video
-from revvideo.data.loader import TestBatches
+from revvideo.data.loader import batches_to_test
 from revvideo.data.manifest import VideoRecord
 from revvideo.data.transforms import TestTransform, normalised
 from revvideo.errors import VideoError
@@ -101,7 +101,7 @@ class Predictor:
         views = self.config.test.clips * self.config.test.crops
         records = [VideoRecord(str(path), label=-1) for path in paths]
         dataset = test_dataset(records, "", self.config.data, self.config.test, seed=0)
-        batches = TestBatches(len(dataset), max(1, self.batch_size // views))
+        batches = batches_to_test(len(dataset), max(1, self.batch_size // views))
         how: dict[str, Any] = {"collate_fn": collate, "num_workers": workers}
         for batch in DataLoader(dataset, batch_sampler=batches, **how):
             for path, problem in batch["problems"]:
@@ -118,13 +118,13 @@ class Predictor:
         more, so that there are no more than ``MOST_WINDOWS``. Damage is a VideoError.
         """
         data, test = self.config.data, self.config.test
-        length = float(UniformClips(data.num_frames, data.stride).duration)
+        length = float(uniform_clips(data.num_frames, data.stride).duration)
         last = video.timestamps[-1]
         if last <= LONG * length:  # equal where both are 0: a single frame, of stills
             return None
         step = step or max(length / 2, (last - length) / (MOST_WINDOWS - 1))
         count = 1 + math.ceil((last - length) / step)
-        clips = UniformClips(data.num_frames, data.stride, clips=count)(video.timestamps)
+        clips = uniform_clips(data.num_frames, data.stride, clips=count)(video.timestamps)
         transform = TestTransform(test, data, crops=1)
         # A clip's worth of large frames is fine, a group's would fill the memory.
         short_side = data.decode_short_side or 2 * test.short_side

@@ -11,7 +11,7 @@ import torch
 from backbones.common.errors import UserError
 from backbones.common.seeds import seed_of
 from revvideo.config import load_config
-from revvideo.data.loader import ResumableLoader, ResumableSampler, TestBatches
+from revvideo.data.loader import ResumableLoader, ResumableSampler, batches_to_test
 from revvideo.data.mixing import Mixing
 from revvideo.data.videos import VideoData
 from revvideo.training.evaluation import accuracy, join_scores
@@ -87,7 +87,7 @@ def test_too_few_videos(size, batch, world):
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("batch", [1, 2, 4])
 def test_every_video_is_tested_once_in_equally_many_steps(size, world, batch):
-    samplers = [TestBatches(size, batch, rank=rank, world_size=world) for rank in range(world)]
+    samplers = [batches_to_test(size, batch, rank=rank, world_size=world) for rank in range(world)]
     shards = [list(sampler) for sampler in samplers]
     steps = math.ceil(math.ceil(size / world) / batch)
     assert {len(sampler) for sampler in samplers} == {len(shard) for shard in shards} == {steps}

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 
 from revvideo.data.clips import (
     ClipDataset,
+    Clips,
     PublishedClips,
-    RandomClip,
-    UniformClips,
     collate,
     train_clips,
+    uniform_clips,
 )
 from revvideo.data.clips import test_clips as clips_to_test
 from revvideo.data.decode import Video
@@ -37,22 +37,22 @@ def at_rate(fps: float, frames: int, digits: int = 12) -> list[float]:
 
 @pytest.mark.parametrize("digits", [12, 3])  # Matroska rounds to milliseconds
 def test_uniform_clips_at_30_fps(digits):
-    clips = UniformClips(16, 4, clips=5)(at_rate(30, 300, digits))
+    clips = uniform_clips(16, 4, clips=5)(at_rate(30, 300, digits))
     assert len(clips) == 5 and clips[0][0] == 0 and clips[-1][-1] == 299
     for clip in clips:
         assert [b - a for a, b in pairwise(clip)] == [4] * 15
     assert [clip[0] for clip in clips] == pytest.approx([239 / 4 * i for i in range(5)], abs=1)
-    (middle,) = UniformClips(16, 4, clips=1)(at_rate(30, 300, digits))
+    (middle,) = uniform_clips(16, 4, clips=1)(at_rate(30, 300, digits))
     assert abs(middle[0] - 239 / 2) <= 1
 
 
 @pytest.mark.parametrize("fps, step", [(60, 8), (15, 2), (120, 16), (7.5, 1)])
 def test_stride_is_a_time(fps, step):
-    for clip in UniformClips(8, 4, clips=3)(at_rate(fps, 200)):
+    for clip in uniform_clips(8, 4, clips=3)(at_rate(fps, 200)):
         assert [b - a for a, b in pairwise(clip)] == [step] * 7
 
 
-@pytest.mark.parametrize("sampler", [RandomClip(8, 4), UniformClips(8, 4, clips=20)])
+@pytest.mark.parametrize("sampler", [Clips(8, 4), uniform_clips(8, 4, clips=20)])
 def test_frames_nearest_in_time_under_a_variable_rate(sampler):
     gaps = np.random.default_rng(0).choice([0.01, 0.03, 0.2], 80)
     timestamps = [0.0, *np.cumsum(gaps).tolist()]
@@ -62,7 +62,7 @@ def test_frames_nearest_in_time_under_a_variable_rate(sampler):
             assert abs(timestamps[frame] - due) == min(abs(t - due) for t in timestamps)
 
 
-@pytest.mark.parametrize("sampler", [RandomClip(16, 4), UniformClips(16, 4, clips=3)])
+@pytest.mark.parametrize("sampler", [Clips(16, 4), uniform_clips(16, 4, clips=3)])
 def test_a_video_shorter_than_a_clip_repeats_its_last_frame(sampler):
     for clip in sampler(at_rate(30, 10)):
         assert clip == [0, 4, 8] + [9] * 13
@@ -71,7 +71,7 @@ def test_a_video_shorter_than_a_clip_repeats_its_last_frame(sampler):
 
 
 def test_random_clips_reach_all_of_the_video():
-    clips = [RandomClip(8, 4)(at_rate(30, 100))[0] for _ in range(2000)]
+    clips = [Clips(8, 4)(at_rate(30, 100))[0] for _ in range(2000)]
     starts = [clip[0] for clip in clips]
     assert min(starts) == 0 and max(starts) == 100 - 29
     assert max(clip[-1] for clip in clips) == 99
@@ -80,7 +80,7 @@ def test_random_clips_reach_all_of_the_video():
 
 
 def test_views_of_the_same_clip():
-    (first, again), (other, _) = (RandomClip(4, 2, views=2)(at_rate(30, 300)) for _ in range(2))
+    (first, again), (other, _) = (Clips(4, 2, views=2)(at_rate(30, 300)) for _ in range(2))
     assert first == again != other
 
 
@@ -102,7 +102,8 @@ def test_samplers_of_pytorchvideo_choose_clips_and_ours_are_such():
     starts = [clip[0] for clip in clips_to_test(data, by_name)(timestamps)]
     theirs = ConstantClipsPerVideoSampler(2, 3)
     assert starts == [round(30 * theirs(0, Fraction(299, 30), {}).clip_start_sec) for _ in range(3)]
-    for sampler in (RandomClip(16, 4).make_sampler(), UniformClips(16, 4).make_sampler()):
+    for clips in (Clips(16, 4), uniform_clips(16, 4)):
+        sampler = clips.sampler(clips.duration, *clips.arguments)
         assert isinstance(sampler, ClipSampler)
         info = sampler(0, Fraction(299, 30), {})
         assert info.clip_end_sec - info.clip_start_sec == 2 and info.is_last_clip
@@ -128,7 +129,7 @@ def test_a_sample_holds_the_frames_of_its_clips_decoded_at_once(make, monkeypatc
 
     def remember(timestamps: list[float], rate: float) -> list[list[int]]:
         for _ in range(3):
-            chosen.extend(RandomClip(4, 6, views=2)(timestamps))
+            chosen.extend(Clips(4, 6, views=2)(timestamps))
         return chosen
 
     path = make(name)
@@ -153,7 +154,7 @@ def test_a_sample_depends_on_seed_and_position_alone(make):
     records = [VideoRecord(path.name, 0)] * 4
 
     def dataset(seed: int) -> ClipDataset:
-        return ClipDataset(records, path.parent, RandomClip(4, 2, views=2), noisy, seed=seed)
+        return ClipDataset(records, path.parent, Clips(4, 2, views=2), noisy, seed=seed)
 
     keys = [(0, 5), (1, 9), (2, 5), (3, 1 << 40)]
     first = [dataset(1)[key]["video"] for key in keys]
@@ -179,7 +180,7 @@ def test_several_crops(make):
 
     path = make("constant.mp4")
     record = VideoRecord(path.name, 1)
-    sample = ClipDataset([record], path.parent, UniformClips(4, 2, clips=2), crops)[0, 0]
+    sample = ClipDataset([record], path.parent, uniform_clips(4, 2, clips=2), crops)[0, 0]
     assert sample["video"].shape == (6, 3, 4, 48, 32)
     assert collate([sample])["label"].tolist() == [1] * 6
 
@@ -196,7 +197,7 @@ def test_files_that_break_after_the_scan(tmp_path):
     def erasing(clip: torch.Tensor) -> tuple[torch.Tensor, Erased]:
         return frames_as_they_are(clip), Erased(0, 0, clip[0].float())
 
-    dataset = ClipDataset(records, tmp_path, UniformClips(4, 8, clips=2), erasing)
+    dataset = ClipDataset(records, tmp_path, uniform_clips(4, 8, clips=2), erasing)
     batch = collate([dataset[i, i] for i in range(5)])
     assert batch["label"].tolist() == [0, 0, 4, 4] and batch["index"].tolist() == [0, 0, 4, 4]
     assert batch["video"].shape == (4, 3, 4, 48, 64)

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
 from revvideo.data import decode, packets
-from revvideo.data.clips import RandomClip, UniformClips
+from revvideo.data.clips import Clips, uniform_clips
 from revvideo.data.decode import Video, probe
 from revvideo.errors import VideoError
 from tests.revvideo.make_videos import BAD, IRREGULAR_TIMES, KINDS, damage, encode, make_bad
@@ -79,9 +79,9 @@ def test_frames_of_a_full_decode(make, monkeypatch, name, how):
         everything = list(range(len(shown)))
         clips = [everything, everything[::-3], everything[:1], everything[-1:]]
         for _ in range(3):
-            clips += RandomClip(16, 4)(video.timestamps)
-        clips += UniformClips(8, 2, clips=4)(video.timestamps)
-        clips += UniformClips(64, 4, clips=1)(video.timestamps)  # longer than any of the videos
+            clips += Clips(16, 4)(video.timestamps)
+        clips += uniform_clips(8, 2, clips=4)(video.timestamps)
+        clips += uniform_clips(64, 4, clips=1)(video.timestamps)  # longer than any of the videos
         clips += [[i] for i in everything[::5]]
         for clip in clips:
             assert_frames(video, clip, shown)
@@ -91,7 +91,7 @@ def test_frames_of_a_full_decode(make, monkeypatch, name, how):
 def test_seeks(make, monkeypatch, name):
     with Video(make(name)) as video:
         monkeypatch.setattr(Video, "_all_frames", None)  # which decodes from the start
-        for clip in UniformClips(4, 2, clips=5)(video.timestamps):
+        for clip in uniform_clips(4, 2, clips=5)(video.timestamps):
             video.frames(clip)
 
 

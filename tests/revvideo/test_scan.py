@@ -14,7 +14,7 @@ import torch
 from backbones.common.errors import UserError
 from revvideo.data import decode, packets
 from revvideo.data import scan as scan_module
-from revvideo.data.clips import ClipDataset, UniformClips
+from revvideo.data.clips import ClipDataset, uniform_clips
 from revvideo.data.manifest import Manifest, VideoRecord, describe, load_manifest
 from revvideo.data.scan import scan
 from revvideo.scan import main
@@ -95,12 +95,12 @@ def test_where_the_frames_of_long_files_lie_is_noted(tmp_path, monkeypatch):
     def same(clip: torch.Tensor) -> torch.Tensor:
         return clip
 
-    dataset = ClipDataset(records, tmp_path, UniformClips(4, 2), same)
+    dataset = ClipDataset(records, tmp_path, uniform_clips(4, 2), same)
     before = dataset[0, 0]["video"]
     read = Mock(wraps=decode.read_index)
     monkeypatch.setattr(decode, "read_index", read)
     assert torch.equal(dataset[0, 0]["video"], before) and not read.called
-    spoilt = ClipDataset([replace(records[0], index="eJw=")], tmp_path, UniformClips(4, 2), same)
+    spoilt = ClipDataset([replace(records[0], index="eJw=")], tmp_path, uniform_clips(4, 2), same)
     assert torch.equal(spoilt[0, 0]["video"], before) and read.called
     read.reset_mock()
     # A manifest from before there was one, and a file that is another than was scanned.
