@@ -81,11 +81,14 @@ def run_stoppable(work: Callable[[], None], speaks: bool = True) -> int:
     try:
         with stoppable():
             work()
-    except (Stopped, UserError) as error:
-        stopped = isinstance(error, Stopped)
-        if speaks:  # behind the progress bar, if there is one
-            print(f"\n{error}" if stopped else f"error: {error}", file=sys.stderr)
-        return error.status if isinstance(error, Stopped) else 2
+    except Stopped as stopped:
+        if speaks:
+            print(f"\n{stopped}", file=sys.stderr)  # behind the progress bar, if there is one
+        return stopped.status
+    except UserError as error:
+        if speaks:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -247,7 +247,7 @@ def test_two_processes_stop_together(tmp_path, datasets_root):
         run.send_signal(signal.SIGTERM)
         error = run.stderr.read()
         status = run.wait(60)
-    assert status == 143
+    assert status == 143, error
     assert f"is saved in {tmp_path}; --resume continues" in error and "Traceback" not in error
     saved = (tmp_path / "last_checkpoint").read_text()
     assert int(saved[6:13]) == max(scores(tmp_path))
