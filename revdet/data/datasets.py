@@ -40,9 +40,12 @@ def register_datasets() -> None:
     """Register ``demo_train`` and ``demo_val``. Detectron2 registers COCO and others itself."""
     root = datasets_root() / "demo"
     for split in ("train", "val"):
-        if f"demo_{split}" not in DatasetCatalog.list():
-            file = root / "annotations" / f"instances_{split}.json"
-            register_coco_instances(f"demo_{split}", {}, str(file), str(root / split))
+        name, file = f"demo_{split}", str(root / "annotations" / f"instances_{split}.json")
+        if name in DatasetCatalog.list() and MetadataCatalog.get(name).json_file != file:
+            DatasetCatalog.remove(name)  # of another DETECTRON2_DATASETS
+            MetadataCatalog.remove(name)
+        if name not in DatasetCatalog.list():
+            register_coco_instances(name, {}, file, str(root / split))
 
 
 def name_own_data(cfg: DictConfig) -> None:
