@@ -18,13 +18,14 @@ core-oldest   3.12  -
 core-newest   3.13  -
 py310-oldest  3.10  images,detection,video,weights,timm
 py311-oldest  3.11  images,detection,video,weights,timm
-py311-newest  3.11  images,detection,video,weights,timm
-py312-newest  3.12  images,detection,video,weights,timm
-py313-newest  3.13  images,detection,video,weights,timm
+py311-newest  3.11  images,detection,video,weights,timm,export
+py312-newest  3.12  images,detection,video,weights,timm,export
+py313-newest  3.13  images,detection,video,weights,timm,export
 "
 core="tests/backbones/test_gradients.py tests/backbones/test_inverse.py tests/backbones/test_models.py
     tests/backbones/test_operations.py tests/backbones/test_imports.py tests/backbones/test_keep.py"
-all="$core tests/backbones/test_weights.py tests/backbones/test_timm.py tests/test_package.py
+all="$core tests/backbones/test_weights.py tests/backbones/test_timm.py tests/backbones/test_export.py
+    tests/test_package.py
     tests/revdet/test_model.py tests/revdet/test_predict.py tests/revvideo/test_decode.py
     tests/revvideo/test_scan.py tests/revvideo/test_run.py"
 
@@ -81,7 +82,7 @@ try() { # set, Python, extras
             failed=1
             grep '^FAILED\|^ERROR' "$tmp/$1.log" >&2 || tail -n 20 "$tmp/$1.log" >&2
         fi
-        result=$(tail -n 1 "$tmp/$1.log" | sed 's/ in .*//; s/=//g')
+        result=$(tail -n 1 "$tmp/$1.log" | sed 's/ in .*//; s/=//g; s/, [0-9]* warnings*//')
         [ -z "${PIN:-}" ] || pin "$py" "$file"
     fi
     printf '==> [%ss] %s: %s\n' "$SECONDS" "$1" "$result" >&2
