@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 from backbones.common.errors import UserError, first_line
 from backbones.common.files import has_other_checksum, save_checkpoint
 from backbones.weights.checkpoint import WeightsError, read_checkpoint
+from revvideo.settings import Config
 from revvideo.training.weights import CLASSES
 
 logger = logging.getLogger("revvideo")
@@ -40,9 +42,16 @@ class CheckpointIO(TorchCheckpointIO):
         self.step = int(content.get(_STEP, 0))
         self.classes: list[str] = content.get(CLASSES, [])
         self.averaged = "averaging_state" in content
-        recipe = OmegaConf.create(content.get("config", ""))
-        self.strategy = str(OmegaConf.select(recipe, "train.strategy"))
+        self._recipe = OmegaConf.create(content.get("config", ""))  # of the run, as it was
         self._content = content if hand_out else {}
+
+    def changed(self, config: Config) -> dict[str, Any]:
+        """The keys of a recipe that have other values than in the run, and these."""
+        keys = {
+            f"{s}.{key}": value for s, part in asdict(config).items() for key, value in part.items()
+        }
+        before = {key: OmegaConf.select(self._recipe, key) for key in keys}
+        return {key: was for key, was in before.items() if was is not None and was != keys[key]}
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         content, self._content = self._content, {}

@@ -200,8 +200,7 @@ class VideoModule(pl.LightningModule):
         """Go on with the settings of the optimizer that the recipe has now."""
         schedule = cast(LambdaLR, self.lr_schedulers())
         groups = schedule.optimizer.param_groups
-        if changes := follow_recipe(groups, self._recipe):
-            logger.info("the optimizer goes on with other settings than before: %s", changes)
+        follow_recipe(groups, self._recipe)
         schedule.base_lrs = [group["initial_lr"] for group in groups]
         for group, factor in zip(groups, schedule.lr_lambdas, strict=True):
             group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)

@@ -97,9 +97,10 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
         kind = f"a run with{'' if checkpoints.averaged else 'out'} averaged weights"
         remedy = "resume it with the optim.ema that is in its config.yaml"
         raise UserError(f"{checkpoint} is of {kind}: {remedy}")
-    if checkpoint and sharded and checkpoints.strategy != "fsdp":
+    changed = checkpoints.changed(config)
+    if sharded and "train.strategy" in changed:
         wrong = f"train.strategy=fsdp cannot take over the optimizer of {checkpoint}"
-        raise UserError(f"{wrong}: resume with train.strategy={checkpoints.strategy}")
+        raise UserError(f"{wrong}: resume with train.strategy={changed['train.strategy']}")
     source = "" if checkpoint else config.model.weights
     weights = read_weights(source) if source else None
     data = VideoData(config, classes=checkpoints.classes, resume=checkpoint is not None)
@@ -132,6 +133,8 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
     )
     what = f"continuing at step {checkpoints.step:,}" if checkpoint else "training"
     logger.info("%s; results in %s", what, output_dir)
+    for key, was in changed.items():
+        logger.warning("resumed with another %s, which was %s", key, was)
     with step_by_step():
         try:
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
