@@ -27,7 +27,7 @@ from pathlib import Path
 if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.realpath(__file__)):
     del sys.path[0]  # else this folder's config, data and models would hide other people's
 
-from backbones.common.console import config_parser, run_stoppable
+from backbones.common.console import config_parser, parse_inputs, run_stoppable
 from revdet.install import RECIPES, detection_extra
 from revdet.quiet import quiet
 
@@ -44,12 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", metavar="NAME", help="cuda, cpu, … (auto)")
     add("--workers", type=int, default=processes, help="processes that read pictures (%(default)s)")
     add("--no-drawings", action="store_true", help="write the JSON files only")
-    args = parser.parse_intermixed_args(argv)
-    # argparse takes what follows --input PATH… for paths, up to the next option.
-    overrides = [text for text in args.input if "=" in text and not Path(text).exists()]
-    args.input = [text for text in args.input if text not in overrides]
-    args.overrides += overrides
-    return args
+    return parse_inputs(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:

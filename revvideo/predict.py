@@ -28,7 +28,7 @@ from collections.abc import Sequence
 if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.realpath(__file__)):
     del sys.path[0]  # else this folder's config, data and models would hide other people's
 
-from backbones.common.console import config_parser, run_stoppable
+from backbones.common.console import config_parser, parse_inputs, run_stoppable
 from backbones.common.errors import extra
 from revvideo.settings import RECIPES
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--device", metavar="NAME", help="cuda, cpu, … (train.device of the config)")
     add("--workers", type=int, default=processes, metavar="N", help="that decode (%(default)s)")
     add("--no-drawings", action="store_true", help="write the JSON files only")
-    args = parser.parse_intermixed_args(argv)
+    args = parse_inputs(parser, argv)
 
     def predict() -> None:
         with extra("video"):

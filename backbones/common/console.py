@@ -56,6 +56,18 @@ def config_parser(prog: str, doc: str | None, recipes: Recipes) -> argparse.Argu
     return parser
 
 
+def parse_inputs(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """The options of a :func:`config_parser` with ``--input PATH…``; of what follows that up to the
+    next option, all of which argparse takes for paths, ``key=value`` are overrides."""
+    options = parser.parse_intermixed_args(arguments)
+    overrides = [text for text in options.input if "=" in text and not Path(text).exists()]
+    options.input = [text for text in options.input if text not in overrides]
+    options.overrides += overrides
+    return options
+
+
 def run_command(
     parser: argparse.ArgumentParser,
     work: Callable[[argparse.Namespace], int | None],

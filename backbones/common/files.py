@@ -6,6 +6,7 @@ import errno
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
@@ -152,14 +153,26 @@ def make_folder(path: str, setting: str) -> None:
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
-    """Write a JSON file, all of it or nothing; makes its folder.
+    """Write a JSON file, all of it or nothing; makes its folder. NaN, which JSON has not, is null.
 
     Raises:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        text = json.dumps(content, indent=indent, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(content), indent=indent)
     with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+        partial.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return content if not isinstance(content, float) or math.isfinite(content) else None
 
 
 def cut_lines(path: Path, keep: Callable[[str], bool]) -> None:

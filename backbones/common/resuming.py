@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from backbones.common.files import set_aside
+
+logger = logging.getLogger(__name__)
 
 Groups = Sequence[dict[str, Any]]
 
@@ -31,3 +38,12 @@ def follow_recipe(groups: Groups, recipe: Groups) -> str:
                 changes.setdefault(key, f"{key} {was} -> {now}")
         theirs.update(own, initial_lr=own["lr"])
     return ", ".join(changes[key] for key in sorted(changes))
+
+
+def earlier_facts(results: Path) -> dict[str, Any]:
+    """What ``results.json`` says of the run; nothing without it, or if it is damaged: set aside."""
+    try:
+        return dict(json.loads(results.read_text()).get("run", {})) if results.is_file() else {}
+    except (AttributeError, TypeError, ValueError):
+        logger.warning(f"{results} is damaged: it is {set_aside(results)} now")
+        return {}

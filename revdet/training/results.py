@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,8 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
-from backbones.common.files import set_aside, write_json
+from backbones.common.files import write_json
+from backbones.common.resuming import earlier_facts
 from revdet.data.datasets import dataset_facts, dataset_names
 from revdet.training.pictures import draw_curves, draw_predictions
 
@@ -34,12 +33,9 @@ def finish(
         return
     output_dir = Path(cfg.train.output_dir)
     results = output_dir / "results.json"
-    if not trained and results.is_file():
-        try:
-            facts = {**json.loads(results.read_text()).get("run", {}), **facts}
-        except (AttributeError, TypeError, ValueError):
-            logger.warning(f"{results} is damaged: it is {set_aside(results)} now")
-    write_json(results, {**_finite(metrics), "dataset": dataset_facts(cfg), "run": facts})
+    if not trained:
+        facts = {**earlier_facts(results), **facts}
+    write_json(results, {**metrics, "dataset": dataset_facts(cfg), "run": facts})
 
     name, mapper = dataset_names(cfg, evaluation_only=True)[0], cfg.dataloader.test.mapper
     records = DatasetCatalog.get(name)[: cfg.train.pictures]
@@ -52,10 +48,3 @@ def finish(
         line = "  ".join(f"{key} {value:.2f}" for key, value in scores.items() if "-" not in key)
         logger.info(f"{task}: {line}")
     logger.info(f"{output_dir}: {written}")
-
-
-def _finite(metrics: Any) -> Any:
-    """Metrics with None in place of NaN, which JSON does not have."""
-    if isinstance(metrics, dict):
-        return {key: _finite(value) for key, value in metrics.items()}
-    return None if isinstance(metrics, float) and math.isnan(metrics) else metrics

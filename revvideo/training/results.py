@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from backbones.common.files import replacing, write_json
+from backbones.common.resuming import earlier_facts
 from revvideo.models import TOP_K
 from revvideo.training.module import VideoModule
 from revvideo.training.pictures import draw_curves
@@ -27,9 +27,8 @@ def write_results(module: VideoModule, facts: dict[str, Any], left_out: dict[str
     """
     output_dir, test = Path(module.config.train.output_dir), module.config.test
     results = output_dir / "results.json"
-    if not facts.get("seconds") and results.is_file():
-        # This session has not trained: what an earlier one wrote about its training stands.
-        facts = {**facts, **json.loads(results.read_text()).get("run", {})}
+    if not facts.get("seconds"):  # what an earlier session wrote about its training stands
+        facts = {**facts, **earlier_facts(results)}
     views = {"clips": test.clips, "crops": test.crops}
     content = {"test": {**asdict(module.accuracy), **views}, "run": facts, "left_out": left_out}
     write_json(results, content)

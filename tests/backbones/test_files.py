@@ -60,6 +60,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         raise KeyError
     assert json.loads(file.read_text()) == {"a": 1}
     assert list(file.parent.iterdir()) == [file], "a partial file is left"
+    write_json(file, {"a": [float("nan"), {"b": (1.5, float("inf"))}]})
+    assert json.loads(file.read_text(), parse_constant=pytest.fail) == {
+        "a": [None, {"b": [1.5, None]}]
+    }
 
 
 def test_lines_that_are_not_kept_are_cut_and_half_a_line_too(tmp_path: Path) -> None:

@@ -72,6 +72,12 @@ def test_scores_are_those_of_testing(predict, trained, videos, tmp_path, capsys)
         assert f"{path}: {best['class']} {100 * best['score']:.1f}%, " in printed
 
 
+def test_overrides_may_follow_the_input(predict, videos, tmp_path):
+    assert predict(videos / "val/dark/01.mp4", "test.clips=1", "test.crops=1") == 0
+    predictions, results = read(tmp_path)
+    assert len(predictions) == results["inputs"] == 1
+
+
 def test_how_clips_are_grouped_does_not_matter(predict, videos, tmp_path):
     found = []
     for options in (("--batch-size", "1"), ("--batch-size", "64"), ("--workers", "2")):

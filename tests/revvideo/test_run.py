@@ -63,6 +63,10 @@ def test_a_run_leaves_its_results_and_tests_the_same_again(videos, tmp_path, cap
     assert opened.call_count == 1
     again = results(output)
     assert again["test"] == first["test"] and again["run"] == first["run"]
+    (output / "results.json").write_text("{")
+    assert main(["--config", recipe, "--eval-only"]) == 0
+    assert results(output)["test"] == first["test"]
+    assert (output / "results.json.damaged").read_text() == "{"
     assert sorted(losses(output)) == list(range(8))
 
 
