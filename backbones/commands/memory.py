@@ -22,6 +22,7 @@ measured, from a few real steps in turn, at a smaller batch where 'store' does n
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -166,9 +167,11 @@ def _measure(
 
 
 def _parse_shape(text: str) -> Shape:
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3,4}", text):
+    shape = tuple(map(int, re.findall(r"\d+", text)))
+    # Above, torch cannot say how many bytes it would take.
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3,4}", text) or math.prod(shape) > 2**48:
         raise UserError(
             f"cannot read the input {text!r}: give BxCxHxW such as 8x3x224x224, "
             "or for clips BxCxTxHxW such as 4x3x16x224x224"
         )
-    return tuple(int(side) for side in text.split("x"))
+    return shape

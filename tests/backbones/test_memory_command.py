@@ -108,6 +108,7 @@ def test_the_speed_where_store_has_room(capsys: Capture, monkeypatch: pytest.Mon
     "arguments, message",
     [
         ("rev_vit_tiny --input 8x3x224", "give BxCxHxW"),
+        ("rev_vit_tiny --input 99999999999x3x22400x22400", "give BxCxHxW"),
         ("rev_vit_tiny --input 8x3x0x224", "give BxCxHxW"),
         ("rev_vit_tinny --input 8x3x224x224", "did you mean"),
         ("rev_vit_tiny --input 8x4x224x224", "expected images"),
