@@ -97,10 +97,8 @@ def _categories(given: list[Entry], path: Path) -> list[Entry]:
             needs = f"category {shown(category)} needs a number 'id' of its own and a 'name'"
             raise UserError(f"{path}: {needs}")
         if len(name) > NAME_LENGTH or not name.isprintable():
-            raise UserError(
-                f"{path}: the name of category {number} is longer than {NAME_LENGTH} characters, "
-                f"or has some that cannot be printed: {shown(name)}"
-            )
+            wrong = f"is longer than {NAME_LENGTH} characters, or has some that cannot be printed"
+            raise UserError(f"{path}: the name of category {number} {wrong}: {shown(name)}")
         for other in categories:
             if number == other["id"] or name == other["name"]:
                 both = f"categories {shown(other)} and {shown(category)}"

@@ -35,10 +35,9 @@ def fit_recipe(cfg: DictConfig, described: Mapping[str, Mapping[str, Any]]) -> N
     if len(own) == 2 and own[0]["classes"] != own[1]["classes"]:
         train, val = ({c["id"]: c["name"] for c in facts["classes"]} for facts in own)
         differ = sorted(k for k in train.keys() | val.keys() if train.get(k) != val.get(k))
-        raise UserError(
-            f"dataset.train_json and dataset.val_json differ in their categories (ids {differ[:10]}"
-            f"{' …' * (len(differ) > 10)}): give both files the same list of categories"
-        )
+        ids = f"ids {differ[:10]}{' …' * (len(differ) > 10)}"
+        wrong = f"dataset.train_json and dataset.val_json differ in their categories ({ids})"
+        raise UserError(f"{wrong}: give both files the same list of categories")
     for name, facts in described.items():
         number = len(facts["classes"])
         for path, section in class_counts(cfg.model):
@@ -50,7 +49,11 @@ def fit_recipe(cfg: DictConfig, described: Mapping[str, Mapping[str, Any]]) -> N
                 data = f"dataset {name!r} has {number} categories"
                 raise UserError(f"{model}, but {data}: set {key}={number}")
     if not all(facts["masks"] for facts in own):
-        _boxes_only(cfg)
+        heads = cfg.model.get("roi_heads", {})
+        for key in ("mask_in_features", "mask_pooler", "mask_head"):
+            heads.pop(key, None)
+        cfg.dataloader.train.mapper.update(use_instance_mask=False, recompute_boxes=False)
+        cfg.dataloader.evaluator.tasks = ["bbox"]
     if described:
         cfg.dataset.categories = next(iter(described.values()))["classes"]
 
@@ -125,10 +128,9 @@ def _registered_classes(name: str) -> list[Entry]:
         return [{"id": i, "name": name} for i, name in zip(ids, names, strict=True)]
     if name in DatasetCatalog.list() and Path(metadata.get("json_file", "")).is_file():
         return categories_in(read_coco(Path(metadata.json_file)))
-    raise UserError(
-        f"the classes are not known, because dataset {name!r} is not here: give the "
-        "config.yaml of the run as --config, or dataset.train_json and the others"
-    )
+    wrong = f"the classes are not known, because dataset {name!r} is not here"
+    remedy = "give the config.yaml of the run as --config, or dataset.train_json and the others"
+    raise UserError(f"{wrong}: {remedy}")
 
 
 def class_counts(model: DictConfig) -> Iterator[tuple[str, DictConfig]]:
@@ -136,11 +138,3 @@ def class_counts(model: DictConfig) -> Iterator[tuple[str, DictConfig]]:
     for path, node in nodes_of(model):
         if path.partition(".")[0] != "backbone" and "num_classes" in own_keys(node):
             yield path, node
-
-
-def _boxes_only(cfg: DictConfig) -> None:
-    heads = cfg.model.get("roi_heads", {})
-    for key in ("mask_in_features", "mask_pooler", "mask_head"):
-        heads.pop(key, None)
-    cfg.dataloader.train.mapper.update(use_instance_mask=False, recompute_boxes=False)
-    cfg.dataloader.evaluator.tasks = ["bbox"]

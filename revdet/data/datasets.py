@@ -16,6 +16,7 @@ from backbones.common.errors import UserError, did_you_mean
 from backbones.common.files import write_json
 from backbones.common.paths import local_path
 from revdet.data.annotations import read_coco
+from revdet.data.fields import whole_number
 
 # What the user's own data are called, in loaders and in results: dataset.train_json and val_json.
 OWN = {"own_train": "train", "own_val": "val"}
@@ -52,12 +53,11 @@ def name_own_data(cfg: DictConfig) -> None:
     """Let the loaders name the files of the ``dataset`` section; a UserError if one is missing."""
     given = cfg.dataset
     for name, loader in (("own_train", cfg.dataloader.train), ("own_val", cfg.dataloader.test)):
-        keys = [f"{OWN[name]}_json", f"{OWN[name]}_images"]
-        there = [key for key in keys if given[key]]
-        if len(there) == 1:
-            keys.remove(there[0])
-            raise UserError(f"dataset.{there[0]} is set, but not dataset.{keys[0]}: set both")
-        if there:
+        keys = f"{OWN[name]}_json", f"{OWN[name]}_images"
+        first, second = sorted(keys, key=lambda key: not given[key])  # what is set comes first
+        if given[first] and not given[second]:
+            raise UserError(f"dataset.{first} is set, but not dataset.{second}: set both")
+        if given[first]:
             loader.dataset.names = name
     if given.val_fraction and (given.val_json or not given.train_json):
         wrong = f"dataset.val_fraction={given.val_fraction} splits dataset.train_json"
@@ -65,10 +65,9 @@ def name_own_data(cfg: DictConfig) -> None:
     if given.val_fraction:
         cfg.dataloader.test.dataset.names = "own_val"
     elif given.train_json and not given.val_json:
-        raise UserError(
-            "dataset.train_json is set, but not dataset.val_json: set dataset.val_json and "
-            "dataset.val_images too, to the training data if there is no other"
-        )
+        wrong = "dataset.train_json is set, but not dataset.val_json"
+        remedy = "set dataset.val_json and dataset.val_images too"
+        raise UserError(f"{wrong}: {remedy}, to the training data if there is no other")
 
 
 def dataset_names(cfg: DictConfig, *, evaluation_only: bool = False) -> list[str]:
@@ -116,19 +115,11 @@ def split_of(cfg: DictConfig, name: str) -> Path:
         parts = {"own_val": sorted(order[:count]), "own_train": sorted(order[count:])}
         for part, numbers in parts.items():
             images = [content["images"][number] for number in numbers]
-            ids = {_id(image.get("id")) for image in images}
-            kept = [a for a in content["annotations"] if _id(a.get("image_id")) in ids]
+            ids = {whole_number(image.get("id")) for image in images}
+            kept = [a for a in content["annotations"] if whole_number(a.get("image_id")) in ids]
             new = {**content, "images": images, "annotations": kept}
             write_json(folder / f"split_{OWN[part]}.json", new, indent=None)
     return file
-
-
-def _id(value: Any) -> str:
-    """The same text for 1, 1.0 and "1"."""
-    try:
-        return str(float(value))
-    except (OverflowError, TypeError, ValueError):
-        return str(value)
 
 
 def file_of(cfg: DictConfig, name: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -39,38 +40,38 @@ def _decoded_rle(mask: dict[str, Any], height: int, width: int) -> tuple[Any, fl
     if numbers(mask.get("size")) != [height, width]:
         return None, 0.0, "mask_of_other_size"
     counts = mask.get("counts")
-    runs = _uncompressed(counts) if isinstance(counts, str) else _whole_numbers(counts)
-    if runs is None or min(runs, default=-1) < 0:
+    runs = _uncompressed(counts) if isinstance(counts, str) else numbers(counts)
+    whole = [*map(int, runs)]
+    if whole != runs or min(whole, default=-1) < 0:
         return None, 0.0, "bad_rle"
-    if sum(runs) != height * width:
+    if sum(whole) != height * width:
         return None, 0.0, "wrong_rle_length"
-    if not (area := float(sum(runs[1::2]))):
+    if not (area := float(sum(whole[1::2]))):
         return None, 0.0, "empty_mask"
-    packed = rle.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+    packed = rle.frPyObjects({"size": [height, width], "counts": whole}, height, width)
     return {"size": [height, width], "counts": packed["counts"].decode()}, area, ""
 
 
-def _uncompressed(counts: str) -> list[int] | None:
-    """The runs of COCO's compressed RLE, or None: five bits a character, lowest first, the sixth
+def _uncompressed(counts: str) -> list[float]:
+    """The runs of COCO's compressed RLE, or none: five bits a character, lowest first, the sixth
     says that more follow, and from the fourth run on it is the difference to the last but one.
 
     pycocotools decodes any text, and reads behind its end.
     """
     codes = np.frombuffer(counts.encode("utf-8", "replace"), np.uint8).astype(np.int64) - 48
     if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
-        return None
+        return []
     last = np.flatnonzero(codes & 32 == 0)
     first = np.r_[0, last[:-1] + 1]
     lengths = last - first + 1
     if lengths.max() > 7:  # 35 bits: no image has more pixels
-        return None
+        return []
     shift = 5 * (np.arange(codes.size) - np.repeat(first, lengths))
     values = np.add.reduceat((codes & 31) << shift, first)
     values -= np.where(codes[last] & 16, 1 << 5 * lengths, 0)
     values[1::2] = np.cumsum(values[1::2])
     values[2::2] = np.cumsum(values[2::2])
-    runs: list[int] = values.tolist()
-    return runs
+    return values.tolist()
 
 
 def _shoelace(x: Sequence[float], y: Sequence[float]) -> float:
@@ -103,20 +104,12 @@ def whole_number(value: Any) -> int | None:
     return int(value) if -(2**53) <= value <= 2**53 and value == int(value) else None
 
 
-def _whole_numbers(values: Any) -> list[int] | None:
-    whole = [whole_number(value) for value in values] if isinstance(values, list) else [None]
-    return None if None in whole else whole  # type: ignore[return-value]
-
-
 def numbers(values: Any) -> list[float]:
     """A list of finite numbers of a size that arithmetic bears; empty if it is none."""
     if not isinstance(values, list):
         return []
-    if any(isinstance(value, str) for value in values):
-        try:
-            values = [float(value) if isinstance(value, str) else value for value in values]
-        except ValueError:
-            return []
+    with suppress(ValueError):  # a text that is no number stays one, which is not sound
+        values = [float(value) if isinstance(value, str) else value for value in values]
     sound = all(type(value) in (int, float) and -1e15 < value < 1e15 for value in values)
     return values if sound else []
 

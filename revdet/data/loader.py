@@ -123,19 +123,13 @@ def build_train_loader(
     world_size = comm.get_world_size()
     batches = world_size * accumulate
     if total_batch_size <= 0 or total_batch_size % batches:
-        raise UserError(
-            f"dataloader.train.total_batch_size={total_batch_size} is no positive multiple of "
-            f"{batches}: {world_size} processes × train.accumulate={accumulate}"
-        )
+        wrong = f"dataloader.train.total_batch_size={total_batch_size} is no positive multiple"
+        product = f"{world_size} processes × train.accumulate={accumulate}"
+        raise UserError(f"{wrong} of {batches}: {product}")
     if not dataset:
         raise UserError("the training dataset holds no image: check its annotations")
-    sampler = ResumableBatchSampler(
-        groups=[int(record["width"] > record["height"]) for record in dataset],
-        batch_size=total_batch_size // batches,
-        seed=seed,
-        rank=comm.get_rank(),
-        world_size=world_size,
-        accumulate=accumulate,
-    )
+    groups = [int(record["width"] > record["height"]) for record in dataset]
+    size, rank = total_batch_size // batches, comm.get_rank()
+    sampler = ResumableBatchSampler(groups, size, seed, rank, world_size, accumulate)
     samples = SeededDataset(dataset, mapper, seed)
     return DataLoader(samples, batch_sampler=sampler, num_workers=num_workers, collate_fn=list)

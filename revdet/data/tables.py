@@ -19,6 +19,7 @@ def summarize(path: Path, content: Coco, cleaned: Coco, findings: Findings) -> R
     images, annotations = cleaned["images"], cleaned["annotations"]
     crowds = sum(1 for a in annotations if a["iscrowd"])
     with_objects = {a["image_id"] for a in annotations if not a["iscrowd"]}
+    sides = ([image[side] for image in images] for side in ("width", "height"))
     return {
         "annotation_file": str(path),
         "images": len(images),
@@ -26,10 +27,7 @@ def summarize(path: Path, content: Coco, cleaned: Coco, findings: Findings) -> R
         "objects": len(annotations) - crowds,
         "crowd_regions": crowds,
         "categories": len(cleaned["categories"]),
-        "median_image": [
-            round(statistics.median(image[side] for image in images)) if images else 0
-            for side in ("width", "height")
-        ],
+        "median_image": [round(statistics.median(side or [0])) for side in sides],  # width, height
         "left_out_images": len(content["images"]) - len(images),
         "left_out_annotations": len(content["annotations"]) - len(annotations),
         "broken": {kind: len(findings[kind]) for kind in BROKEN if kind in findings},
