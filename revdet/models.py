@@ -66,9 +66,7 @@ class TrunkBackbone(Backbone):
 
     def stage_streams(self, x: Tensor) -> list[tuple[Tensor, ...]]:
         """What the stages of a model that has several end with, as its own ``stage_streams``."""
-        x = x.unsqueeze(2) if self._clips else x
-        streams: list[tuple[Tensor, ...]] = self.model.stage_streams(x)
-        return streams
+        return self.model.stage_streams(x.unsqueeze(2) if self._clips else x)
 
     def maps_of(self, streams: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
         """What :meth:`forward` returns, of :meth:`stage_streams`."""
@@ -109,5 +107,4 @@ def build_model(cfg: DictConfig, device: str = "cpu") -> nn.Module:
         f"{', '.join(settings.memory_keep) or 'nothing'} kept of the others, in "
         f"{settings.memory_slices} slices; pyramid and heads: {heads}"
     )
-    built: nn.Module = model.to(device)
-    return built
+    return model.to(device)

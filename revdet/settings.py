@@ -46,16 +46,13 @@ class TrainConfig:
     init_checkpoint: str = key("", "weights to start from: a file, an address or vitdet_base, …")
     max_iter: int = key(90000, "iterations to train", low=1)
     epochs: float = key(0.0, "in its place: passes over the training images; 0: max_iter", low=0)
-    warmup_iters: int = key(
-        0, "iterations of warm-up, however long the run is; 0: as lr_multiplier says", low=0
-    )
+    warmup_iters: int = key(0, "iterations of warm-up; 0: the part that lr_multiplier has", low=0)
     seed: int = key(0, "of weights, order, augmentation and dropout", low=0)
     device: str = key("auto", "such as cpu or cuda; auto: cuda where there is one")
     memory: str = key("reversible", "what the trunk keeps for backward", choices=POLICIES)
     stored_blocks: int = key(0, "how many of its last blocks store whatever the policy", low=0)
     memory_keep: list[str] = key(  # noqa: RUF009
-        [],
-        "layers in a block whose outputs are kept, such as [g.mlp.fc2]; [products]: all products",
+        [], "layers of blocks whose outputs are kept, such as [g.mlp.fc2]; [products]: all products"
     )
     memory_slices: int = key(1, "parts of the batch in which the other blocks run", low=1)
     heads_memory: str = key(
@@ -63,9 +60,7 @@ class TrainConfig:
         "the same for pyramid, RPN and heads; auto: store with memory=store, else checkpoint",
         choices=("auto", "store", "checkpoint"),
     )
-    heads_slices: int = key(
-        0, "parts in which they run; 0: images one by one, boxes by 128, masks by 32", low=0
-    )
+    heads_slices: int = key(0, "parts in which they run; 0: by 1 image, 128 boxes, 32 masks", low=0)
     memory_budget: str = key("", "such as 8GB: chooses these so that a step fits; slices no fewer")
     accumulate: int = key(1, "batches per iteration, of which gradients are averaged", low=1)
     reference_batch_size: int = key(
@@ -77,9 +72,7 @@ class TrainConfig:
         0.0, "evaluate and keep averaged weights, by such as 0.9999; 0: no", low=0, high=0.999999
     )
     deterministic: bool = key(False, "the same bits in every run; what cannot is an error")
-    strategy: str = key(
-        "ddp", "of several processes; fsdp: each holds a part of the weights", choices=STRATEGIES
-    )
+    strategy: str = key("ddp", "fsdp: each process has a part of the weights", choices=STRATEGIES)
     ddp: DdpConfig = field(default_factory=DdpConfig)
     checkpointer: CheckpointerConfig = field(default_factory=CheckpointerConfig)
     eval_period: int = key(5000, "iterations between evaluations; 0: at the end only", low=0)
@@ -98,10 +91,7 @@ class DatasetConfig:
     val_json: str = key("", "annotation file to evaluate on; the same one, if there is no other")
     val_images: str = key("", "folder that its file names start from")
     val_fraction: float = key(
-        0.0,
-        "evaluate on this part of train_json, drawn by train.seed; the rest trains",
-        low=0,
-        high=0.9,
+        0.0, "evaluate on this part of train_json, drawn by seed; the rest trains", low=0, high=0.9
     )
     skip_broken: bool = key(False, "leave out what is broken, and count it, in place of stopping")
     categories: list[Any] = key([], "id and name of each class: the run fills them in")  # noqa: RUF009

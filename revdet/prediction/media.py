@@ -26,10 +26,7 @@ def is_video(path: Path) -> bool:
 
 def import_av() -> Any:
     """PyAV, which only videos need; a UserError if it is not installed."""
-    try:
-        return optional_import("av", "detection", "reading videos")
-    except ImportError as error:
-        raise UserError(str(error)) from error
+    return optional_import("av", "detection", "reading videos")
 
 
 class UnreadableError(UserError):

@@ -52,21 +52,20 @@ class Preparation:
         """Prepare ``pixels`` (H, W, 3), uint8 RGB; those of a line are an UnreadableError."""
         height, width = pixels.shape[:2]
         if max(height, width) > LINE * min(height, width):
-            raise UnreadableError(
-                f"{width} x {height} px is more than {LINE} times as long as wide: "
-                "cut it into pieces"
-            )
+            wrong = f"{width} x {height} px is more than {LINE} times as long as wide"
+            raise UnreadableError(f"{wrong}: cut it into pieces")
         given = T.AugInput(pixels[:, :, ::-1] if self.is_bgr else pixels)
         self.augmentations(given)
         image = torch.as_tensor(np.ascontiguousarray(given.image.transpose(2, 0, 1)))
         return Frame(index, pixels, {"image": image, "height": height, "width": width})
 
 
+@dataclass(eq=False)
 class PictureFiles(Dataset[Frame | str]):
     """Picture files, prepared, or the reason why one cannot be read."""
 
-    def __init__(self, paths: Sequence[Path], prepare: Preparation) -> None:
-        self.paths, self.prepare = paths, prepare
+    paths: Sequence[Path]
+    prepare: Preparation
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -110,12 +109,12 @@ class Detector:
         return [instances[instances.scores >= self.threshold] for instances in found]
 
 
+@dataclass(eq=False)
 class Loaded:
     """A trained detector as a function of a picture; :func:`load` makes it."""
 
-    def __init__(self, detector: Detector, classes: Sequence[str]) -> None:
-        self.detector = detector
-        self.classes = list(classes)  # their names, in the order of ``pred_classes``
+    detector: Detector
+    classes: list[str]  # their names, in the order of ``pred_classes``
 
     def __call__(self, image: str | Path | Image.Image | np.ndarray) -> Instances:
         """What is in a picture: its path, a PIL image, or uint8 (H, W, 3) in RGB.

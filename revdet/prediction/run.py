@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from backbones.common.console import name_unreadable, try_device
-from backbones.common.errors import UserError, error_line, first_line
-from backbones.common.files import find_files
+from backbones.common.errors import UserError, first_line
+from backbones.common.files import find_files, make_folder
 from backbones.common.images import header_size
 from backbones.common.stopping import Stopped
 from revdet.config import load_config
@@ -91,10 +91,7 @@ def _check_options(args: argparse.Namespace) -> None:
     for option, value, least in (("batch-size", args.batch_size, 1), ("workers", args.workers, 0)):
         if value < least:
             raise UserError(f"--{option} {value}: use a number from {least} on")
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {args.output} is no folder ({error_line(error)})") from error
+    make_folder(args.output, "--output")
 
 
 @dataclass

@@ -74,14 +74,13 @@ class Checkpointer(DetectionCheckpointer):
         self._path = fetch_weights(path)
         inside = self._path / sharding.STATE if self._path.is_dir() else self._path
         try:
-            result: dict[str, Any] = super().load(str(inside), *args, **kwargs)
+            return super().load(str(inside), *args, **kwargs)
         except UserError:
             raise
         except ValueError as error:  # by the optimizer
             groups = f"is of other groups of parameters ({first_line(error)})"
             remedy = "resume with the optimizer.params, such as layer_decay, in its config.yaml"
             raise UserError(f"the state of the optimizer in {path} {groups}: {remedy}") from error
-        return result
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if self._path.is_dir():

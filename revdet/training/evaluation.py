@@ -21,7 +21,6 @@ from backbones.common.files import set_aside, write_json
 from backbones.common.sharding import whole
 from backbones.weights.checkpoint import read_checkpoint
 from revdet.training.checkpoint import Checkpointer
-from revdet.training.trainer import Trainer
 
 logger = logging.getLogger("revdet")
 
@@ -87,7 +86,6 @@ class Evaluations:
         self, cfg: DictConfig, model: nn.Module, checkpointer: Checkpointer, *, resume: bool
     ) -> None:
         self.cfg, self.model, self.checkpointer = cfg, model, checkpointer
-        self.iteration = 0
         self.last: dict[str, Any] = {}  # metrics; empty but on the main process
         self.best: dict[str, float] = {}  # iteration and score; empty if there is none
         file = Path(cfg.train.output_dir) / "model_best.pth"
@@ -101,17 +99,13 @@ class Evaluations:
                     aside = set_aside(file)
                     logger.warning(f"{file} is damaged ({first_line(error)}): it is {aside} now")
 
-    def set_iteration(self, trainer: Trainer) -> None:
-        """What the next evaluation is of: the iteration that the trainer is in."""
-        self.iteration = trainer.iter
-
-    def run(self) -> dict[str, Any]:
-        """Evaluate, and save the weights if they are better than any before."""
+    def run(self, iteration: int) -> dict[str, Any]:
+        """Evaluate behind an iteration, and save the weights if they are better than any before."""
         self.last = evaluate(self.cfg, self.model)
         score = self.last.get("bbox", {}).get("AP", float("nan"))
         better = score > self.best.get(BEST, float("-inf"))  # never true for NaN
         if comm.all_gather(better)[0]:  # only the main process knows the score
-            self.best = {"iteration": self.iteration + 1, BEST: score}
+            self.best = {"iteration": iteration + 1, BEST: score}
             self.checkpointer.save_weights("model_best", **self.best)
         return self.last
 

@@ -65,10 +65,9 @@ def _check_budget(train: DictConfig, device: str, args: argparse.Namespace) -> N
             given = f"train.{name}={train[name]}"
             raise UserError(f"{chosen}, and so does {given}: set one of the two")
     if budget == "auto" and not device.startswith("cuda") and not args.eval_only:
-        raise UserError(
-            f"train.memory_budget=auto needs a GPU that tells what it has free, and the run is "
-            f"on {device}: set a size such as 12GB, or train.memory_budget= for none"
-        )
+        needs = "train.memory_budget=auto needs a GPU that tells what it has free"
+        remedy = "set a size such as 12GB, or train.memory_budget= for none"
+        raise UserError(f"{needs}, and the run is on {device}: {remedy}")
     if budget not in ("", "auto"):
         try:
             parse_budget(budget)

@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import CommonMetricPrinter
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -132,8 +132,7 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     evaluations = Evaluations(cfg, result, checkpointer, resume=resume)
     if start_iter >= settings.max_iter:
         logger.info(f"{output_dir} has finished its {start_iter} iterations: evaluating")
-        evaluations.set_iteration(trainer)
-        metrics = evaluations.run()
+        metrics = evaluations.run(trainer.iter)
         known = {"iterations": start_iter, "best": evaluations.best}
         with whole(result):
             finish(cfg, result, metrics, known, trained=False)
@@ -147,15 +146,11 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     began = time.perf_counter()
     with step_by_step():
         trainer.train(start_iter, settings.max_iter)
-    facts = {
-        "iterations": settings.max_iter,
-        "seconds": round(time.perf_counter() - began, 1),  # since the last resume
-        "memory": settings.memory,
-        "stored_blocks": settings.stored_blocks,
-        "memory_keep": list(settings.memory_keep),
-        "memory_slices": settings.memory_slices,
-        "best": evaluations.best,
-    }
+    seconds = round(time.perf_counter() - began, 1)  # since the last resume
+    names = ["memory", "stored_blocks", "memory_keep", "memory_slices"]
+    policy: Any = OmegaConf.to_container(OmegaConf.masked_copy(settings, names))
+    facts = {"iterations": settings.max_iter, "seconds": seconds, **policy}
+    facts["best"] = evaluations.best
     if next(model.parameters()).is_cuda:
         facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     with whole(result):  # of which the main process draws what it finds
@@ -175,15 +170,9 @@ def _trainer(
         logger.info("every process holds a part of the weights (train.strategy=fsdp)")
     optimizer, schedule = build_optimizer(cfg, model)
     of_cpu = {} if next(model.parameters()).is_cuda else {"device_ids": None}
-    trainer = Trainer(
-        model if sharded else create_ddp_model(model, **settings.ddp, **of_cpu),
-        loader,
-        optimizer,
-        seed=settings.seed,
-        accumulate=settings.accumulate,
-        amp_dtype=amp_dtype,
-        clip_grad_norm=settings.clip_grad_norm,
-    )
+    model = model if sharded else create_ddp_model(model, **settings.ddp, **of_cpu)
+    same = {name: settings[name] for name in ("seed", "accumulate", "clip_grad_norm")}
+    trainer = Trainer(model, loader, optimizer, amp_dtype=amp_dtype, **same)
     trainer.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(scheduler=schedule)])
     return trainer
 
@@ -232,5 +221,4 @@ def _reporting(
     if metrics is None:
         return [saving, evaluation]
     writers = [CommonMetricPrinter(settings.max_iter), metrics, *trackers(cfg, start_iter)]
-    counting = hooks.CallbackHook(before_step=evaluations.set_iteration)
-    return [counting, saving, evaluation, hooks.PeriodicWriter(writers, settings.log_period)]
+    return [saving, evaluation, hooks.PeriodicWriter(writers, settings.log_period)]

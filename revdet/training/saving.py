@@ -47,13 +47,17 @@ class Saving(HookBase):
         if number := max(comm.all_gather(asked_to_stop())):
             self.stop(number)
 
+    @property
+    def iteration(self) -> int:
+        """The one that training is in, or has ended with."""
+        return min(self.trainer.iter, self.trainer.max_iter - 1)
+
     def stop(self, number: int) -> None:
         """Save this iteration, if that has not been done, and raise :class:`Stopped`."""
-        iteration = min(self.trainer.iter, self.trainer.max_iter - 1)
-        if self._saved != iteration:
-            self._save(f"model_{iteration:07d}")
+        if self._saved != self.iteration:
+            self._save(f"model_{self.iteration:07d}")
         comm.synchronize()  # the process that ends first ends the others
-        where = f"iteration {iteration + 1} is saved in {Path(self.checkpointer.save_dir)}"
+        where = f"iteration {self.iteration + 1} is saved in {Path(self.checkpointer.save_dir)}"
         raise Stopped(number, f"{where}; --resume continues")
 
     def _save(self, name: str) -> None:
@@ -81,14 +85,13 @@ class Evaluating(hooks.EvalHook):
     def __init__(
         self, period: int, evaluations: Evaluations, saving: Saving, *, pending: bool
     ) -> None:
-        super().__init__(period, evaluations.run)
-        self._evaluations, self._saving, self._pending = evaluations, saving, pending
+        super().__init__(period, lambda: evaluations.run(saving.iteration))
+        self._saving, self._pending = saving, pending
 
     def before_train(self) -> None:
         if self._pending:
             logger.info("the evaluation of the last iteration was interrupted: evaluating again")
             self.trainer.iter = self.trainer.storage.iter = self.trainer.start_iter - 1
-            self._evaluations.set_iteration(self.trainer)
             self._do_eval()
             if self._saving.metrics is not None:
                 self._saving.metrics.write()

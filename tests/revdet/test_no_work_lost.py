@@ -53,7 +53,7 @@ def signal_in(monkeypatch, owner, method, when, number):
     original, sent = getattr(owner, method), []
 
     def patched(self, *args):
-        if when(self) and not sent:
+        if when(self, *args) and not sent:
             sent.append(number)
             signal.raise_signal(number)
         return original(self, *args)
@@ -79,7 +79,7 @@ def test_a_signal_saves_the_iteration(
 
 
 def test_an_evaluation_that_is_cut_off_is_made_again(train_net, tmp_path, monkeypatch, whole):
-    due = lambda evaluations: evaluations.iteration == 3  # noqa: E731
+    due = lambda _, iteration: iteration == 3  # noqa: E731
     signal_in(monkeypatch, Evaluations, "run", due, signal.SIGTERM)
     assert train_net(tmp_path, *RUN) == 143
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"

@@ -301,7 +301,7 @@ def test_channels_are_in_the_order_of_the_recipe():
         (["model.backbone.net.model.depth=3"], ["another architecture"]),
         (["model.backbone.net.model.dpeth=3"], ["dpeth", "depth"]),
         (["model.roi_heads.num_classes=7"], ["7 classes", "5 categories"]),
-        (["--output", "README.md"], ["--output README.md is no folder"]),
+        (["--output", "README.md"], ["--output=README.md cannot be made", "name another folder"]),
     ],
 )
 def test_bad_arguments(predict, photos, capsys, arguments, words):
