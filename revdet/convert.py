@@ -88,8 +88,7 @@ def _convert(args: argparse.Namespace) -> None:
         name_unreadable(unreadable, None)
         raise UserError(f"no object in the {len(labels)} label files of {args.source}")
     write_json(args.output, content, indent=None)
-    what = f"{len(images)} images, {len(annotations)} objects of {', '.join(ids)}"
-    print(f"{what} -> {args.output}")
+    print(f"{len(images)} images, {len(annotations)} objects of {', '.join(ids)} -> {args.output}")
     used = {*named.values()}
     unreadable |= {str(file): "has no label file" for file in files if file not in used}
     name_unreadable(unreadable, None)
@@ -101,10 +100,8 @@ def _check(name: str, points: list[float], width: int, height: int) -> None:
     for i, value in enumerate(points):
         side = height if i % 2 else width
         if not -side < value < 2 * side:
-            raise ValueError(
-                f"{name!r} reaches to {value:g}, far outside of {width} x {height} pixels (YOLO's "
-                "numbers are fractions of the image)"
-            )
+            far = f"{name!r} reaches to {value:g}, far outside of {width} x {height} pixels"
+            raise ValueError(f"{far} (YOLO's numbers are fractions of the image)")
 
 
 def _geometry(points: list[float]) -> dict[str, Any]:
@@ -158,25 +155,25 @@ def _yolo(source: Path) -> Any:
 
 def _class_names(source: Path) -> dict[float, str]:
     """By their numbers; empty if there are no names."""
-    for folder in (source, *source.resolve().parents[:2]):
-        for file in filter(Path.is_file, (folder / name for name in _NAMES)):
-            try:
-                text = file.read_text(encoding="utf-8-sig")
-                if file.suffix != ".yaml":
-                    return {number: name.strip() for number, name in enumerate(text.splitlines())}
-                import yaml
+    folders = source, *source.resolve().parents[:2]
+    file = next(filter(Path.is_file, (folder / n for folder in folders for n in _NAMES)), None)
+    if file is None:
+        return {}
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        if file.suffix != ".yaml":
+            return {number: name.strip() for number, name in enumerate(text.splitlines())}
+        import yaml
 
-                content = yaml.safe_load(text)
-                names, points = content["names"], content.get("kpt_shape")
-                listed = names.items() if isinstance(names, dict) else enumerate(names)
-                by_number: dict[float, str] = {int(number): str(name) for number, name in listed}
-            except Exception as error:  # what is in it may be anything
-                raise UserError(f"{file} has no names of classes ({error_line(error)})") from error
-            if points:
-                wrong = "key points (kpt_shape) cannot be taken, only boxes, masks"
-                raise UserError(f"{file}: {wrong}")
-            return by_number
-    return {}
+        content = yaml.safe_load(text)
+        names, points = content["names"], content.get("kpt_shape")
+        listed = names.items() if isinstance(names, dict) else enumerate(names)
+        by_number: dict[float, str] = {int(number): str(name) for number, name in listed}
+    except Exception as error:  # what is in it may be anything
+        raise UserError(f"{file} has no names of classes ({error_line(error)})") from error
+    if points:
+        raise UserError(f"{file}: key points (kpt_shape) cannot be taken, only boxes, masks")
+    return by_number
 
 
 if __name__ == "__main__":

@@ -29,13 +29,9 @@ class TrunkBackbone(Backbone):
 
     A trunk made for clips sees an image as a clip of one frame.
 
-    Args:
-        model: a model with ``feature_maps`` and ``feature_info``, usually made with
-            ``create_model(…, num_classes=0)``.
-        out_features: the names of the maps to return; None for all.
-
-    Raises:
-        ValueError: ``out_features`` names a map that the model does not have.
+    ``model`` has ``feature_maps`` and ``feature_info``, and is usually made with
+    ``create_model(…, num_classes=0)``. ``out_features`` names the maps to return, None all; a
+    ValueError says which of them the model does not have.
     """
 
     model: Any
@@ -101,10 +97,9 @@ def build_model(cfg: DictConfig, device: str = "cpu") -> nn.Module:
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"the model cannot be built: {type(error).__name__}: {error}") from error
     trunk, total = (sum(p.numel() for p in m.parameters()) for m in (model.backbone, model))
-    logger.info(
-        f"model: {total / 1e6:.2f} M parameters, {trunk / 1e6:.2f} M of them in the trunk and "
-        f"pyramid; memory policy {settings.memory}, {settings.stored_blocks} blocks stored, "
-        f"{', '.join(settings.memory_keep) or 'nothing'} kept of the others, in "
-        f"{settings.memory_slices} slices; pyramid and heads: {heads}"
-    )
+    size = f"{total / 1e6:.2f} M parameters, {trunk / 1e6:.2f} M of them in the trunk and pyramid"
+    kept = f"{', '.join(settings.memory_keep) or 'nothing'} kept of the others"
+    blocks = f"{settings.stored_blocks} blocks stored, {kept}, in {settings.memory_slices} slices"
+    memory = f"memory policy {settings.memory}, {blocks}; pyramid and heads: {heads}"
+    logger.info(f"model: {size}; {memory}")
     return model.to(device)

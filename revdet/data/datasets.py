@@ -135,7 +135,5 @@ def read_report(cfg: DictConfig) -> dict[str, dict[str, Any]]:
 
 def dataset_facts(cfg: DictConfig) -> dict[str, dict[str, Any]]:
     """The report of a run for ``results.json``: in numbers."""
-    return {
-        name: {key: value for key, value in facts.items() if key not in NOT_FACTS}
-        for name, facts in read_report(cfg).items()
-    }
+    report = read_report(cfg)
+    return {name: {k: v for k, v in report[name].items() if k not in NOT_FACTS} for name in report}

@@ -161,11 +161,10 @@ def _read(name: str, source: Source) -> Coco:
         if not source.images.is_dir():
             raise UserError(f"dataset.{split}_images={source.images} is no folder: check the path")
     elif not source.annotations.is_file():
-        raise UserError(
-            f"dataset {name!r} needs {source.annotations}, which does not exist: set the "
-            "environment variable DETECTRON2_DATASETS to the folder that holds your datasets "
-            f"(now: {datasets.datasets_root().absolute()}); `make demo` builds those named demo_…"
-        )
+        wrong = f"dataset {name!r} needs {source.annotations}, which does not exist"
+        root = f"the folder that holds your datasets (now: {datasets.datasets_root().absolute()})"
+        remedy = f"set the environment variable DETECTRON2_DATASETS to {root}"
+        raise UserError(f"{wrong}: {remedy}; `make demo` builds those named demo_…")
     return coco.read_coco(source.annotations)
 
 
@@ -240,21 +239,19 @@ def _list_findings(name: str, lines: Findings) -> None:
 
 def _stop_or_go_on(cfg: DictConfig, report: dict[str, Any]) -> None:
     file = file_of(cfg, "report")
-    for name, summary in report.items():
-        if broken := summary["broken"]:
+    for name, facts in report.items():
+        if broken := facts["broken"]:
             counts = ", ".join(f"{number} {kind}" for kind, number in broken.items())
             if not cfg.dataset.skip_broken:
                 remedy = "correct them, or set dataset.skip_broken=true to train without them"
-                if not summary["objects"]:  # nothing would be left
+                if not facts["objects"]:  # nothing would be left
                     kind = max(broken, key=broken.get)
                     remedy = f"correct the file; most are {kind}: {BROKEN[kind]}"
                 places = f"{sum(broken.values())} places ({counts}), listed above and in {file}"
                 raise UserError(f"dataset {name!r} is broken in {places}: {remedy}")
-            logger.warning(
-                f"{name}: left out {summary['left_out_images']} images and "
-                f"{summary['left_out_annotations']} annotations ({counts}); {file} lists them"
-            )
-        if not summary["objects"]:
+            left = f"{facts['left_out_images']} images, {facts['left_out_annotations']} annotations"
+            logger.warning(f"{name}: left out {left} ({counts}); {file} lists them")
+        if not facts["objects"]:
             if name == datasets.dataset_names(cfg)[0]:
                 raise UserError(f"dataset {name!r} has no object to learn: check its annotations")
             logger.warning(f"{name} has no object: there will be no score")

@@ -78,10 +78,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"none of the {len(inputs)} inputs can be read; {name}: {reason}")
     write()
     frames = sum(video["frames"] for video in predictions.videos)
-    print(
-        f"{len(predictions.pictures)} pictures, {len(predictions.videos)} videos of {frames} "
-        f"frames: {len(predictions.objects)} objects -> {predictions.folder}"
-    )
+    videos_of = f"{len(predictions.videos)} videos of {frames} frames"
+    found = f"{len(predictions.objects)} objects -> {predictions.folder}"
+    print(f"{len(predictions.pictures)} pictures, {videos_of}: {found}")
     name_unreadable(predictions.unreadable, predictions.folder / "results.json")
 
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 import detectron2.data.transforms as T
+import numpy as np
 import torch
 from detectron2.config import instantiate
 from detectron2.utils import comm
@@ -65,11 +66,9 @@ def _plan(
         plan = fit_detector_memory(model, shape, budget, **given)
     except ValueError as error:
         raise UserError(f"train.memory_budget={budget}: {error}") from error
-    logger.info(
-        f"train.memory_budget={budget}, of which {besides / 1e9:.2f} GB for weights averaged and "
-        f"gradients kept: {plan}\n  not counted: what depends on the ground truth, and what the "
-        "device needs for itself"
-    )
+    held = f"of which {besides / 1e9:.2f} GB for weights averaged and gradients kept"
+    others = "what depends on the ground truth, and what the device needs for itself"
+    logger.info(f"train.memory_budget={budget}, {held}: {plan}\n  not counted: {others}")
     return plan
 
 
@@ -165,16 +164,14 @@ def largest_image(
         return square, square
     shapes = {(record["height"], record["width"]) for record in records}
     known = True
-    for augmentation in augmentations:
-        if isinstance(augmentation, T.ResizeShortestEdge):
-            edge, limit = max(augmentation.short_edge_length), augmentation.max_size
-            if known:
-                shapes = {augmentation.get_output_shape(h, w, edge, limit) for h, w in shapes}
-            else:
-                shapes = {(edge, limit), (limit, edge)}
-        elif isinstance(augmentation, T.FixedSizeCrop):
-            shapes, known = {tuple(augmentation.crop_size)}, True
-        elif not isinstance(augmentation, T.RandomFlip):
+    for change in augmentations:
+        if isinstance(change, T.ResizeShortestEdge):
+            edge, limit = max(change.short_edge_length), change.max_size
+            resized = {change.get_output_shape(h, w, edge, limit) for h, w in shapes}
+            shapes = resized if known else {(edge, limit), (limit, edge)}
+        elif isinstance(change, T.FixedSizeCrop):
+            shapes, known = {tuple(change.crop_size)}, True
+        elif not isinstance(change, T.RandomFlip):
             known = False
     if batch == 1:
         groups = [[shape] for shape in shapes]
@@ -182,7 +179,7 @@ def largest_image(
         groups = [[s for s in shapes if (s[1] > s[0]) is wide] for wide in (True, False)]
     else:
         groups = [[*shapes]]
-    bounds = [(max(h for h, _ in g), max(w for _, w in g)) for g in groups if g]
-    height, width = max(bounds, key=lambda shape: shape[0] * shape[1])
+    largest = max((np.max(group, axis=0) for group in groups if group), key=np.prod)
     divisor = max(backbone.size_divisibility, 1)
-    return -(-height // divisor) * divisor, -(-width // divisor) * divisor
+    height, width = (-(-int(side) // divisor) * divisor for side in largest)
+    return height, width

@@ -65,10 +65,9 @@ def scale_learning_rate(cfg: DictConfig) -> None:
         return
     recipe = cfg.optimizer.lr
     cfg.optimizer.lr = recipe * batch / reference
-    logger.info(
-        f"learning rate {cfg.optimizer.lr:.4g} = {recipe:.4g} × {batch} / {reference} images, the "
-        "linear scaling rule (train.reference_batch_size=0 leaves it alone)"
-    )
+    rate = f"learning rate {cfg.optimizer.lr:.4g} = {recipe:.4g} × {batch} / {reference} images"
+    rule = "the linear scaling rule (train.reference_batch_size=0 leaves it alone)"
+    logger.info(f"{rate}, {rule}")
 
 
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:

@@ -31,7 +31,7 @@ def preflight(cfg: DictConfig, args: argparse.Namespace, held: ExitStack) -> str
     require_trackers([] if args.eval_only else train.loggers)
     _check_processes(train, device, args)
     if args.eval_only:
-        args.weights = _weights_to_evaluate(cfg, args)
+        args.weights = _weights_to_evaluate(train, args)
     elif not args.resume and (run := holds_a_run(Path(train.output_dir))):
         remedy = "add --resume to continue it, or set train.output_dir to a new folder"
         raise UserError(f"{train.output_dir} already holds a run ({run}): {remedy}")
@@ -98,9 +98,8 @@ def _check_processes(train: DictConfig, device: str, args: argparse.Namespace) -
         raise UserError(f"--num-gpus {args.num_gpus}, but {found} are found: set {found}")
 
 
-def _weights_to_evaluate(cfg: DictConfig, args: argparse.Namespace) -> str:
+def _weights_to_evaluate(train: DictConfig, args: argparse.Namespace) -> str:
     given = any(o.startswith("train.init_checkpoint=") for o in args.overrides)
-    train = cfg.train
     path = train.init_checkpoint if given else checkpoint_to_resume(Path(train.output_dir))
     if not path:
         remedy = "train first, or set train.init_checkpoint=FILE"

@@ -186,13 +186,10 @@ def _set_length(cfg: DictConfig, images: int) -> None:
         if "warmup_length" not in cfg.lr_multiplier:
             raise UserError("train.warmup_iters needs an lr_multiplier with a warmup_length")
         cfg.lr_multiplier.warmup_length = min(1.0, settings.warmup_iters / settings.max_iter)
-    processes, accumulate = comm.get_world_size(), settings.accumulate
-    logger.info(
-        f"{settings.max_iter} iterations of {batch} images, "
-        f"{settings.max_iter * batch / images:.4g} epochs of {images}; an iteration is {processes} "
-        f"× {accumulate} × {batch // (processes * accumulate)} (processes, batches of each, images "
-        "of each)"
-    )
+    total, processes, batches = settings.max_iter, comm.get_world_size(), settings.accumulate
+    steps = f"{total} iterations of {batch} images, {total * batch / images:.4g} epochs of {images}"
+    parts = f"{processes} × {batches} × {batch // (processes * batches)}"
+    logger.info(f"{steps}; an iteration is {parts} (processes, batches of each, images of each)")
 
 
 def _facts_to_compare(cfg: DictConfig) -> dict[str, Any]:
