@@ -89,8 +89,8 @@ def _convert(args: argparse.Namespace) -> None:
         raise UserError(f"no object in the {len(labels)} label files of {args.source}")
     write_json(args.output, content, indent=None)
     print(f"{len(images)} images, {len(annotations)} objects of {', '.join(ids)} -> {args.output}")
-    used = {*named.values()}
-    unreadable |= {str(file): "has no label file" for file in files if file not in used}
+    unlabelled = {*files} - {*named.values()}
+    unreadable |= {str(file): "has no label file" for file in sorted(unlabelled)}
     name_unreadable(unreadable, None)
 
 

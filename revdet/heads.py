@@ -127,12 +127,11 @@ def make_pieces(detector: Any) -> dict[str, list[Piece]]:
         pyramid = [*backbone.stages]
     elif isinstance(backbone, FPN) and hasattr(backbone.bottom_up, "stage_streams"):
         pyramid = [backbone]
-    boxes = getattr(heads, "box_head", None)
     rpn = getattr(getattr(detector, "proposal_generator", None), "rpn_head", None)
     found: dict[str, tuple[list[Any], int, str]] = {
         "pyramid": (pyramid, _IMAGES, "forward"),
         "rpn": ([rpn], _IMAGES, "forward"),
-        "box_heads": (listed(boxes), _BOXES, "forward"),
+        "box_heads": (listed(getattr(heads, "box_head", None)), _BOXES, "forward"),
         "mask_head": ([getattr(heads, "mask_head", None)], _MASKS, "layers"),
     }
     pieces: dict[str, list[Piece]] = {}

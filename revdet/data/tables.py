@@ -37,19 +37,13 @@ def summarize(path: Path, content: Coco, cleaned: Coco, findings: Findings) -> R
 
 def dataset_table(report: dict[str, Row]) -> str:
     """One row for each dataset, from its summary."""
-    rows = [
-        {
-            "dataset": name,
-            "images": summary["images"],
-            "without objects": summary["images_without_objects"],
-            "objects": summary["objects"],
-            "crowd regions": summary["crowd_regions"],
-            "classes": summary["categories"],
-            "median image, px": "{} x {}".format(*summary["median_image"]),
-            "broken": sum(summary["broken"].values()),
-        }
-        for name, summary in report.items()
-    ]
+    rows = []
+    for name, facts in report.items():
+        row = {"dataset": name, "images": facts["images"]}
+        row |= {"without objects": facts["images_without_objects"], "objects": facts["objects"]}
+        row |= {"crowd regions": facts["crowd_regions"], "classes": facts["categories"]}
+        median, broken = "{} x {}".format(*facts["median_image"]), sum(facts["broken"].values())
+        rows.append({**row, "median image, px": median, "broken": broken})
     return tabulate(rows, headers="keys", tablefmt="pipe") + "\n"
 
 

@@ -30,14 +30,12 @@ from revdet.training.checkpoint import Checkpointer, checkpoint_to_resume
 
 @dataclass
 class Frame:
-    """A picture, or a frame of a video.
-
-    ``model_input`` is what Detectron2's models take: ``image`` (3, H', W') after the recipe's test
-    augmentations, ``height`` and ``width`` of ``pixels``.
-    """
+    """A picture, or a frame of a video."""
 
     index: int  # its number among the inputs, or its time in the video
     pixels: np.ndarray  # (H, W, 3) uint8, RGB
+    # What Detectron2's models take: ``image`` (3, H', W') after the recipe's test augmentations,
+    # ``height`` and ``width`` of ``pixels``.
     model_input: dict[str, Any]
 
 
@@ -103,8 +101,7 @@ class Detector:
             outputs = self.model([frame.model_input for frame in frames])
         except torch.OutOfMemoryError as error:
             lacks = f"has not enough memory for {len(frames)} pictures at once"
-            remedy = "set a smaller --batch-size"
-            raise UserError(f"{self.model.device} {lacks}: {remedy}") from error
+            raise UserError(f"{self.model.device} {lacks}: set a smaller --batch-size") from error
         found = [output["instances"].to("cpu") for output in outputs]
         return [instances[instances.scores >= self.threshold] for instances in found]
 

@@ -88,13 +88,10 @@ def fit_detector_memory(
     of all these, with as many proposals as the heads sample. Not counted is what depends on the
     ground truth (masks, matching of anchors) and what the device needs for itself.
 
-    Args:
-        detector: a ``GeneralizedRCNN`` with an RPN and standard or cascaded heads; a ValueError
-            for any other, and for a budget that cannot be read or is too small.
-        image_shape: (B, 3, H, W) of the batch that one process trains on at a time, padded.
-        budget, amp_dtype, slices: see :func:`backbones.fit_memory`.
-        held_besides: bytes that something else holds all the time; the plan, which is returned and
-            in force, has its bytes and its budget without them.
+    ``image_shape`` is (B, 3, H, W) of the padded batch that one process trains on at a time. The
+    plan, which is returned and in force, is without the bytes ``held_besides`` by something else
+    all the time. For the other arguments see :func:`backbones.fit_memory`. A ValueError says that
+    the detector has no RPN and heads, or that the budget cannot be read or is too small.
     """
     step = ShapeOnlyDetector(detector)
     limit = parse_budget(budget, next(detector.parameters()).device) - held_besides
@@ -114,11 +111,10 @@ class ShapeOnlyDetector(nn.Module):
         super().__init__()
         try:
             heads = detector.roi_heads
-            pieces = make_pieces(detector)
             self.trunk: nn.Module | None = None
             with suppress(ValueError):  # Detectron2's own, which has no policy
                 self.trunk = find_trunk(detector)[1]
-            for name, modules in pieces.items():
+            for name, modules in make_pieces(detector).items():
                 self.add_module(name, nn.ModuleList(modules))
             self.box_predictors = listed(heads.box_predictor)
             _ = detector.backbone, detector.proposal_generator.rpn_head, heads.box_pooler

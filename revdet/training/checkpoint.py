@@ -114,8 +114,7 @@ class Checkpointer(DetectionCheckpointer):
             kinds["are unknown to the model"] = unexpected
             counts = [f"{len(k)} weights {what} (first: {k[0]})" for what, k in kinds.items() if k]
             wrong = f"checkpoint {path} is of another architecture: {'; '.join(counts)}"
-            remedy = "Use the config it was trained with (config.yaml beside it)"
-            raise UserError(f"{wrong}. {remedy}")
+            raise UserError(f"{wrong}. Use the config it was trained with (config.yaml beside it)")
         fitting = [key for key in theirs if key in ours and key not in anew]
         state = {key: sharding.spread(theirs[key], ours[key]) for key in fitting}
         self.model.load_state_dict(state, strict=False)

@@ -62,8 +62,7 @@ def _check_budget(train: DictConfig, device: str, args: argparse.Namespace) -> N
     for name, free in (("stored_blocks", 0), ("memory_keep", []), ("heads_memory", "auto")):
         if budget and train[name] != free:
             chosen = f"train.memory_budget={budget} chooses what is kept"
-            given = f"train.{name}={train[name]}"
-            raise UserError(f"{chosen}, and so does {given}: set one of the two")
+            raise UserError(f"{chosen}, and so does train.{name}={train[name]}: set one of the two")
     if budget == "auto" and not device.startswith("cuda") and not args.eval_only:
         needs = "train.memory_budget=auto needs a GPU that tells what it has free"
         remedy = "set a size such as 12GB, or train.memory_budget= for none"

@@ -38,7 +38,7 @@ from revdet.training.hardware import is_of_a_lost_process
 from revdet.training.metrics import MetricsWriter
 from revdet.training.optim import build_optimizer
 from revdet.training.preflight import log_to
-from revdet.training.results import finish
+from revdet.training.results import Facts, finish
 from revdet.training.saving import Evaluating, Saving, was_evaluated
 from revdet.training.trackers import trackers
 from revdet.training.trainer import Trainer
@@ -157,9 +157,7 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
         finish(cfg, result, evaluations.last, facts, trained=True)
 
 
-def _trainer(
-    cfg: DictConfig, model: nn.Module, loader: Any, amp_dtype: torch.dtype | None
-) -> Trainer:
+def _trainer(cfg: DictConfig, model: nn.Module, loader: Any, amp: torch.dtype | None) -> Trainer:
     settings = cfg.train
     sharded = settings.strategy == "fsdp" and comm.get_world_size() > 1
     if sharded:  # each process has a part of the weights of the first; the blocks are units
@@ -172,7 +170,7 @@ def _trainer(
     of_cpu = {} if next(model.parameters()).is_cuda else {"device_ids": None}
     model = model if sharded else create_ddp_model(model, **settings.ddp, **of_cpu)
     same = {name: settings[name] for name in ("seed", "accumulate", "clip_grad_norm")}
-    trainer = Trainer(model, loader, optimizer, amp_dtype=amp_dtype, **same)
+    trainer = Trainer(model, loader, optimizer, amp_dtype=amp, **same)
     trainer.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(scheduler=schedule)])
     return trainer
 
@@ -192,7 +190,7 @@ def _set_length(cfg: DictConfig, images: int) -> None:
     logger.info(f"{steps}; an iteration is {parts} (processes, batches of each, images of each)")
 
 
-def _facts_to_compare(cfg: DictConfig) -> dict[str, Any]:
+def _facts_to_compare(cfg: DictConfig) -> Facts:
     """What a resumed run may have other than before, and does not say by itself."""
     return {
         "train.seed": cfg.train.seed,
@@ -203,19 +201,17 @@ def _facts_to_compare(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-def _reporting(
-    evaluations: Evaluations, start_iter: int, facts: dict[str, Any]
-) -> list[hooks.HookBase]:
+def _reporting(evaluations: Evaluations, start: int, facts: Facts) -> list[hooks.HookBase]:
     """Logs, checkpoints and evaluations: what is evaluated has been saved, and that been logged."""
     cfg, checkpointer = evaluations.cfg, evaluations.checkpointer
     settings, file = cfg.train, Path(cfg.train.output_dir) / "metrics.json"
     main, period = comm.is_main_process(), settings.eval_period
-    pending = period > 0 and start_iter % period == 0 and 0 < start_iter < settings.max_iter
-    pending = comm.all_gather(pending and main and not was_evaluated(file, start_iter - 1))[0]
-    metrics = MetricsWriter(file, start_iter) if main else None
+    pending = period > 0 and start % period == 0 and 0 < start < settings.max_iter
+    pending = comm.all_gather(pending and main and not was_evaluated(file, start - 1))[0]
+    metrics = MetricsWriter(file, start) if main else None
     saving = Saving(checkpointer, **settings.checkpointer, facts=facts, metrics=metrics)
     evaluation = Evaluating(period, evaluations, saving, pending=pending)
     if metrics is None:
         return [saving, evaluation]
-    writers = [CommonMetricPrinter(settings.max_iter), metrics, *trackers(cfg, start_iter)]
+    writers = [CommonMetricPrinter(settings.max_iter), metrics, *trackers(cfg, start)]
     return [saving, evaluation, hooks.PeriodicWriter(writers, settings.log_period)]

@@ -67,8 +67,7 @@ class Saving(HookBase):
         if comm.is_main_process() or is_sharded(self.checkpointer.model):
             self.checkpointer.save(name, iteration=self.trainer.iter, facts=self.facts)
         if comm.is_main_process():
-            kept = periodic_checkpoints(Path(self.checkpointer.save_dir))
-            for path in kept[: -self.max_to_keep]:
+            for path in periodic_checkpoints(Path(self.checkpointer.save_dir))[: -self.max_to_keep]:
                 remove(path)
                 remove(checksum_file(path))
 

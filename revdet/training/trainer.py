@@ -118,23 +118,19 @@ class Trainer(SimpleTrainer):
         learning = self.model.static_graph and self.iter == self.start_iter
         return nullcontext() if learning else self.model.no_sync()
 
-    def _spread(self, state: dict[str, Any]) -> None:
-        """Give what the optimizer knows of sharded weights their places; in place."""
-        groups = zip(state["param_groups"], self.optimizer.param_groups, strict=False)
-        for theirs, ours in groups:  # others than expected are the optimizer's to refuse
-            for index, param in zip(theirs["params"], ours["params"], strict=False):
-                for name, value in state["state"].get(index, {}).items():
-                    if getattr(value, "shape", None) == param.shape:
-                        state["state"][index][name] = spread(value, param)
-
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "grad_scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state = state_dict["optimizer"]
-        if changes := follow_recipe(state["param_groups"], self.optimizer.param_groups):
+        known, groups = state_dict["optimizer"]["state"], state_dict["optimizer"]["param_groups"]
+        if changes := follow_recipe(groups, self.optimizer.param_groups):
             logger.info(f"the optimizer goes on with other settings than before: {changes}")
-        self._spread(state)
+        # Other groups or parameters than expected are the optimizer's to refuse.
+        for theirs, ours in zip(groups, self.optimizer.param_groups, strict=False):
+            for index, param in zip(theirs["params"], ours["params"], strict=False):
+                for name, value in known.get(index, {}).items():
+                    if getattr(value, "shape", None) == param.shape:
+                        known[index][name] = spread(value, param)
         super().load_state_dict(state_dict)
         if state_dict["grad_scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state_dict["grad_scaler"])
