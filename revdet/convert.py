@@ -89,8 +89,7 @@ def _convert(args: argparse.Namespace) -> None:
         raise UserError(f"no object in the {len(labels)} label files of {args.source}")
     write_json(args.output, content, indent=None)
     print(f"{len(images)} images, {len(annotations)} objects of {', '.join(ids)} -> {args.output}")
-    unlabelled = {*files} - {*named.values()}
-    unreadable |= {str(file): "has no label file" for file in sorted(unlabelled)}
+    unreadable |= {str(f): "has no label file" for f in sorted({*files} - {*named.values()})}
     name_unreadable(unreadable, None)
 
 

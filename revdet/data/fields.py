@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
+from detectron2.structures.masks import polygon_area
 from pycocotools import mask as rle
 
 FAR = 10.0  # times the image's longer side: corners farther out are no mistake of a pixel or two
@@ -33,7 +33,7 @@ def decoded(mask: Any, image: dict[str, Any]) -> tuple[Any, float, str]:
     sides = [(corners[::2], corners[1::2]) for corners in drawable]
     if not any(min(x) < width and max(x) > 0 and min(y) < height and max(y) > 0 for x, y in sides):
         return None, 0.0, "mask_outside_image"
-    return drawable, sum(_shoelace(x, y) for x, y in sides), ""
+    return drawable, float(sum(polygon_area(x, y) for x, y in sides)), ""
 
 
 def _decoded_rle(mask: dict[str, Any], height: int, width: int) -> tuple[Any, float, str]:
@@ -72,10 +72,6 @@ def _uncompressed(counts: str) -> list[float]:
     values[1::2] = np.cumsum(values[1::2])
     values[2::2] = np.cumsum(values[2::2])
     return values.tolist()
-
-
-def _shoelace(x: Sequence[float], y: Sequence[float]) -> float:
-    return float(abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2)
 
 
 def is_nothing(mask: Any) -> bool:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from detectron2.data import DatasetFromList, DatasetMapper
-from detectron2.data.detection_utils import SizeMismatchError
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.data.detection_utils import SizeMismatchError, annotations_to_instances
+from detectron2.structures import BitMasks
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -66,8 +66,7 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
 class TrainMapper(DatasetMapper):
     """Detectron2's ``DatasetMapper``, also for images on which no object is left.
 
-    Args as for ``DatasetMapper``. Recipes use ``instance_mask_format="bitmask"``, which takes
-    polygons and RLE alike.
+    Args as for ``DatasetMapper``. The ``instance_mask_format="bitmask"`` of recipes takes RLE too.
     """
 
     def _transform_annotations(
@@ -77,9 +76,7 @@ class TrainMapper(DatasetMapper):
             super()._transform_annotations(dataset_dict, transforms, image_shape)
             return
         dataset_dict.pop("annotations")
-        nothing = Instances(image_shape)
-        nothing.gt_boxes = Boxes(torch.zeros(0, 4))
-        nothing.gt_classes = torch.zeros(0, dtype=torch.int64)
+        nothing = annotations_to_instances([], image_shape)
         nothing.gt_masks = BitMasks(torch.zeros(0, *image_shape, dtype=torch.bool))
         dataset_dict["instances"] = nothing
 
@@ -116,9 +113,9 @@ def build_train_loader(
 
     ``dataset`` are those of ``get_detection_dataset_dicts``, ``mapper`` is a ``DatasetMapper`` or
     one like it. An iteration has ``total_batch_size`` images, over all processes and the
-    ``accumulate`` batches of each; that it is no multiple of their number is a UserError, and so is
-    an empty dataset. Each process has ``num_workers`` of its own, which do not change the data.
-    ``seed`` is that of order and augmentation.
+    ``accumulate`` batches of each: a UserError if it is no multiple of their number, or if there is
+    no image. Each process has ``num_workers`` of its own, which do not change the data. ``seed`` is
+    that of order and augmentation.
     """
     world_size = comm.get_world_size()
     batches = world_size * accumulate

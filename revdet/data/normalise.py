@@ -107,10 +107,9 @@ def normalise(cfg: DictConfig, *, evaluation_only: bool = False, weights: str = 
 def use_normalised(cfg: DictConfig, *, evaluation_only: bool = False) -> None:
     """Let a recipe read its datasets as :func:`normalise` has written them for this run.
 
-    They are registered in this process under names of their own, which take the place of the
-    user's in the recipe, and a process that has not called :func:`normalise` itself learns from
-    the report what the recipe is made for. Save the recipe before, for it to say what the user
-    said.
+    They are registered in this process under names of their own, which take the place of the user's
+    in the recipe: save it before. A process that has not called :func:`normalise` itself learns
+    from the report what the recipe is made for.
     """
     fit_recipe(cfg, _described(cfg, datasets.read_report(cfg)))
     renamed = {}

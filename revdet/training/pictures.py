@@ -35,8 +35,7 @@ def draw_predictions(
     """Draw ground truth and predictions side by side, for each image a PNG of its name.
 
     Images of one name in two folders get two. ``records`` are the images, as Detectron2's dataset
-    dictionaries, ``mapper`` the recipe's for tests, ``dataset`` says whose class names are drawn.
-    Returns the files.
+    dictionaries, ``mapper`` is the recipe's for tests, ``dataset`` that of the class names.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     metadata = MetadataCatalog.get(dataset)
