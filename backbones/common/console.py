@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -44,7 +46,8 @@ def config_parser(prog: str, doc: str | None, recipes: Recipes) -> argparse.Argu
 
     def config(text: str) -> str:
         if text == "list":
-            print(*recipes.files(), sep="\n")
+            with readable_in_part():
+                print(*recipes.files(), sep="\n")
             parser.exit()
         return text
 
@@ -82,10 +85,23 @@ def run_command(
     """
     options = parser.parse_args(arguments)
     try:
-        return work(options) or 0
+        with readable_in_part():
+            return work(options) or 0
     except _ERRORS as error:
         show_progress("")
         parser.exit(2, f"error: {first_line(error)}\n")
+
+
+@contextmanager
+def readable_in_part() -> Iterator[None]:
+    """A part of a command that prints; whose reader has gone (``| head``), it ends without a word,
+    with the status that a shell has for that signal."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        raise SystemExit(128 + 13) from None
 
 
 def run_stoppable(work: Callable[[], None], speaks: bool = True) -> int:

@@ -26,7 +26,10 @@ def is_video(path: Path) -> bool:
 
 def import_av() -> Any:
     """PyAV, which only videos need; a UserError if it is not installed."""
-    return optional_import("av", "detection", "reading videos")
+    try:
+        return optional_import("av", "detection", "reading videos")
+    except ImportError as error:  # there, but broken
+        raise UserError(str(error)) from error
 
 
 class UnreadableError(UserError):

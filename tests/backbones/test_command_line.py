@@ -84,3 +84,22 @@ def test_devices() -> None:
     for name in ("cuda:99", "nothing"):
         with pytest.raises(ValueError, match=f"^x={name} cannot be used here .*: try another$"):
             try_device(name, f"x={name}", "try another")
+
+
+NO_READER = """
+import os, runpy, sys
+read, write = os.pipe()
+os.dup2(write, 1), os.close(write), os.close(read)
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "command", ("revvideo.run --config list", "backbones drift --model rev_vit_tiny --img-size 32")
+)
+def test_a_reader_that_leaves_is_no_error(command: str) -> None:
+    """As `| head` does."""
+    started = [sys.executable, "-c", NO_READER, *command.split()]
+    done = subprocess.run(started, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
