@@ -36,30 +36,22 @@ _BLOCK = re.compile(r"^.+?\.(?=[fg]\.|products$)")
 class MemoryPlan:
     """What :func:`fit_memory` chose.
 
-    Attributes:
-        policy: the policy of the blocks in front.
-        stored_blocks: how many of the last blocks store their activations.
-        keep: products of the other blocks whose outputs are kept, as ``set_memory`` takes them.
-        slices: in how many parts of the batch they run.
-        blocks: how many blocks the model has.
-        predicted_bytes: the peak of a training step, parameters and optimizer included.
-        budget: what it had to stay within, in bytes.
-        parts: where these bytes are at the moment of the peak, by the names of
-            :attr:`StepMemory.peak`; their sum is ``predicted_bytes``. Gradients
-            grow while held activations go, so the two are never there in full at the same time.
-        relative_speed: the throughput by operation count, 1 being that of ``"store"``: what is
-            run again in the backward pass is all that a policy costs.
+    ``parts`` tells where the bytes are at the moment of the peak, by the names of
+    :attr:`StepMemory.peak`; their sum is ``predicted_bytes``. Gradients grow while held activations
+    go, so the two are never there in full at the same time. ``relative_speed`` is the throughput by
+    operation count, 1 being that of ``"store"``: what is run again in the backward pass is all that
+    a policy costs.
     """
 
-    policy: MemoryPolicy
-    stored_blocks: int
-    keep: Keep
-    blocks: int
-    predicted_bytes: int
-    budget: int
+    policy: MemoryPolicy  # of the blocks in front
+    stored_blocks: int  # how many of the last blocks store their activations
+    keep: Keep  # what the other blocks keep, as set_memory takes it
+    blocks: int  # how many blocks the model has
+    predicted_bytes: int  # the peak of a training step, parameters and optimizer included
+    budget: int  # what it had to stay within, in bytes
     parts: dict[str, int]
     relative_speed: float
-    slices: int = 1
+    slices: int = 1  # in how many parts of the batch the other blocks run
 
     @property
     def summary(self) -> str:
@@ -173,9 +165,7 @@ def fastest_that_fits(simulation: Simulation, budget: int) -> MemoryPlan:
     whole blocks beside them. Each is larger than the one before, so that the last that fits is
     found by bisection.
 
-    Raises:
-        ValueError: the budget, in bytes, is too small even with nothing kept and no block stored,
-            and sample by sample.
+    A ValueError if the budget, in bytes, is too small even with nothing kept, and sample by sample.
     """
     policy, blocks = simulation.saving_policy, simulation.blocks
     smallest = simulation.step(policy).peak_bytes

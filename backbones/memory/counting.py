@@ -24,25 +24,17 @@ def nbytes(tensor: Tensor) -> int:
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
-    """Counts the bytes of the storages alive, by part, and the operations.
-
-    Attributes:
-        part: what storages that are made now belong to.
-        live: bytes of each part now.
-        peak: bytes of each part at the moment when their sum was highest.
-        source: what runs now, or None: what it makes of products goes into ``products``.
-        products: the bytes of the outputs of products, and their operations, by source.
-    """
+    """Counts the bytes of the storages alive, by part, and the operations."""
 
     def __init__(self, parts: Sequence[str], fake: FakeTensorMode) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
-        self.part = parts[0]
-        self.live = dict.fromkeys(parts, 0)
-        self.peak = dict(self.live)
+        self.part = parts[0]  # what storages that are made now belong to
+        self.live = dict.fromkeys(parts, 0)  # bytes of each part now
+        self.peak = dict(self.live)  # at the moment when their sum was highest
         self.operations = 0
-        self.source: Any = None
-        self.products: dict[Any, tuple[int, int]] = {}
-        self.timeline: list[tuple[int, int]] = []
+        self.source: Any = None  # what runs now, if what it makes of products is to be told
+        self.products: dict[Any, tuple[int, int]] = {}  # by source, bytes of outputs and operations
+        self.timeline: list[tuple[int, int]] = []  # after each operator, operations and bytes
         self._fake = fake
         self._count_of = counted()
         self._total = self._highest = 0

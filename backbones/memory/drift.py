@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from backbones.common.errors import first_line
+from backbones.engine.ambient import RandomState
 from backbones.engine.policies import blocks_of, set_memory
 from backbones.engine.reversible import ReversibleBlock, ReversibleSequence
-from backbones.engine.second_run import RandomState
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -36,31 +36,22 @@ _Streams = tuple[Tensor, Tensor]
 class BlockDrift:
     """The drift at one reversible block. Errors are relative, in the Euclidean norm.
 
-    Attributes:
-        name: of the block, as in ``model.named_modules()``.
-        reconstruction: of its two rebuilt inputs, against those of the forward pass.
-        gradient: of the gradient of its parameters under ``"reversible"``, against ``"store"``;
-            None where none of them is trained.
+    ``gradient`` is that of its parameters under ``"reversible"``, against ``"store"``; None where
+    none of them is trained.
     """
 
-    name: str
-    reconstruction: float
+    name: str  # as in model.named_modules()
+    reconstruction: float  # of its two rebuilt inputs, against those of the forward pass
     gradient: float | None
 
 
 @dataclass(frozen=True)
 class DriftReport:
-    """What :func:`probe_drift` found; ``str()`` gives a table.
-
-    Attributes:
-        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
-        blocks: every reversible block, in the order of the forward pass.
-        gradient: relative error of all gradients together, the input's included.
-    """
+    """What :func:`probe_drift` found; ``str()`` gives a table."""
 
     precision: Precision
-    blocks: list[BlockDrift] = field(default_factory=list)
-    gradient: float = 0.0
+    blocks: list[BlockDrift] = field(default_factory=list)  # in the order of the forward pass
+    gradient: float = 0.0  # relative error of all gradients together, the input's included
 
     @property
     def reconstruction(self) -> float:
@@ -174,11 +165,9 @@ def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
             block.memory_policy = policy
 
 
+@torch.no_grad()
 def _reconstruction_errors(
-    model: nn.Module,
-    sequences: list[ReversibleSequence],
-    blocks: Iterable[ReversibleBlock],
-    x: Tensor,
+    model: nn.Module, sequences: list[ReversibleSequence], blocks: Iterable[nn.Module], x: Tensor
 ) -> dict[nn.Module, float]:
     # Of each block its inputs and outputs; where it runs several times, those of the last run.
     streams_of: dict[nn.Module, tuple[_Streams, _Streams]] = {}
@@ -187,7 +176,7 @@ def _reconstruction_errors(
         streams_of[block] = (args[0], args[1]), outputs
 
     errors: dict[nn.Module, float] = dict.fromkeys(blocks, 0.0)
-    with torch.no_grad(), ExitStack() as hooks:
+    with ExitStack() as hooks:
         for block in errors:
             hooks.enter_context(block.register_forward_hook(note))
         model(x)
@@ -196,8 +185,7 @@ def _reconstruction_errors(
         for block in reversed(sequence.blocks):
             if block in streams_of:
                 inputs, outputs = streams_of[block]
-                with torch.no_grad():
-                    rebuilt = cast(ReversibleBlock, block).inverse(*(rebuilt or outputs))
+                rebuilt = cast(ReversibleBlock, block).inverse(*(rebuilt or outputs))
                 errors[block] = _error(zip(rebuilt, inputs, strict=True))
     return errors
 

@@ -31,24 +31,18 @@ _ASKS_FOR_VALUES = (
 class StepMemory:
     """The memory of one training step, in bytes, and its work.
 
-    Attributes:
-        peak: the bytes of each part at the moment when their sum is highest: ``parameters``
-            (with the buffers), ``gradients``, ``optimizer state``, ``input``; ``stem``,
-            ``stage 1`` …, ``head``: what these made in the forward pass and is still alive;
-            ``working set``: what the backward pass and the optimizer need for the moment.
-        held: of the parts of the forward pass, the bytes that wait for the backward pass.
-        operations: of matrix products, convolutions and attention, forward and backward.
-        timeline: after each operator, the operations so far and the bytes that are alive.
-        spans: of each block, the places in the timeline between which it holds something.
-        passes_bytes: the highest sum before the optimizer's step, in forward and backward pass.
+    ``peak`` has each part at the moment when their sum is highest: ``parameters`` (with the
+    buffers), ``gradients``, ``optimizer state``, ``input``; ``stem``, ``stage 1`` …, ``head``: what
+    these made in the forward pass and is still alive; ``working set``: what the backward pass and
+    the optimizer need for the moment.
     """
 
     peak: dict[str, int]
-    held: dict[str, int]
-    operations: int
-    timeline: list[tuple[int, int]]
-    spans: list[tuple[int, int]]
-    passes_bytes: int
+    held: dict[str, int]  # of the parts of the forward pass, what waits for the backward pass
+    operations: int  # of matrix products, convolutions and attention, forward and backward
+    timeline: list[tuple[int, int]]  # after each operator, operations so far and bytes alive
+    spans: list[tuple[int, int]]  # between which places in it each block holds something
+    passes_bytes: int  # the highest sum before the optimizer's step, in forward and backward pass
 
     @property
     def peak_bytes(self) -> int:
@@ -80,8 +74,7 @@ def _stages(model: nn.Module) -> dict[Block, str]:
 def _short_names(names: list[str]) -> list[str]:
     """Without what all have in common in front, as wrappers add some."""
     paths = [name.split(".") for name in names]
-    common = _common(paths)
-    common = min([common, *(len(path) - 1 for path in paths)])
+    common = min([_common(paths), *(len(path) - 1 for path in paths)])
     # A number alone says little.
     common -= common > 0 and any(path[common].isdigit() for path in paths)
     return [".".join(path[common:]) for path in paths]
@@ -89,8 +82,7 @@ def _short_names(names: list[str]) -> list[str]:
 
 def _common(paths: list[list[str]]) -> int:
     """How many parts all have in common in front."""
-    levels = zip(*paths, strict=False)
-    return sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+    return sum(1 for _ in takewhile(lambda level: len({*level}) == 1, zip(*paths, strict=False)))
 
 
 class Simulation:
@@ -102,15 +94,6 @@ class Simulation:
         ValueError: no block in the model whose memory can be managed; nothing to train; an empty
             or no input; a model that cannot be copied, or, in :meth:`step`, one that asks for the
             values of its tensors.
-
-    Attributes:
-        blocks: how many blocks have a memory policy.
-        block_names: theirs, behind what all have in common.
-        invertible: whether each can be reversed.
-        is_compiled: whether :func:`backbones.compile_blocks` has been there.
-        saving_policy: ``"reversible"`` where the model has reversible blocks.
-        autocast: the dtype of autocast in the forward pass, or None.
-        slices: of the batch in every step, at least.
     """
 
     def __init__(
@@ -132,17 +115,15 @@ class Simulation:
         # Tensors on the meta device know no autocast.
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
 
-        def shape_of(tensor: Tensor) -> Tensor:
-            how: dict[str, Any] = {"dtype": tensor.dtype, "device": "cpu"}
+        def shape_of(t: Tensor) -> Tensor:
             with self._fake:
-                return torch.empty_strided(tensor.size(), tensor.stride(), **how)
+                return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="cpu")
 
         # A copy that finds a shape-only twin of every tensor in its memory never copies data.
-        twins: dict[int, Any] = {}
+        twins: dict[int, Any] = {id(buffer): shape_of(buffer) for buffer in model.buffers()}
         for param in model.parameters():
             twins[id(param)] = nn.Parameter(shape_of(param), requires_grad=param.requires_grad)
-        for buffer in model.buffers():
-            twins[id(buffer)] = shape_of(buffer)
+        # Whether compile_blocks has been there.
         self.is_compiled = any(block.is_compiled for block in blocks_of(model).values())
         try:
             self.model = copy.deepcopy(model, twins).train()
@@ -153,10 +134,10 @@ class Simulation:
             ) from error
         self.inputs = [shape_of(x) for x in inputs]
         self._on_cpu = device_type == "cpu"
-        self.autocast, self.slices = autocast, slices
+        self.autocast, self.slices = autocast, slices  # slices of the batch in every step, at least
         self._stage_of = _stages(self.model)
         self.blocks = len(self._stage_of)
-        self.block_names = _short_names([*blocks_of(self.model)])
+        self.block_names = _short_names([*blocks_of(self.model)])  # behind what all have in common
         self.invertible = [block.invertible for block in self._stage_of]
         self.saving_policy: MemoryPolicy = "reversible" if any(self.invertible) else "checkpoint"
         set_memory(self.model, self.saving_policy)  # says what is wrong, if there are no blocks
