@@ -22,7 +22,7 @@ from typing import Any
 
 from backbones.common.console import make_parser, name_unreadable, run_command
 from backbones.common.errors import UserError, error_line
-from backbones.common.files import write_json
+from backbones.common.files import walk, write_json
 from backbones.common.images import checked_size, image_suffixes
 
 # Where YOLO has the names of classes.
@@ -47,13 +47,13 @@ def _convert(args: argparse.Namespace) -> None:
         if not given.is_dir():
             raise UserError(f"{given} is no folder: give the one of the labels, and --images")
     kinds = {".xml": _voc, ".json": _labelme, ".txt": _yolo(args.source)}
-    every, notes = sorted(args.source.rglob("*")), {*_NAMES, args.output.name}
+    every, notes = sorted(walk(args.source)), {*_NAMES, args.output.name}
     labels = [file for file in every if file.suffix in kinds and file.name not in notes]
     if not labels:
         formats = ".txt (YOLO), .xml (VOC) or .json (LabelMe)"
         raise UserError(f"{args.source} holds no label file: {formats}")
     suffixes = image_suffixes()
-    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in suffixes]
+    files = [file for file in sorted(walk(folder)) if file.suffix.lower() in suffixes]
     there = {file.relative_to(folder).with_suffix(""): file for file in files}
     images: list[dict[str, Any]] = []
     label_of: dict[Path, Path] = {}

@@ -230,7 +230,7 @@ def find_files(
 def _files_at(path: Path, accepts: Callable[[Path], bool]) -> list[Path]:
     if not path.is_dir():
         return [path]
-    return [file for file in sorted(path.rglob("*")) if accepts(file) and file.is_file()]
+    return [file for file in sorted(walk(path)) if accepts(file) and file.is_file()]
 
 
 def walk(folder: Path) -> Iterator[Path]:

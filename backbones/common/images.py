@@ -172,8 +172,9 @@ def image_loader(
     batches = -(-len(files) // batch_size)
     # To start processes for a single batch takes longer than to read it.
     workers = min(workers, batches) if batches > 1 else 0
-    how: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
-    return DataLoader(files, batch_size, collate_fn=_collate, **how)
+    return DataLoader(
+        files, batch_size, num_workers=workers, collate_fn=_collate, pin_memory=pin_memory
+    )
 
 
 def _collate(items: list[tuple[int, Tensor | str]]) -> tuple[list[int], Tensor, dict[int, str]]:

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 Groups = Sequence[dict[str, Any]]
 
 
-def follow_recipe(groups: Groups, recipe: Groups) -> str:
+def follow_recipe(groups: Groups, recipe: Groups) -> dict[str, tuple[Any, Any]]:
     """Give the groups of parameters of a checkpoint the settings that the recipe has for them.
 
     An optimizer would take learning rates, weight decay and the rest from the checkpoint, whatever
@@ -26,18 +26,18 @@ def follow_recipe(groups: Groups, recipe: Groups) -> str:
         recipe: those of a fresh optimizer. Another number of groups is the optimizer's to refuse.
 
     Returns:
-        what differed, such as ``"lr 0.001 -> 0.0001"``, of the first group that it does in.
+        what differed, in the first group that it does in: what it is now, and what it was.
     """
-    changes: dict[str, str] = {}
+    changes: dict[str, tuple[Any, Any]] = {}
     for theirs, ours in zip(groups, recipe, strict=False):
         own = {key: value for key, value in ours.items() if key not in ("params", "initial_lr")}
         before = {**theirs, "lr": theirs.get("initial_lr", theirs["lr"])}
         for key in own.keys() & before.keys():
             was, now = (tuple(v) if isinstance(v, Sequence) else v for v in (before[key], own[key]))
             if was != now:
-                changes.setdefault(key, f"{key} {was} -> {now}")
+                changes.setdefault(key, (now, was))
         theirs.update(own, initial_lr=own["lr"])
-    return ", ".join(changes[key] for key in sorted(changes))
+    return changes
 
 
 def earlier_facts(results: Path) -> dict[str, Any]:

@@ -319,6 +319,8 @@ def _copied(value: Any) -> Any:
 
 def _differs(now: Any, was: Any) -> bool:
     """Whether something has changed since it was :func:`_copied`."""
+    if type(now) is not type(was):
+        return True
     if isinstance(was, dict):
         return now.keys() != was.keys() or any(_differs(now[key], was[key]) for key in was)
     if type(was) in (list, tuple):
@@ -334,7 +336,7 @@ def _has_changed(own: dict[str, Any], before: dict[str, Any]) -> bool:
     if now.keys() != before.keys() or now.pop("_buffers").keys() != before["_buffers"].keys():
         return True
     pairs = ((value, before[key]) for key, value in now.items())
-    return any(type(value) is not type(was) or _differs(value, was) for value, was in pairs)
+    return any(_differs(value, was) for value, was in pairs)
 
 
 def _is_closed(kind: type, own: dict[str, Any]) -> bool:

@@ -51,11 +51,11 @@ class ConvEmbed(nn.Module):
     def __init__(self, in_chans: int, embed_dim: int, clips: bool = False) -> None:
         super().__init__()
         self.in_chans, self.clips = in_chans, clips
-        self.proj: nn.Conv2d | nn.Conv3d = (
-            nn.Conv3d(in_chans, embed_dim, (3, 7, 7), (2, 4, 4), (1, 3, 3))
-            if clips
-            else nn.Conv2d(in_chans, embed_dim, 7, 4, 3)
-        )
+        self.proj: nn.Conv2d | nn.Conv3d
+        if clips:
+            self.proj = nn.Conv3d(in_chans, embed_dim, (3, 7, 7), (2, 4, 4), (1, 3, 3))
+        else:
+            self.proj = nn.Conv2d(in_chans, embed_dim, 7, 4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> (B, 1, ceil(H / 4), ceil(W / 4), embed_dim), or clips

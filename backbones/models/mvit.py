@@ -32,7 +32,10 @@ class Stage(nn.Module):
 
     def forward(self, *streams: Tensor) -> tuple[Tensor, ...]:
         """One stream or two, (B, T, H, W, C) each, to as many as the blocks have."""
-        (x,) = streams if self.transition is None else (self.transition(*streams),)
+        if self.transition is None:
+            (x,) = streams
+        else:
+            x = self.transition(*streams)
         return run_blocks(self.blocks, x)
 
 

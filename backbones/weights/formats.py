@@ -20,10 +20,16 @@ from torch import Tensor, nn
 from backbones.engine.policies import blocks_of
 from backbones.weights.checkpoint import WeightsError
 
-Layout = (
-    Literal["own", "PySlowFast", "mmpretrain", "timm"]
-    | Literal["Detectron2", "Hugging Face", "torchvision", "PyTorchVideo"]
-)
+Layout = Literal[
+    "own",
+    "PySlowFast",
+    "mmpretrain",
+    "timm",
+    "Detectron2",
+    "Hugging Face",
+    "torchvision",
+    "PyTorchVideo",
+]
 
 # Their names for our names, first match first. ``{block}`` is the i-th block of the model, in the
 # order of the forward pass, whatever stage it lies in.

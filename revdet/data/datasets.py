@@ -54,10 +54,10 @@ def name_own_data(cfg: DictConfig) -> None:
     given = cfg.dataset
     for name, loader in (("own_train", cfg.dataloader.train), ("own_val", cfg.dataloader.test)):
         keys = f"{OWN[name]}_json", f"{OWN[name]}_images"
-        first, second = sorted(keys, key=lambda key: not given[key])  # what is set comes first
-        if given[first] and not given[second]:
-            raise UserError(f"dataset.{first} is set, but not dataset.{second}: set both")
-        if given[first]:
+        for one, other in (keys, keys[::-1]):
+            if given[one] and not given[other]:
+                raise UserError(f"dataset.{one} is set, but not dataset.{other}: set both")
+        if given[keys[0]]:
             loader.dataset.names = name
     if given.val_fraction and (given.val_json or not given.train_json):
         wrong = f"dataset.val_fraction={given.val_fraction} splits dataset.train_json"

@@ -37,13 +37,19 @@ def summarize(path: Path, content: Coco, cleaned: Coco, findings: Findings) -> R
 
 def dataset_table(report: dict[str, Row]) -> str:
     """One row for each dataset, from its summary."""
-    rows = []
-    for name, facts in report.items():
-        row = {"dataset": name, "images": facts["images"]}
-        row |= {"without objects": facts["images_without_objects"], "objects": facts["objects"]}
-        row |= {"crowd regions": facts["crowd_regions"], "classes": facts["categories"]}
-        median, broken = "{} x {}".format(*facts["median_image"]), sum(facts["broken"].values())
-        rows.append({**row, "median image, px": median, "broken": broken})
+    rows = [
+        {
+            "dataset": name,
+            "images": facts["images"],
+            "without objects": facts["images_without_objects"],
+            "objects": facts["objects"],
+            "crowd regions": facts["crowd_regions"],
+            "classes": facts["categories"],
+            "median image, px": "{} x {}".format(*facts["median_image"]),
+            "broken": sum(facts["broken"].values()),
+        }
+        for name, facts in report.items()
+    ]
     return tabulate(rows, headers="keys", tablefmt="pipe") + "\n"
 
 

@@ -123,8 +123,8 @@ class Trainer(SimpleTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         known, groups = state_dict["optimizer"]["state"], state_dict["optimizer"]["param_groups"]
-        if changes := follow_recipe(groups, self.optimizer.param_groups):
-            logger.info(f"the optimizer goes on with other settings than before: {changes}")
+        for name, (now, was) in follow_recipe(groups, self.optimizer.param_groups).items():
+            logger.warning(f"resumed with optimizer.{name} {now}, which was {was}")
         # Other groups or parameters than expected are the optimizer's to refuse.
         for theirs, ours in zip(groups, self.optimizer.param_groups, strict=False):
             for index, param in zip(theirs["params"], ours["params"], strict=False):

@@ -266,8 +266,15 @@ def test_dataset(
 ) -> ClipDataset:
     """The clips and crops by which videos are tested."""
     short_side = None if test.views == "published" else data.decode_short_side or None
-    how: dict[str, Any] = {"short_side": short_side, "seed": seed, "opened": opened_as(data)}
-    return ClipDataset(records, root, test_clips(data, test), TestTransform(test, data), **how)
+    return ClipDataset(
+        records,
+        root,
+        test_clips(data, test),
+        TestTransform(test, data),
+        short_side=short_side,
+        seed=seed,
+        opened=opened_as(data),
+    )
 
 
 test_clips.__test__ = test_dataset.__test__ = False  # type: ignore[attr-defined]  # pytest

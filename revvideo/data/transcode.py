@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -166,8 +165,8 @@ def _encode(video: Video, path: Path, encoding: Encoding, note: str) -> dict[int
     step, shape = max(1, len(video) // _COMPARED), None
     compared: dict[int, np.ndarray] = {}
     unit = video.unit if video.unit.denominator <= _FINEST else Fraction(1, _FINEST)
-    how: dict[str, Any] = {"rate": video.rate, "threads": 1, "comment": note}
-    with h264_writer(path, unit, encoding.options, **how) as write:
+    options, rate = encoding.options, video.rate
+    with h264_writer(path, unit, options, rate=rate, threads=1, comment=note) as write:
         for number, picture in video.pictures(encoding.short_side):
             shape = shape or picture.shape
             if picture.shape != shape:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from backbones.common.errors import UserError
 from backbones.common.paths import local_path
 from revvideo.data.clips import ClipDataset, collate, opened_as, test_dataset, train_clips
+from revvideo.data.layouts import Layout
 from revvideo.data.loader import ResumableLoader, ResumableSampler, batches_to_test
 from revvideo.data.manifest import VideoRecord, default_manifest, describe, load_manifest
 from revvideo.data.scan import scan
@@ -66,8 +67,10 @@ class VideoData(pl.LightningDataModule):
             if scanned.is_file() and not path.is_file():
                 shutil.copyfile(scanned, path)
             listed = local_path(data.annotations.replace("{split}", split), "data.annotations")
-            how: dict[str, Any] = {"layout": data.layout, "classes": classes, "manifest_path": path}
-            manifest = scan(root, split, listed or None, **how)
+            layout = cast(Layout, data.layout)
+            manifest = scan(
+                root, split, listed or None, layout=layout, classes=classes, manifest_path=path
+            )
             classes = manifest.classes
             logger.info("%s (%s): %s", split, path, describe(manifest, most=NAMED))
         self._prepared = True
@@ -119,14 +122,24 @@ class VideoData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled clips; resumable in the middle of an epoch."""
-        data, augment, seed = self.config.data, self.config.augment, self.config.train.seed
-        videos, root = self._train.usable, self._train.root
-        clips, transform = train_clips(data, augment), TrainTransform(augment, data)
-        how: dict[str, Any] = {"short_side": data.decode_short_side or None, "seed": seed}
-        dataset = ClipDataset(videos, root, clips, transform, opened=opened_as(data), **how)
-        how = {"sampler": self._train_sampler(), "batches_per_step": self.config.optim.accumulate}
-        how["steps"] = self.trainer.global_step if self.trainer else 0
-        return ResumableLoader(dataset, self.loader_batch_size, **how, **self._workers())
+        data, augment = self.config.data, self.config.augment
+        dataset = ClipDataset(
+            self._train.usable,
+            self._train.root,
+            train_clips(data, augment),
+            TrainTransform(augment, data),
+            short_side=data.decode_short_side or None,
+            seed=self.config.train.seed,
+            opened=opened_as(data),
+        )
+        return ResumableLoader(
+            dataset,
+            self.loader_batch_size,
+            sampler=self._train_sampler(),
+            batches_per_step=self.config.optim.accumulate,
+            steps=self.trainer.global_step if self.trainer else 0,
+            **self._workers(),
+        )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """One view of each video: the clip in the middle, cropped at the centre."""

@@ -102,8 +102,10 @@ class Predictor:
         records = [VideoRecord(str(path), label=-1) for path in paths]
         dataset = test_dataset(records, "", self.config.data, self.config.test, seed=0)
         batches = batches_to_test(len(dataset), max(1, self.batch_size // views))
-        how: dict[str, Any] = {"collate_fn": collate, "num_workers": workers}
-        for batch in DataLoader(dataset, batch_sampler=batches, **how):
+        loader: DataLoader[Any] = DataLoader(
+            dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers
+        )
+        for batch in loader:
             for path, problem in batch["problems"]:
                 yield Path(path), None, problem
             if len(batch["index"]):

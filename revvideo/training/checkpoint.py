@@ -45,13 +45,15 @@ class CheckpointIO(TorchCheckpointIO):
         self._recipe = OmegaConf.create(content.get("config", ""))  # of the run, as it was
         self._content = content if hand_out else {}
 
-    def changed(self, config: Config) -> dict[str, Any]:
-        """The keys of a recipe that have other values than in the run, and these."""
-        keys = {
-            f"{s}.{key}": value for s, part in asdict(config).items() for key, value in part.items()
-        }
-        before = {key: OmegaConf.select(self._recipe, key) for key in keys}
-        return {key: was for key, was in before.items() if was is not None and was != keys[key]}
+    def changed(self, config: Config) -> dict[str, tuple[Any, Any]]:
+        """The keys of a recipe that are not as they were in the run: their values now and then."""
+        found = {}
+        for section, values in asdict(config).items():
+            for key, now in values.items():
+                was = OmegaConf.select(self._recipe, f"{section}.{key}")
+                if was is not None and was != now:
+                    found[f"{section}.{key}"] = now, was
+        return found
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         content, self._content = self._content, {}

@@ -191,8 +191,9 @@ class VideoModule(pl.LightningModule):
         optim, per_epoch = self.config.optim, self.data.steps_per_epoch
         steps, warmup = optim.epochs * per_epoch, round(optim.warmup_epochs * per_epoch)
         total = min(steps, optim.max_steps or steps)
-        how = {"warmup_steps": warmup, "total_steps": total}
-        optimizer, schedule = build_optimizer(self.backbone, optim, **how)
+        optimizer, schedule = build_optimizer(
+            self.backbone, optim, warmup_steps=warmup, total_steps=total
+        )
         self._recipe = [dict(group, lr=group["initial_lr"]) for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -100,7 +100,7 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
     changed = checkpoints.changed(config)
     if sharded and "train.strategy" in changed:
         wrong = f"train.strategy=fsdp cannot take over the optimizer of {checkpoint}"
-        raise UserError(f"{wrong}: resume with train.strategy={changed['train.strategy']}")
+        raise UserError(f"{wrong}: resume with train.strategy={changed['train.strategy'][1]}")
     source = "" if checkpoint else config.model.weights
     weights = read_weights(source) if source else None
     data = VideoData(config, classes=checkpoints.classes, resume=checkpoint is not None)
@@ -133,8 +133,8 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
     )
     what = f"continuing at step {checkpoints.step:,}" if checkpoint else "training"
     logger.info("%s; results in %s", what, output_dir)
-    for key, was in changed.items():
-        logger.warning("resumed with another %s, which was %s", key, was)
+    for key, (now, was) in changed.items():
+        logger.warning("resumed with %s %s, which was %s", key, now, was)
     with step_by_step():
         try:
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)

@@ -27,34 +27,32 @@ class Averaging(EMAWeightAveraging):
 class Saving(pl.Callback):
     """Writes the checkpoint of a run between two steps of the optimizer.
 
-    Not behind the last batch of an epoch, because from there Lightning counts the epoch twice when
-    it resumes: it is then written one step later. Told to stop, all processes finish the step, save
+    Not behind the last batch of an epoch, whose validation a run that resumes from there would
+    leave out: it is then written one step later. Told to stop, all processes finish the step, save
     it, and raise :class:`Stopped`; a validation is finished, and one step more.
     """
 
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every
         self._step, self._due, self._stop = 0, False, 0
-        self._within = True  # an epoch, where the run goes on; of a fresh run it does not matter
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Put Lightning into the epoch that the steps of the checkpoint have come to.
-
-        It counts an epoch that ``max_steps`` has broken off as a whole one, and with ``max_steps``
-        goes through a whole one again, without batches: the run would end some steps too early.
-        """
+        """Put Lightning into the epoch that the steps of the checkpoint have come to: it counts one
+        that ``max_steps`` has broken off as whole, and the run would end some steps too early."""
         assert isinstance(module, VideoModule)
         done, more = divmod(checkpoint["global_step"], module.data.steps_per_epoch)
-        begun, self._within = done + bool(more), more > 0
+        begun = done + bool(more)
         for epochs in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
             epochs.update(ready=begun, started=begun, processed=done, completed=done)
 
-    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, VideoModule)
         listen_again()  # Lightning has a handler of its own, which saves nothing
         self._step = trainer.global_step
-        if not self._within:
+        if self._step % module.data.steps_per_epoch == 0:
+            # With ``max_steps`` Lightning would go through the epoch before again, without batches.
             trainer.fit_loop.epoch_loop.restarting = False
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:

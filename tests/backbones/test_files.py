@@ -40,6 +40,21 @@ def test_files_folders_and_patterns(photos: Path) -> None:
     assert find(photos, passed_over=photos / "deep") == [first, second, odd]
 
 
+def test_hidden_files_and_links(photos: Path) -> None:
+    (photos / "._1 red.png").touch()
+    (photos / ".cache").mkdir()
+    (photos / ".cache/4.png").touch()
+    (photos / "deep/up").symlink_to(photos)
+    (photos / "gone.png").symlink_to(photos / "nothing")
+    before = find(photos)
+    assert [path.name for path in before] == ["1 red.png", "2.PNG", "3.png", "x[1].png"]
+    (photos.parent / "elsewhere").mkdir()
+    (photos.parent / "elsewhere/5.png").touch()
+    (photos / "linked").symlink_to(photos.parent / "elsewhere")
+    assert {*find(photos)} - {*before} == {photos / "linked/5.png"}
+    assert find(photos / "._1 red.png") == [photos / "._1 red.png"]
+
+
 def test_what_names_no_file_is_an_error(photos: Path) -> None:
     for argument in (photos / "nowhere.png", photos / "*.gif"):
         with pytest.raises(UserError, match=r"^--input .*: no such file or folder"):

@@ -129,6 +129,25 @@ def test_an_attribute_that_is_set_between_forward_and_backward(policy: MemoryPol
 
 
 @savers
+def test_a_container_that_becomes_something_else(policy: MemoryPolicy) -> None:
+    """Within another one, which stays."""
+
+    class Replaces(nn.Linear):
+        cache: dict[str, object]
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.cache["inside"] = None
+            return super().forward(x)
+
+    def make(policy: MemoryPolicy) -> tuple[nn.Module, dict[str, Tensor]]:
+        branch = Replaces(DIM, DIM)
+        branch.cache = {"inside": {"count": 1}}
+        return of(branch, policy=policy), {}
+
+    compare(make, policy)
+
+
+@savers
 def test_counts_kept_in_containers_within_containers(policy: MemoryPolicy) -> None:
     class Deep(nn.Module):
         def __init__(self) -> None:

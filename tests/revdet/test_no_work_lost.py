@@ -159,7 +159,8 @@ def test_what_has_changed_is_said_and_done(train_net, half, tmp_path):
     content = torch.load(half / "model_final.pth", weights_only=True)["trainer"]["optimizer"]
     assert {group["weight_decay"] for group in content["param_groups"]} == {0, 0.2}
     log = (half / "log.txt").read_text()
-    assert "other settings than before: lr 0.001 -> 0.007, weight_decay 0.05 -> 0.2" in log
+    assert "resumed with optimizer.lr 0.007, which was 0.001" in log
+    assert "resumed with optimizer.weight_decay 0.2, which was 0.05" in log
     assert "resumed with train.seed 1, which was 0" in log
     assert "resumed with images in an iteration 4, which was 2" in log
     assert "processes" not in log.partition("resumed with")[2]
