@@ -41,32 +41,21 @@ _PARTS = {
 class LoadReport:
     """What :func:`load_weights` did. Names are the model's own; ``str()`` gives a summary.
 
-    Attributes:
-        source: the path or address.
-        format: whose layout the file has: ``"own"``, ``"PySlowFast"``, ``"mmpretrain"``,
-            ``"timm"`` (also DeiT, MAE, DINOv2), ``"Detectron2"`` (ViTDet), ``"Hugging Face"``,
-            ``"torchvision"`` or ``"PyTorchVideo"`` (read by revvideo alone).
-        net: what net it is, in words; empty where only the layout is known.
-        loaded: tensors that were copied into the model.
-        converted: those among them, or what else of the file, that took another form: a class
-            token with its position, LayerScale that was folded, a plain net's norm and head in a
-            reversible model; each with what was done.
-        resized: those among them that were resized to the model's grid, each with what was done.
-        left_out: tensors of the file that were not used, each with the reason.
-        missing: tensors of the model that keep the values they had: those of the head, tables of
-            relative positions where the file has none, and a final norm (ViTDet has none).
-        averaged: under which name the file holds averaged weights too, which were not taken.
+    ``converted`` is what took another form: a class token with its position, LayerScale that was
+    folded, a plain net's norm and head in a reversible model. ``missing`` are tensors of the model
+    that keep the values they had: those of the head, tables of relative positions where the file
+    has none, and a final norm (ViTDet has none).
     """
 
-    source: str
-    format: Layout
-    net: str = ""
-    loaded: list[str] = field(default_factory=list)
-    converted: dict[str, str] = field(default_factory=dict)
-    resized: dict[str, str] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+    source: str  # the path or address
+    format: Layout  # whose layout the file has
+    net: str = ""  # what net it is, in words; empty where only the layout is known
+    loaded: list[str] = field(default_factory=list)  # tensors that were copied into the model
+    converted: dict[str, str] = field(default_factory=dict)  # each with what was done
+    resized: dict[str, str] = field(default_factory=dict)  # to the model's grid, likewise
+    left_out: dict[str, str] = field(default_factory=dict)  # tensors of the file, with the reason
     missing: list[str] = field(default_factory=list)
-    averaged: str | None = None
+    averaged: str | None = None  # where the file holds averaged weights too, which were not taken
 
     def __str__(self) -> str:
         what = ": ".join(filter(None, (self.format, self.net)))
@@ -91,6 +80,7 @@ def adapt(translation: Translation, model: nn.Module, report: LoadReport) -> Non
     WeightsError for a net of two streams in a model of one, or that cannot become the other."""
     tensors, own = translation.tensors, model.state_dict()
     foreign = translation.layout not in ("own", "PySlowFast", "mmpretrain")
+    class_token = _CLS in tensors
     if foreign:
         _fit_prefix(tensors, own, report)
     elif translation.layout == "mmpretrain":
@@ -105,7 +95,7 @@ def adapt(translation: Translation, model: nn.Module, report: LoadReport) -> Non
         return
     if foreign:
         _fit_layer_scale(tensors, own, report)
-        _fit_head(tensors, own, model.global_pool, _CLS in translation.read, report)
+        _fit_head(tensors, own, model.global_pool, class_token, report)
     if foreign or own.keys().isdisjoint(("norm.weight", "fc_norm.weight")):
         _fit_norm(tensors, own, report)
     if translation.streams > model.streams:

@@ -24,11 +24,11 @@ Layout = Literal[
     "own",
     "PySlowFast",
     "mmpretrain",
-    "timm",
-    "Detectron2",
+    "timm",  # also DeiT, MAE, DINOv2
+    "Detectron2",  # ViTDet
     "Hugging Face",
     "torchvision",
-    "PyTorchVideo",
+    "PyTorchVideo",  # read by revvideo alone
 ]
 
 # Their names for our names, first match first. ``{block}`` is the i-th block of the model, in the
@@ -148,20 +148,12 @@ _OTHERS = {
 
 @dataclass
 class Translation:
-    """Tensors by the names of a model of this package, or their own where they have none there.
-
-    Attributes:
-        layout: whose names they had.
-        beside: names of those that do not belong to the net: of a decoder, of a detector.
-        read: the names of all, as they were translated.
-        streams: how many the net has.
-    """
+    """Tensors by the names of a model of this package, or their own where they have none there."""
 
     tensors: dict[str, Tensor]
-    layout: Layout
-    beside: list[str]
-    read: frozenset[str]
-    streams: int
+    layout: Layout  # whose names they had
+    beside: list[str]  # names of those that do not belong to the net: of a decoder, of a detector
+    streams: int  # how many the net has
 
 
 def recognise(names: Iterable[str]) -> Layout:
@@ -223,7 +215,7 @@ def translate(state_dict: Mapping[str, Tensor], model: nn.Module, ema: bool = Fa
     streams = 2 if layout in ("PySlowFast", "mmpretrain") else 1
     if layout == "own":
         streams = _streams_of(state_dict) or _streams_of(own)
-    return Translation(converted, layout, beside, frozenset(converted), streams)
+    return Translation(converted, layout, beside, streams)
 
 
 def describe(translation: Translation) -> str:
@@ -278,13 +270,13 @@ def _of_one_stream(name: str) -> str:
 def _join_parts(tensors: dict[str, Tensor], own: Iterable[str]) -> None:
     """Separate q, k and v to one tensor, in place, and the two halves of a gated MLP."""
     for fused in own:
-        for layer, parts in ((".qkv.", "q k v"), (".fc1.", "gate up")):
+        for layer, *parts in ((".qkv.", "q", "k", "v"), (".fc1.", "gate", "up")):
             start, found_in, end = fused.rpartition(layer)
-            separate = [f"{start}.{part}.{end}" for part in parts.split()]
+            separate = [f"{start}.{part}.{end}" for part in parts]
             found = [name for name in separate if found_in and name in tensors]
             if not found:
                 continue
-            what = parts.replace(" v", " and v").replace("q ", "q, ").replace("e u", "e and u")
+            what = f"{', '.join(parts[:-1])} and {parts[-1]}"
             if len(found) < len(separate) or fused in tensors:
                 raise WeightsError(f"the state dict has no single set of {what} for {fused}")
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,15 +24,12 @@ TOLERANCE = 1e-5  # of the largest value
 class Graph:
     """A model that was written.
 
-    Attributes:
-        path: the file.
-        inputs: the shape of the input, in words.
-        error: the largest difference from the model itself, relative to its largest value, over
-            inputs of other batches and, unless they are fixed, other sizes than it was traced with.
+    ``error`` is the largest difference from the model itself, relative to its largest value, over
+    inputs of other batches and, unless they are fixed, other sizes than it was traced with.
     """
 
     path: Path
-    inputs: str
+    inputs: str  # the shape of the input, in words
     error: float
 
     def __str__(self) -> str:
@@ -59,25 +55,23 @@ def export_graph(
     onnx = path.suffix == ".onnx"
     for library in ("onnx", "onnxscript", "onnxruntime") if onnx else ():
         optional_import(library, "export", "ONNX")
-    # A side of one window, or of one token, is another graph.
-    windows = [m.window_size for m in model.modules() if isinstance(m, Attention)]
-    least = 1 + max(windows, default=1) if multiple else 0
     dims: dict[int, Any] = {0: Dim("batch", min=1)}
-    names = ["batch", *map(str, sample)]
+    names, other = ["batch", *map(str, sample)], [*sample]
     if multiple:
-        for place, name in ((-2, "height"), (-1, "width")):
-            dims[len(sample) + 1 + place] = multiple * Dim(name, min=max(2, least))
-            names[place] = f"{multiple} x {name}"
-    generator, other = torch.Generator().manual_seed(0), [*sample]
-    if multiple:
+        # A side of one window, or of one token, is another graph.
+        windows = [m.window_size for m in model.modules() if isinstance(m, Attention)]
+        least = 1 + max(windows, default=1)
         if min(sample[-2:]) < least * multiple:
             raise UserError(
                 f"{sample[-2]} x {sample[-1]} pixels are one window of this model or less: give "
                 f"sides of at least {least * multiple}, or a fixed size"
             )
+        for place, name in ((-2, "height"), (-1, "width")):
+            dims[len(sample) + 1 + place] = multiple * Dim(name, min=max(2, least))
+            names[place] = f"{multiple} x {name}"
         other[-2:] = other[-2] + multiple, max(max(2, least) * multiple, other[-1] - multiple)
-    shapes = (2, *sample), (3, *other)
-    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator) for shape in ((2, *sample), (3, *other))]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = [_outputs(model(x)) for x in inputs]
@@ -87,9 +81,8 @@ def export_graph(
                 if onnx:
                     torch.onnx.export(program, (), str(partial), verbose=False, external_data=False)
                 else:
-                    buffer = io.BytesIO()
-                    torch.export.save(program, buffer)
-                    partial.write_bytes(buffer.getvalue())
+                    with partial.open("wb") as file:
+                        torch.export.save(program, file)
                 made = [_run(partial, x, onnx) for x in inputs]
                 error = max(map(_distance, made, expected))
                 if not error <= TOLERANCE:
@@ -110,7 +103,8 @@ def _outputs(made: Any) -> list[Tensor]:
 
 def _run(path: Path, x: Tensor, onnx: bool) -> list[Tensor]:
     if not onnx:
-        return _outputs(torch.export.load(io.BytesIO(path.read_bytes())).module()(x))
+        with path.open("rb") as file:
+            return _outputs(torch.export.load(file).module()(x))
     runtime = optional_import("onnxruntime", "export", "ONNX")
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     made = session.run(None, {session.get_inputs()[0].name: x.numpy()})

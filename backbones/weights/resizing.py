@@ -31,16 +31,10 @@ def grids_of(model: nn.Module) -> dict[str, Grid]:
 def resize_positions(
     tensors: dict[str, Tensor], model: nn.Module, recorded: Mapping[str, Grid], foreign: bool
 ) -> dict[str, str]:
-    """Resize the position embeddings among ``tensors``, in place.
+    """Resize the position embeddings among a file's tensors, in place; say what was done, by name.
 
-    Args:
-        tensors: of a file, by the names of the model. What is no position embedding at all stays.
-        model: says which grids are wanted.
-        recorded: the grids in the file, of those embeddings of which they are known.
-        foreign: whether the file is of another implementation; those train on squares.
-
-    Returns:
-        what was done, by the names of the tensors that it was done to.
+    Which grids are wanted, the model says; those of the file are ``recorded`` where they are known.
+    A ``foreign`` file, of another implementation, was trained on squares.
     """
     resized = {}
     for name, (frames, height, width) in grids_of(model).items():
