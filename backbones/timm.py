@@ -7,10 +7,8 @@
 
 They are the classes of :func:`backbones.create_model`, so ``set_memory``, ``fit_memory`` and
 ``load_weights`` take them. With ``pretrained=True``, ``pretrained_cfg_overlay={"file": …}`` takes
-any file that :func:`backbones.load_weights` reads. timm's training script: docs/pretrained.md.
-
-Raises:
-    ImportError: timm is not installed.
+any file that :func:`backbones.load_weights` reads. timm's training script: docs/pretrained.md. An
+ImportError says that timm is not installed.
 """
 
 from __future__ import annotations

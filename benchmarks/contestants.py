@@ -20,7 +20,7 @@ from torch.utils.checkpoint import (
 
 from backbones import compile_blocks, fit_memory, set_memory
 from backbones.engine.policies import blocks_of
-from backbones.memory.budget import predict_memory
+from backbones.memory.simulation import Simulation
 
 Contestant = Callable[[nn.Module], None]
 
@@ -131,12 +131,13 @@ def fitted(images: Tensor) -> Contestant:
     """
 
     def apply(model: nn.Module) -> None:
-        low, high = (predict_memory(model, images, policy) for policy in ("reversible", "store"))
+        simulation = Simulation(model, images, next(model.parameters()).device.type)
+        low, high = (simulation.step(policy) for policy in ("reversible", "store"))
         enough, too_much = low.peak_bytes, high.peak_bytes + 1
         while too_much - enough > high.held_bytes // 100:
             budget = (enough + too_much) // 2
             plan = fit_memory(model, images, budget)
-            held = predict_memory(model, images, plan.policy, plan.stored_blocks, keep=plan.keep)
+            held = simulation.step(plan.policy, plan.stored_blocks, plan.keep)
             if held.held_bytes <= high.held_bytes / 2:
                 enough = budget
             else:

@@ -85,8 +85,7 @@ class ClassFolders(NamedTuple):
 
     root: Path  # holds those folders
     classes: list[str]  # their names, sorted: classes 0, 1, …
-    paths: list[str]  # of the images
-    labels: list[int]  # the class of each
+    images: list[tuple[str, int]]  # the path and the class of each
 
 
 def find_classes(data: Path) -> ClassFolders:
@@ -104,14 +103,14 @@ def find_classes(data: Path) -> ClassFolders:
         )
     if not classes:
         raise UserError(f"{root} has no folders; it should have one per class, with images in it")
-    samples = labelled_images(root, {name: label for label, name in enumerate(classes)})
-    counts = Counter(label for _, label in samples)
+    images = labelled_images(root, {name: label for label, name in enumerate(classes)})
+    counts = Counter(label for _, label in images)
     if empty := [name for label, name in enumerate(classes) if not counts[label]]:
         raise UserError(
             f"{len(empty)} of {len(classes)} class folders in {root} have no image "
             f"({', '.join(suffixes)}): {_some(empty)}"
         )
-    return ClassFolders(root, classes, [path for path, _ in samples], [c for _, c in samples])
+    return ClassFolders(root, classes, images)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -131,16 +130,17 @@ def accuracy(
             f"the model's head has {model.num_classes} classes, {folders.root} has "
             f"{len(folders.classes)} of them ({_some(folders.classes)})"
         )
-    labels = torch.tensor(folders.labels)
+    paths = [path for path, _ in folders.images]
+    labels = torch.tensor([label for _, label in folders.images])
     unreadable: dict[str, str] = {}
     hits: list[list[bool]] = []  # of each image, which of its five likeliest classes is its own
-    for indices, logits in infer(model, folders.paths, unreadable, options):
+    for indices, logits in infer(model, paths, unreadable, options):
         ranked = logits.topk(min(5, logits.shape[1])).indices
         hits += (ranked == labels[indices].unsqueeze(1)).tolist()
     return {
         "top1": 100 * sum(first for first, *_ in hits) / len(hits),
         "top5": 100 * sum(map(any, hits)) / len(hits),
         "evaluated": len(hits),
-        "images": len(folders.paths),
+        "images": len(paths),
         "unreadable": unreadable,
     }

@@ -119,11 +119,8 @@ def infer(
     """Run a model of :func:`prepare` on image files, with a progress bar on a terminal.
 
     A file that cannot be read is left out of its batch, and ``unreadable`` takes the reason by its
-    path; ``upright`` is that of :func:`backbones.common.images.read_image`.
-
-    Yields:
-        for each batch, which of the files are in it, and what the model returned for them: a row
-        each, in float32, on the CPU.
+    path; ``upright`` is that of :func:`backbones.common.images.read_image`. Yields for each batch
+    which of the files are in it, and what the model returned: a row each, in float32, on the CPU.
     """
     side, device = options.img_size, torch.device(options.device)
     height, width = (side, side) if side else input_shape(model)[-2:]

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from backbones.commands.memory_plot import frontier, plot
 from backbones.commands.real_steps import ROUNDS, Settings, Trial
 from backbones.common.console import show_progress
 from backbones.common.errors import UserError, optional_import
@@ -89,12 +90,12 @@ def run(options: argparse.Namespace) -> None:
     title = f"{options.model}, input {options.input}, {precision}"
     print(f"{title}: peak of a training step with AdamW\n")
     _print_row("", settings)
-    for part in simulation.step("store").peak:
+    for part in steps["store"].peak:
         _print_row(part, (readable(step.peak[part]) for step in steps.values()))
     _print_row("total", (readable(step.peak_bytes) for step in steps.values()))
     _print_row("held", (readable(step.held_bytes) for step in steps.values()))
-    operations = simulation.step("store").operations
-    _print_row("speed, counted", (f"{operations / x.operations:.2f}" for x in steps.values()))
+    most = steps["store"].operations
+    _print_row("speed, counted", (f"{most / step.operations:.2f}" for step in steps.values()))
     if options.measure or (options.measure is None and device.type == "cuda" and here):
         _measure(options.model, shape, device, settings, simulation)
     elif here:
@@ -107,8 +108,6 @@ def run(options: argparse.Namespace) -> None:
             f"  backbones.set_memory(model, {saving!r}, {plan.stored_blocks}, keep={plan.keep!r})"
         )
     if options.plot:
-        from backbones.commands.memory_plot import frontier, plot
-
         show_progress("counting what a byte buys")
         curves = frontier(simulation)
         show_progress("")

@@ -20,9 +20,7 @@ ROUNDS = 5  # that count
 class Trial:
     """Training steps (forward, backward, AdamW) of a model on random input, for measuring.
 
-    Args:
-        model: on the device where the steps run. Its weights change.
-        autocast: the dtype of autocast in the forward pass, or None.
+    They run on the model's device, with the forward pass under ``autocast``; its weights change.
     """
 
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:

@@ -8,7 +8,7 @@ examples:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,12 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from backbones.common.console import show_progress
 from backbones.memory.simulation import Simulation
 from backbones.registry import MODELS, build, input_shape, list_models
-
-_HEADER = (
-    *("name", "params (M)", "GFLOPs", "input", "top-1", "weights"),
-    *("stored (MB)", "reversed (MB)"),
-)
-_LEFT = {0, 3, 5}  # columns of words
 
 _NOTES = """\
 GFLOPs: multiply-accumulates of convolutions, linear layers and attention, as the papers count.
@@ -79,25 +73,30 @@ def describe(name: str) -> ZooEntry:
     )
 
 
-def zoo_table(entries: Iterable[ZooEntry]) -> str:
+def _megabytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:.1f}"
+
+
+# What the table says of a model, by its heading.
+_COLUMNS: dict[str, Callable[[ZooEntry], str]] = {
+    "name": lambda entry: entry.name,
+    "params (M)": lambda entry: f"{entry.parameters / 1e6:.2f}",
+    "GFLOPs": lambda entry: f"{entry.macs / 1e9:.2f}",
+    "input": lambda entry: "x".join(map(str, entry.input_shape)),
+    "top-1": lambda entry: "-" if entry.top1 is None else f"{entry.top1:.1f}",
+    "weights": lambda entry: "released" if entry.released else "-",
+    "stored (MB)": lambda entry: _megabytes(entry.stored_bytes),
+    "reversed (MB)": lambda entry: _megabytes(entry.reversible_bytes),
+}
+
+
+def zoo_table(entries: Sequence[ZooEntry]) -> str:
     """A table of models, and its notes."""
     columns = []
-    for index, cells in enumerate(zip(_HEADER, *map(_cells, entries), strict=True)):
+    for heading, cell in _COLUMNS.items():
+        cells = [heading, *map(cell, entries)]
+        align = str.ljust if heading in ("name", "input", "weights") else str.rjust
         width = max(map(len, cells))
-        columns.append([c.ljust(width) if index in _LEFT else c.rjust(width) for c in cells])
+        columns.append([align(text, width) for text in cells])
     lines = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
     return "\n".join([*lines, "", _NOTES])
-
-
-def _cells(entry: ZooEntry) -> tuple[str, ...]:
-    reversible = entry.reversible_bytes
-    return (
-        entry.name,
-        f"{entry.parameters / 1e6:.2f}",
-        f"{entry.macs / 1e9:.2f}",
-        "x".join(map(str, entry.input_shape)),
-        "-" if entry.top1 is None else f"{entry.top1:.1f}",
-        "released" if entry.released else "-",
-        f"{entry.stored_bytes / 1e6:.1f}",
-        "-" if reversible is None else f"{reversible / 1e6:.1f}",
-    )

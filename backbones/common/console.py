@@ -76,13 +76,9 @@ def run_command(
     work: Callable[[argparse.Namespace], int | None],
     arguments: Sequence[str] | None,
 ) -> int:
-    """Do the work of a command; return its exit status, 0 if it has none.
-
-    ``arguments`` are those of the command line; None for those that the process was given.
-
-    Raises:
-        SystemExit: with status 2, after a usage error or one line on stderr about what is wrong.
-    """
+    """Do the work of a command, whose arguments are those of the process if None; return its exit
+    status, 0 if it has none. A usage error, or what the user can fix, is a SystemExit of status 2,
+    after a line on stderr."""
     options = parser.parse_args(arguments)
     try:
         with readable_in_part():
@@ -143,12 +139,8 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def try_device(name: str, setting: str = "", remedy: str = "--device cpu") -> torch.device:
     """The device of a name (``"cuda:1"``), on which something has been computed; ``"auto"``: a GPU
-    if there is.
-
-    Raises:
-        UserError: it does not exist, or cannot be used here; ``setting`` is what the user has
-            written (default: ``--device name``), ``remedy`` what can be written instead.
-    """
+    if there is. A UserError if it cannot be used here: ``setting`` is what the user has written
+    (default: ``--device name``), ``remedy`` what can be written instead."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

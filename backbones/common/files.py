@@ -39,13 +39,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path, setting: str) -> Iterator[None]:
-    """A context in which no other process may have the same folder.
+    """A context in which no other process may have the same folder; a UserError if one has it.
 
     The operating system drops the lock when the process ends, however it does. Where it knows no
     locks (not POSIX, some network folders), there is none.
-
-    Raises:
-        UserError: another process has it.
     """
     try:
         import fcntl
@@ -125,7 +122,7 @@ def has_other_checksum(path: Path) -> bool | None:
     checksum = checksum_file(path)
     if not checksum.is_file():
         return None
-    return checksum.read_text(errors="replace").split(" ")[0] != checksum_of(path)
+    return checksum.read_text(errors="replace").split()[:1] != [checksum_of(path)]
 
 
 def checksum_of(path: Path) -> str:
@@ -153,11 +150,8 @@ def make_folder(path: str, setting: str) -> None:
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
-    """Write a JSON file, all of it or nothing; makes its folder. NaN, which JSON has not, is null.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a JSON file, all of it or nothing; makes its folder. NaN, which JSON has not, is null;
+    an OSError says that it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         text = json.dumps(content, indent=indent, allow_nan=False)
@@ -198,16 +192,10 @@ def find_files(
 ) -> list[Path]:
     """The files that are meant, in the order of the arguments and each once.
 
-    Args:
-        arguments: files, which may have any name; folders, which are searched in depth for files
-            that are accepted; and patterns (``*``, ``?``, ``[…]``, ``**``) of such.
-        accepts: whether a file in a folder is one of those looked for.
-        what: they are, with their suffixes, for the error message.
-        option: of the command line that takes the arguments, if it is one, likewise.
-        passed_over: a folder whose files are not meant: the results of an earlier run.
-
-    Raises:
-        UserError: an argument that names nothing.
+    Arguments are files, which may have any name; folders, which are searched in depth for files
+    that ``accepts`` takes; and patterns (``*``, ``?``, ``[…]``, ``**``) of such. Files in
+    ``passed_over``, the results of an earlier run, are not meant. An argument that names nothing is
+    a UserError, which says by which ``option`` it came and ``what`` was looked for.
     """
     found: dict[Path, None] = {}
     for argument in arguments:

@@ -30,11 +30,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def import_images(module: str) -> Any:
-    """Import a module of the extra ``images``.
-
-    Raises:
-        ImportError: it is not installed, or does not fit the installed torch.
-    """
+    """Import a module of the extra ``images``; an ImportError if it is not installed, or does not
+    fit the installed torch."""
     try:
         return optional_import(module, "images", "working on images")
     except RuntimeError as error:  # torchvision, where its compiled operators were not made for it
@@ -55,12 +52,8 @@ def image_suffixes() -> tuple[str, ...]:
 
 
 def labelled_images(root: str | os.PathLike[str], labels: Mapping[str, int]) -> list[Any]:
-    """Path and label of each image in the folders of some classes, in the order of their names.
-
-    Args:
-        root: holds the folders.
-        labels: by the name of the folder.
-    """
+    """Path and label of each image in some folders of ``root``, in the order of their names;
+    ``labels`` are by the name of the folder."""
     suffixes = image_suffixes()
     return [
         (str(path), labels[name])
@@ -164,11 +157,8 @@ class ImageFiles(Dataset[tuple[int, Tensor | str]]):
 def image_loader(
     files: ImageFiles, batch_size: int, workers: int, pin_memory: bool = False
 ) -> DataLoader[tuple[int, Tensor | str]]:
-    """Batches in the order of the files, whatever ``workers`` is.
-
-    Each is a triple: the indices of the files, their images, (B, 3, H, W) in float32 or (0,) if
-    none could be read, and the reason by the index of a file for those that are left out.
-    """
+    """Batches in the order of the files: the indices of those that could be read, their images,
+    (B, 3, H, W) in float32 or (0,) for none, and the reason by the index of each other file."""
     batches = -(-len(files) // batch_size)
     # To start processes for a single batch takes longer than to read it.
     workers = min(workers, batches) if batches > 1 else 0

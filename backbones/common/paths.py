@@ -21,11 +21,8 @@ _REMEDY = {"s3": "pip install boto3, and give AWS credentials"}
 
 def local_path(path: str, key: str) -> str:
     """Where a file or folder lies on this machine: ``path`` itself, if it has no prefix; what is
-    remote is fetched once, and kept by iopath. ``key`` is what the user calls it.
-
-    Raises:
-        UserError: nothing is registered for the prefix, or it cannot be had.
-    """
+    remote is fetched once, and kept by iopath. ``key`` is what the user calls it; a UserError says
+    that nothing is registered for the prefix, or that it cannot be had."""
     scheme, separator, rest = path.partition("://")
     if not separator:
         return path

@@ -28,11 +28,8 @@ class Recipes:
         }
 
     def find(self, config: str) -> str:
-        """The path of a recipe: ``config`` itself where it is a file, else that of this name.
-
-        Raises:
-            UserError: it is neither; the message has the names that are near.
-        """
+        """The path of a recipe: ``config`` itself where it is a file, else that of this name; a
+        UserError with the names that are near if it is neither."""
         config = local_path(config, "--config")
         known, name = self.files(), config.removesuffix(self.suffix)
         if Path(config).is_file():

@@ -16,17 +16,12 @@ Groups = Sequence[dict[str, Any]]
 
 
 def follow_recipe(groups: Groups, recipe: Groups) -> dict[str, tuple[Any, Any]]:
-    """Give the groups of parameters of a checkpoint the settings that the recipe has for them.
+    """Give the groups of parameters of a checkpoint, in place, the settings that the recipe has for
+    them; say what differed, in the first group that it does in: what it is now, and what it was.
 
     An optimizer would take learning rates, weight decay and the rest from the checkpoint, whatever
     the user has set since. What it has gathered about the parameters is in no group, and stays.
-
-    Args:
-        groups: of the optimizer's state, as ``torch.optim.Optimizer`` has them; changed in place.
-        recipe: those of a fresh optimizer. Another number of groups is the optimizer's to refuse.
-
-    Returns:
-        what differed, in the first group that it does in: what it is now, and what it was.
+    ``recipe`` is of a fresh optimizer; another number of groups is the optimizer's to refuse.
     """
     changes: dict[str, tuple[Any, Any]] = {}
     for theirs, ours in zip(groups, recipe, strict=False):

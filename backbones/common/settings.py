@@ -78,11 +78,7 @@ def describe(section: type, prefix: str = "") -> str:
 
 def check_values(settings: Any, section: type, prefix: str = "") -> None:
     """Compare the values in ``settings`` (an instance of the dataclass ``section``, or a config
-    node of its shape) with the choices and bounds of its keys.
-
-    Raises:
-        UserError: with the key, its value and what it may be.
-    """
+    node of its shape) with the choices and bounds of its keys; a UserError has what may be used."""
     for entry in keys_of(section):
         value = attrgetter(entry.path)(settings)
         choices, low, high = (entry.rules[rule] for rule in ("choices", "low", "high"))
@@ -108,10 +104,7 @@ def split_override(text: str) -> tuple[str, str]:
 
 def verbatim(text: str) -> str:
     """What to give OmegaConf, so that it is read back as typed: ``${`` has no meaning of its own.
-
-    Raises:
-        UserError: ``"???"``, by which OmegaConf means that a value is missing.
-    """
+    A UserError for ``"???"``, by which OmegaConf means that a value is missing."""
     if text == "???":
         raise UserError("'???' can be no value")
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)

@@ -96,10 +96,8 @@ def save_sharded(folder: Path, state: dict[str, Any]) -> None:
     """Write a state as a folder, whole or not at all, with its checksum beside it.
 
     All processes call this together, and each writes its part of the sharded tensors (torch's
-    distributed checkpoint); the first one writes all else, into ``state.pth``.
-
-    Raises:
-        UserError: it cannot be written.
+    distributed checkpoint); the first one writes all else, into ``state.pth``. A UserError says
+    that it cannot be written.
     """
     from torch.distributed import checkpoint
 
@@ -137,9 +135,7 @@ def read_sharded(folder: Path, model: nn.Module) -> dict[str, Any]:
     """The state that :func:`save_sharded` has written, by however many processes.
 
     All processes call this together. Tensors are sharded over them if ``model`` is, and else whole.
-
-    Raises:
-        UserError: it is damaged, or something else.
+    A UserError says that it is damaged, or something else.
     """
     from torch.distributed import checkpoint
     from torch.distributed.tensor import Shard, empty

@@ -13,16 +13,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(BaseException):
-    """A command has been told to stop. Not an error, so nobody logs its traceback.
-
-    Attributes:
-        status: the exit status of a process that the signal ends: 130 for Ctrl-C, 143 for SIGTERM.
-    """
+    """A command has been told to stop. Not an error, so nobody logs its traceback."""
 
     def __init__(self, number: int, message: str = "") -> None:
         super().__init__(number, message)
         self.number, self.message = number, message
-        self.status = 128 + number
+        self.status = 128 + number  # of a process that the signal ends: 130, or 143 for SIGTERM
 
     def __str__(self) -> str:
         name = "Ctrl-C" if self.number == signal.SIGINT else signal.Signals(self.number).name

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from backbones.engine.policies import Keep, MemoryPolicy, set_memory
 from backbones.memory.counting import nbytes
 from backbones.memory.frontier import keeps_by_worth
-from backbones.memory.simulation import Simulation, StepMemory
+from backbones.memory.simulation import Simulation
 
 # Of the memory that is free, what "auto" plans with: the allocator fragments, and kernels take
 # scratch memory of their own, neither of which can be counted beforehand.
@@ -112,31 +112,13 @@ def fit_memory(
         ValueError: a budget that is too small (the message has the smallest) or cannot be read;
             ``"auto"`` on a CPU; no block in ``model`` whose memory can be managed.
     """
-    device = _device_of(model)
+    tensors = chain(model.parameters(), model.buffers())
+    device = next(tensors, torch.empty(0)).device
     limit = parse_budget(budget, device) if budget != "auto" else _auto_budget(model, device)
     simulation = Simulation(model, example_input, device.type, autocast, fused, slices)
     plan = fastest_that_fits(simulation, limit)
     set_memory(model, plan.policy, plan.stored_blocks, plan.keep, plan.slices)
     return plan
-
-
-def predict_memory(
-    model: nn.Module,
-    example_input: Tensor | Sequence[Tensor],
-    policy: MemoryPolicy,
-    stored_blocks: int = 0,
-    autocast: torch.dtype | None = None,
-    keep: Keep = (),
-    slices: int = 1,
-    fused: bool = False,
-) -> StepMemory:
-    """The memory of a training step under a policy: its peak, and what it holds for backward.
-
-    Arguments and errors as for :func:`fit_memory` and :func:`backbones.set_memory`. ``model`` is
-    unchanged.
-    """
-    simulation = Simulation(model, example_input, _device_of(model).type, autocast, fused)
-    return simulation.step(policy, stored_blocks, keep, slices)
 
 
 def parse_budget(budget: int | str, device: torch.device | None = None) -> int:
@@ -210,18 +192,13 @@ def _in_slices(simulation: Simulation, budget: int, smallest: int) -> MemoryPlan
             break
         if peak <= budget:
             return _plan(simulation, budget, 0, (), slices)
-        useless = peak > 0.99 * smallest  # what is run is not the peak
-        smallest = min(smallest, peak)
-        if useless:
+        before, smallest = smallest, min(smallest, peak)
+        if peak > 0.99 * before:  # what is run is not the peak
             break
     raise ValueError(
         f"a training step does not fit {readable(budget)}: the smallest budget is {smallest} "
         f"bytes ({readable(smallest)}), with no block stored. Give more, or a smaller batch."
     )
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
 
 
 def _auto_budget(model: nn.Module | None, device: torch.device) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -50,8 +50,8 @@ class DriftReport:
     """What :func:`probe_drift` found; ``str()`` gives a table."""
 
     precision: Precision
-    blocks: list[BlockDrift] = field(default_factory=list)  # in the order of the forward pass
-    gradient: float = 0.0  # relative error of all gradients together, the input's included
+    blocks: list[BlockDrift]  # in the order of the forward pass
+    gradient: float  # relative error of all gradients together, the input's included
 
     @property
     def reconstruction(self) -> float:
@@ -67,8 +67,7 @@ class DriftReport:
     @property
     def ok(self) -> bool:
         """Whether every error is finite, and every gradient's below :data:`WARNING_THRESHOLD`."""
-        finite = self.reconstruction < float("inf")
-        return finite and self.worst_gradient < WARNING_THRESHOLD
+        return self.reconstruction < float("inf") and self.worst_gradient < WARNING_THRESHOLD
 
     def __str__(self) -> str:
         width = max(len("all gradients"), *(len(block.name) for block in self.blocks))

@@ -82,26 +82,19 @@ def _items(simulation: Simulation) -> list[_Item]:
     they are goes with them.
     """
     items: list[_Item] = []
-    linear: dict[int, list[_Item]] = defaultdict(list)
-    rest: dict[int, _Item] = {}
+    of_block: dict[int, list[_Item]] = defaultdict(list)
     for item in _worth(simulation):
-        if item.layer and item.operations > 0:
-            linear[item.block].append(item)
-        else:
-            rest[item.block] = _joined(item, rest.get(item.block))
-    for block in {**linear, **rest}:
-        layers = sorted(linear[block], key=lambda item: -item.density)
-        last = rest.get(block)
-        while last and layers and layers[-1].density < last.density:
-            last = _joined(layers.pop(), last)
-        items += layers
-        items += [last] if last and last.operations > 0 else []
+        of_block[item.block].append(item)
+    for block, found in of_block.items():
+        rest = _Item(block, "products", 0, 0.0)
+        for item in sorted(found, key=lambda item: (item.layer != "", item.density)):
+            if not item.layer or item.operations <= 0 or item.density < rest.density:
+                size, operations = rest.size + item.size, rest.operations + item.operations
+                rest = rest._replace(size=size, operations=operations)
+            else:
+                items.append(item)
+        items += [rest] if rest.operations > 0 else []
     return sorted(items, key=lambda item: (-item.density, -item.block))
-
-
-def _joined(item: _Item, last: _Item | None) -> _Item:
-    size, operations = (last.size, last.operations) if last else (0, 0.0)
-    return _Item(item.block, "products", item.size + size, item.operations + operations)
 
 
 def _worth(simulation: Simulation) -> list[_Item]:

@@ -88,12 +88,9 @@ def _common(paths: list[list[str]]) -> int:
 class Simulation:
     """Training steps of a shape-only copy of a model: forward, backward and AdamW.
 
-    Arguments as for :func:`backbones.fit_memory`; ``device_type`` is where training would run.
-
-    Raises:
-        ValueError: no block in the model whose memory can be managed; nothing to train; an empty
-            or no input; a model that cannot be copied, or, in :meth:`step`, one that asks for the
-            values of its tensors.
+    Arguments as for :func:`backbones.fit_memory`; ``device_type`` is where training would run. A
+    ValueError for no block whose memory can be managed; nothing to train; an empty or no input; a
+    model that cannot be copied, or, in :meth:`step`, one that asks for the values of its tensors.
     """
 
     def __init__(

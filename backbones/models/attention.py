@@ -25,15 +25,10 @@ from torch import Tensor, nn
 class GridAttention(nn.Module):
     """What all attention here has in common: the fused kernel, and where tokens are to each other.
 
-    Args:
-        head_dim: channels of a head.
-        attn_drop: dropout on the attention weights.
-        rel_pos_sides: (T, H, W) of the grid that the tables of relative positions are made for, of
-            the finer one where queries and keys differ; 0 for an axis whose distances do not
-            count; None for no relative positions.
-
-    Attributes:
-        rel_pos_t, rel_pos_h, rel_pos_w: (2 side - 1, head_dim), zeros at first; or None.
+    ``rel_pos_sides`` is (T, H, W) of the grid that the tables of relative positions are made for,
+    of the finer one where queries and keys differ; 0 for an axis whose distances do not count, such
+    as T of images; None for no relative positions. A table is (2 side - 1, head_dim), zeros at
+    first.
     """
 
     rel_pos_t: Tensor | None
@@ -73,13 +68,9 @@ class Attention(GridAttention):
     """Multi-head self-attention over the grid, or within windows of it.
 
     Args (the others as for :class:`backbones.ViT`):
-        dim: channels of a token, a multiple of ``num_heads``.
+        dim: channels of a token; a ValueError if it is no multiple of ``num_heads``.
         window_size: side of the windows in tokens; 0 for attention over the whole grid.
-        rel_pos_sides: (T, H, W) that tables of relative positions are made for, of a window where
-            there are windows, T = 0 for images; None for no relative positions.
-
-    Raises:
-        ValueError: ``dim`` is no multiple of ``num_heads``.
+        rel_pos_sides: as for :class:`GridAttention`, of a window where there are windows.
     """
 
     def __init__(
@@ -120,13 +111,11 @@ class Attention(GridAttention):
 
 
 def to_windows(x: Tensor, size: int) -> Tensor:
-    """Cut (B, T, H, W, C) into square windows that do not overlap.
+    """(B, T, H, W, C) -> (B ceil(H / size) ceil(W / size), T, size, size, C): square windows that
+    do not overlap, row by row within each sample.
 
     A grid whose sides are no multiples of ``size`` is padded with zeros below and on the right. As
     in ViTDet nothing tells these tokens from others afterwards.
-
-    Returns:
-        (B ceil(H / size) ceil(W / size), T, size, size, C), row by row within each sample.
     """
     batch, time, height, width, channels = x.shape
     # Rounded up, as ONNX does it right: its division of negative numbers rounds towards zero.
@@ -165,7 +154,7 @@ def resize_table(table: Tensor, rows: int) -> Tensor:
 
 
 def relative_rows(table: Tensor, q_side: int, k_side: int) -> Tensor:
-    """The embedding of the distance between each query and each key along one axis.
+    """The embedding of the distance of each query to each key on an axis, (q_side, k_side, D).
 
     As ``get_rel_pos`` in Detectron2 and SlowFast: distances are counted in steps of the finer of
     the two grids, and rounded down to a row of the table.
@@ -174,9 +163,6 @@ def relative_rows(table: Tensor, q_side: int, k_side: int) -> Tensor:
         table: (2 S - 1, D), made for S steps; row S - 1 is distance 0. Resized linearly where the
             finer grid has another number of steps.
         q_side, k_side: steps of the grids of queries and keys.
-
-    Returns:
-        (q_side, k_side, D).
     """
     table = resize_table(table, 2 * max(q_side, k_side) - 1)
     # In float32 whatever the default is: where one side does not divide the other, rounding decides
@@ -210,7 +196,6 @@ def rel_pos_attention(
         k, v: (B, heads, T', H', W', D), of ``q``'s dtype.
         tables: for the axes T, H, W one table each as in :func:`relative_rows`; None for an axis
             whose distances do not count, which is not all of them.
-        dropout_p: dropout on the attention weights.
 
     Returns:
         (B, heads, T H W, D), of ``q``'s dtype.
@@ -257,10 +242,8 @@ def _places(k: Tensor, axes: Sequence[int]) -> Tensor:
     grid = k.shape[2:5]
     marks = []
     for axis in axes:
-        shape = [1, 1, 1, grid[axis]]
-        shape[axis] = grid[axis]
-        mark = torch.eye(grid[axis], dtype=k.dtype, device=k.device).view(shape)
-        marks.append(mark.expand(*grid, -1))
+        mark = torch.eye(grid[axis], dtype=k.dtype, device=k.device)[:, None, None]
+        marks.append(mark.movedim(0, axis).expand(*grid, -1))
     places = torch.cat(marks, dim=-1).flatten(0, 2)
     if torch.compiler.is_exporting():  # for which kernel, nobody knows yet
         return places

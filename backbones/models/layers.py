@@ -100,12 +100,9 @@ class PrefixTokens(_Positions):
 
     def __init__(self, embed_dim: int, class_token: bool, num_registers: int) -> None:
         super().__init__()
-        self.register_parameter("cls_token", None)
-        self.register_parameter("register_tokens", None)
-        if class_token:
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        if num_registers:
-            self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, embed_dim))
+        for name, count in (("cls_token", int(class_token)), ("register_tokens", num_registers)):
+            tokens = nn.Parameter(torch.zeros(1, count, embed_dim)) if count else None
+            self.register_parameter(name, tokens)
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -176,14 +173,13 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.act = nn.GELU()
-        self.drop1 = nn.Dropout(drop)
         self.fc2 = nn.Linear(hidden_dim, dim)
-        self.drop2 = nn.Dropout(drop)
+        self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, dim) -> (…, dim)."""
-        x = self.drop1(self.act(self.fc1(x)))
-        return cast(Tensor, self.drop2(self.fc2(x)))
+        x = self.drop(self.act(self.fc1(x)))
+        return cast(Tensor, self.drop(self.fc2(x)))
 
 
 class SwiGLU(nn.Module):

@@ -106,7 +106,7 @@ class MViT(Trunk):
         if any(first >= following for first, following in pairwise(bounds)):
             given = f"{tuple(transitions)} for depth {depth}"
             raise ValueError(f"transitions must rise within 1 … depth - 1, got {given}")
-        fusion = self._choose_fusion(fusion)
+        fusion = _choose_fusion(fusion, self.streams)
         grid = _stem_grid(img_size, num_frames)
         self.patch_embed = layers.ConvEmbed(in_chans, embed_dim, self.clips)
         self.pos_embed: nn.Module = (
@@ -153,11 +153,6 @@ class MViT(Trunk):
         self.stages = nn.ModuleList(stages)
         self._finish(feature_info, drop_rate)
 
-    def _choose_fusion(self, fusion: Fusion | None) -> Fusion | None:
-        if fusion is not None:
-            raise ValueError(f"MViT has one stream and nothing to fuse, got fusion {fusion!r}")
-        return None
-
     def stage_streams(self, x: Tensor) -> list[tuple[Tensor, ...]]:
         """What each stage ends with, one or two grids (B, T, H, W, C), before any norm.
 
@@ -196,11 +191,16 @@ class RevMViT(MViT):
 
     streams = 2
 
-    def _choose_fusion(self, fusion: Fusion | None) -> Fusion | None:
-        if fusion is not None and fusion not in get_args(Fusion):
-            known = ", ".join(repr(name) for name in get_args(Fusion))
-            raise ValueError(f"fusion {fusion!r} does not exist; choose one of {known}")
-        return fusion or "concat_linear_2"
+
+def _choose_fusion(fusion: Fusion | None, streams: int) -> Fusion | None:
+    if fusion is None:
+        return "concat_linear_2" if streams == 2 else None
+    if streams == 1:
+        raise ValueError(f"MViT has one stream and nothing to fuse, got fusion {fusion!r}")
+    if fusion not in get_args(Fusion):
+        known = ", ".join(repr(name) for name in get_args(Fusion))
+        raise ValueError(f"fusion {fusion!r} does not exist; choose one of {known}")
+    return fusion
 
 
 def _stem_grid(img_size: int | tuple[int, int], num_frames: int | None) -> Triple:

@@ -30,19 +30,14 @@ class PooledAttention(GridAttention):
     layer norm over the channels of a head.
 
     Args (the others as for :class:`backbones.MViT`):
-        dim: channels of a token at the input.
-        dim_out: channels of a token at the output; the projection to q, k and v changes the width.
-        num_heads: of which ``dim_out`` is a multiple.
+        dim, dim_out: channels of a token at the input and at the output; the projection to q, k
+            and v changes the width. A ValueError if ``dim_out`` is no multiple of ``num_heads``.
         kernel: size of every pooling kernel in (T, H, W), odd.
-        kv_stride: (T, H, W) strides of the pooling of keys and values.
-        q_stride: (T, H, W) strides of the pooling of queries; None leaves them as they are.
-        residual_pooling: whether the queries are added to the output of the attention (MViTv2,
-            arXiv 2112.01526, section 4.1).
+        kv_stride, q_stride: (T, H, W) strides of the pooling of keys and values, and of queries,
+            which None leaves as they are.
+        residual_pooling: as in MViTv2 (arXiv 2112.01526, section 4.1).
         rel_pos_grid: (T, H, W) of the input that tables of relative positions are made for, T = 0
             for images; None for no relative positions.
-
-    Raises:
-        ValueError: ``dim_out`` is no multiple of ``num_heads``.
     """
 
     def __init__(
@@ -157,19 +152,9 @@ class StageTransition(Block):
     output by the mask, so that a dropped sample becomes all zeros and, behind it, the image is
     lost; evaluation and training without drop path are the same in both.
 
-    Args:
-        f: attention that pools its queries and maps the fused width to the new one.
-        g: the MLP at the new width.
-        fusion: ``"avg"`` takes the mean of two streams, ``"concat"`` puts them side by side,
-            ``"concat_linear_2"`` adds an MLP of hidden ratio 2 to that; None for one stream.
-        drop_path: the probability that a sample skips both branches in training, in [0, 1).
-
-    Attributes:
-        memory_policy: until :func:`backbones.set_memory` says otherwise, ``"checkpoint"`` between
-            two streams, ``"store"`` in one.
-
-    Raises:
-        ValueError: ``drop_path`` outside [0, 1).
+    ``f`` pools its queries and maps the fused width to the new one, at which ``g`` is. ``fusion``
+    ``"avg"`` takes the mean of two streams, ``"concat"`` puts them side by side,
+    ``"concat_linear_2"`` adds an MLP of hidden ratio 2 to that; None is for one stream.
     """
 
     f: PooledAttentionBranch

@@ -143,10 +143,8 @@ class Trunk(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W), or clips (B, in_chans, T, H, W) -> logits (B, num_classes).
 
-        Raw in eval mode too. With ``num_classes=0``: the mean of the tokens, (B, num_features).
-
-        Raises:
-            ValueError: ``x`` has another number of axes or of channels.
+        Raw in eval mode too. With ``num_classes=0``: the mean of the tokens, (B, num_features). A
+        ValueError if ``x`` has another number of axes or of channels.
         """
         return self.forward_head(self.forward_features(x))
 
@@ -173,10 +171,8 @@ class Trunk(nn.Module):
         """Tokens of :meth:`forward_features`, and the maps of :meth:`feature_maps` at ``indices``.
 
         ``indices`` may be how many of the last, or None for all. ``intermediates_only`` leaves the
-        tokens away; ``stop_early`` changes nothing.
-
-        Raises:
-            ValueError: another ``output_fmt``, or ``norm``.
+        tokens away; ``stop_early`` changes nothing; another ``output_fmt``, or ``norm``, is a
+        ValueError.
         """
         if output_fmt != "NCHW" or norm:
             given = f"{output_fmt=}, {norm=}"
@@ -248,10 +244,7 @@ def layer_decay_factors(trunk: nn.Module, decay: float) -> dict[str, float]:
     """The factor of the learning rate of every parameter of a trunk, by name.
 
     As in BEiT (arXiv 2106.08254) and ViTDet (arXiv 2203.16527): ``decay`` to the power of its
-    :func:`layer_depths`.
-
-    Raises:
-        ValueError: ``decay`` outside (0, 1].
+    :func:`layer_depths`; a ValueError if it is outside (0, 1].
     """
     if not 0 < decay <= 1:
         raise ValueError(f"layer_decay must be in (0, 1], got {decay}")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from backbones.common.errors import UserError, first_line, optional_import, some_of
+from backbones.common.files import has_other_checksum
 from backbones.weights.pickles import load_arrays
 
 # Under which key a state dict lies in people's files, and where averaged weights do.
@@ -162,6 +163,20 @@ def _state_dict_in(path: Path, content: dict[str, Any], ema: bool) -> Checkpoint
     beside = averaged if container == plain else None
     content = {} if container is None else content
     return Checkpoint(path, dict(tensors), content=content, averaged=beside)
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint of a run, None if nothing is: by its checksum, or where it
+    has none, by reading it."""
+    if (other := has_other_checksum(path)) is not None:
+        return "its checksum is another" if other else None
+    if path.is_dir():
+        return "it has no checksum"  # which is written before the folder gets its name
+    try:
+        read_checkpoint(path)
+    except WeightsError as error:
+        return first_line(error)
+    return None
 
 
 def _says_averaged(name: object) -> bool:

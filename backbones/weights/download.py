@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from backbones.common.files import checksum_file, checksum_of, replacing, write_checksum
+from backbones.common import files
 from backbones.weights.checkpoint import WeightsError
 
 # Files of other projects to start from, by names of our own.
@@ -67,7 +67,14 @@ def download(url: str) -> Path:
             raise WeightsError(
                 f"cannot download {url} ({reason}); get it another way and put it at {target}"
             ) from error
-    _check_sha256(target)
+    changed = files.has_other_checksum(target)
+    if changed is None:
+        with suppress(OSError):  # a folder that several users share may be read-only to this one
+            files.write_checksum(target, files.checksum_of(target))
+    elif changed:
+        record = files.checksum_file(target).name
+        remedy = "delete both to download it again"
+        raise WeightsError(f"{target} is not the file of the checksum in {record}; {remedy}")
     return target
 
 
@@ -104,21 +111,8 @@ def _fetch(url: str, target: Path) -> None:
     # Asked for first, because torch.hub neither gives up on a silent server nor compares sizes.
     with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
         size = response.headers.get("Content-Length")
-    with replacing(target) as partial:
+    with files.replacing(target) as partial:
         torch.hub.download_url_to_file(url, str(partial), progress=sys.stderr.isatty())
         received = partial.stat().st_size
         if size is not None and received != int(size):
             raise OSError(f"the connection broke off after {received} of {size} bytes")
-
-
-def _check_sha256(path: Path) -> None:
-    """Compare ``path`` with the checksum beside it, or record the checksum."""
-    digest, record = checksum_of(path), checksum_file(path)
-    if not record.exists():
-        with suppress(OSError):  # a folder that several users share may be read-only to this one
-            write_checksum(path, digest)
-    elif record.read_text().split()[:1] != [digest]:
-        raise WeightsError(
-            f"{path} is not the file of the checksum in {record.name}; delete both to download "
-            "it again"
-        )

@@ -138,17 +138,14 @@ def _drop_head(tensors: Tensors, own: Tensors, report: LoadReport) -> None:
     """Leave a head out that the model has not, or has for another number of classes."""
     has_head = any(key.startswith(_HEAD) for key in own)
     for name in [name for name in tensors if name.startswith(_HEAD)]:
-        value, mine = tensors[name], own.get(name)
-        if mine is None:
-            if has_head:
-                continue  # not the kind of head that these models have
-            why = "the model has no head"
-        elif value.ndim and value.shape[0] != mine.shape[0] and value.shape[1:] == mine.shape[1:]:
-            why = f"{value.shape[0]} classes, the model has {mine.shape[0]}"
+        theirs, mine = tensors[name].shape, own[name].shape if name in own else ()
+        if not has_head:
+            report.left_out[name] = "the model has no head"
+        elif theirs and mine and theirs[0] != mine[0] and theirs[1:] == mine[1:]:
+            report.left_out[name] = f"{theirs[0]} classes, the model has {mine[0]}"
         else:
-            continue
+            continue  # it fits, or is another kind of head, which will be refused
         del tensors[name]
-        report.left_out[name] = why
 
 
 def _check_names_and_shapes(tensors: Tensors, own: Tensors, allowed: Iterable[str]) -> None:

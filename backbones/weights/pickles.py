@@ -86,13 +86,11 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load_arrays(file: IO[bytes]) -> Any:
-    """What a pickle holds, its arrays as tensors.
+    """What a pickle holds, its arrays as tensors. Needs NumPy.
 
-    Raises:
-        pickle.UnpicklingError: it names more than containers and arrays (``GLOBAL name`` in the
-            message, as torch has it); any other error for one that is damaged or holds an array
-            of something else than numbers.
-        ImportError: NumPy is not installed.
+    A ``pickle.UnpicklingError`` says that it names more than containers and arrays (``GLOBAL name``
+    in the message, as torch has it); any other error, that it is damaged or holds an array of
+    something else than numbers.
     """
     return _plain(_Unpickler(io.BytesIO(file.read()), encoding="latin1").load())
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from backbones.common import files, sharding
 from backbones.common.errors import UserError, first_line
-from backbones.weights.checkpoint import Checkpoint, read_checkpoint
+from backbones.weights.checkpoint import Checkpoint, damage_of, read_checkpoint
 from backbones.weights.loading import load_checkpoint
 from revdet.models import find_trunk
 from revdet.training.weights import SHARDED, fetch_weights, for_detector
@@ -153,25 +153,12 @@ def checkpoint_to_resume(output_dir: Path) -> Path | None:
         what = "names no checkpoint" if tag.is_file() else "is missing"
         logger.warning(f"{tag} {what}: continuing from {known[0].name}, the newest beside it")
     for path in known:
-        if (reason := _damage(path)) is None:
+        if (reason := damage_of(path)) is None:
             return path
         logger.warning(f"{path} is damaged ({reason}): trying the one before")
     if known:
         wrong = f"all checkpoints in {output_dir} are damaged, the newest is {known[0].name}"
         raise UserError(f"{wrong}: set train.output_dir to a new folder")
-    return None
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint: by its checksum, or where it has none, by reading it."""
-    if (other := files.has_other_checksum(path)) is not None:
-        return "its checksum is another" if other else None
-    if path.is_dir():
-        return "it has no checksum"  # which is written before the folder gets its name
-    try:
-        read_checkpoint(path)
-    except ValueError as error:
-        return first_line(error)
     return None
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import OmegaConf
 
-from backbones.common.errors import UserError, first_line
-from backbones.common.files import has_other_checksum, save_checkpoint
-from backbones.weights.checkpoint import WeightsError, read_checkpoint
+from backbones.common.errors import UserError
+from backbones.common.files import save_checkpoint
+from backbones.weights.checkpoint import WeightsError, damage_of, read_checkpoint
 from revvideo.settings import Config
 from revvideo.training.weights import CLASSES
 
@@ -77,16 +77,9 @@ def checkpoint_to_resume(folder: Path) -> Path | None:
     """The newest whole checkpoint of a folder, None if it has none; a UserError if all are bad."""
     reasons = []
     for path in saved_in(folder):
-        other = has_other_checksum(path)
-        try:
-            if other is None:
-                read_checkpoint(path)
-        except WeightsError as error:
-            reasons.append(first_line(error))
-        else:
-            if not other:
-                return path
-            reasons.append(f"{path} is damaged (its checksum is another)")
+        if (reason := damage_of(path)) is None:
+            return path
+        reasons.append(f"{path} is damaged ({reason})")
         logger.warning("%s: trying the one before", reasons[-1])
     if reasons:
         raise UserError(f"{reasons[0]}: move it away to train from the beginning")

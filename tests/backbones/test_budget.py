@@ -18,7 +18,7 @@ from torch.autograd.profiler import profile
 from backbones import MemoryPolicy, create_model, fit_memory, set_memory
 from backbones.commands.real_steps import Trial
 from backbones.engine.policies import Keep, blocks_of
-from backbones.memory.budget import fastest_that_fits, parse_budget, predict_memory
+from backbones.memory.budget import fastest_that_fits, parse_budget
 from backbones.memory.simulation import Simulation
 from backbones.models.layers import ResidualBlock
 from tests.backbones.helpers import count_operations
@@ -148,7 +148,7 @@ def test_the_prediction_on_a_gpu(
     """At a size beside which the libraries' own workspaces, tens of MB, are small."""
     shape = (64, 3, 224, 224)
     model = create_model(name).cuda()
-    predicted = predict_memory(model, torch.empty(shape), policy, autocast=autocast).peak_bytes
+    predicted = Simulation(model, torch.empty(shape), "cuda", autocast).step(policy).peak_bytes
     allocated = Trial(model, autocast).allocated_peak(shape, policy, 0)
     if allocated is None:
         pytest.skip(f"a step of {predicted / 1e9:.1f} GB does not fit this GPU")
@@ -160,7 +160,7 @@ def test_bytes_are_told_apart_by_stage() -> None:
     arguments, shape = MODELS["rev_mvit_base"]
     deep = create_model("rev_mvit_base", num_classes=10, **{**arguments, "depth": 5})
     small = dict(simulation("rev_mvit_base").step("store").held)
-    deeper = predict_memory(deep, torch.zeros(shape), "store").held
+    deeper = Simulation(deep, torch.zeros(shape), "cpu").step("store").held
     assert list(small) == ["stem", "stage 1", "stage 2", "stage 3", "head"]
     assert all(size > 0 for size in small.values())
     assert deeper.pop("stage 3") > 1.2 * small.pop("stage 3")
@@ -169,7 +169,7 @@ def test_bytes_are_told_apart_by_stage() -> None:
 
 def test_blocks_in_a_row_are_one_stage() -> None:
     model, x = make("vit_tiny")
-    step = predict_memory(model, x, "store")
+    step = Simulation(model, x, "cpu").step("store")
     assert list(step.held) == ["stem", "stage 1", "head"]
     # Of a stem, autograd needs the image alone, and that is the input.
     assert step.held["stage 1"] > 0.9 * step.held_bytes
@@ -183,7 +183,7 @@ def test_blocks_in_a_row_are_one_stage() -> None:
 def test_of_a_small_batch_the_peak_is_the_update() -> None:
     """When all gradients are there, and no activation any more."""
     model, x = ResidualBlock(nn.Linear(64, 64), nn.Linear(64, 64)), torch.randn(1, 64)
-    step = predict_memory(model, x, "store")
+    step = Simulation(model, x, "cpu").step("store")
     assert step.peak["gradients"] == step.peak["parameters"] > 0
     assert all(step.peak[part] == 0 for part in step.held)
     assert step.peak_bytes == pytest.approx(measured_peak(model, x), rel=0.02)
@@ -324,7 +324,7 @@ def test_nothing_of_the_size_of_the_activations_is_allocated() -> None:
             return super().forward(x) + torch.zeros(10**12, 8, device=x.device)[: len(x)]
 
     block = ResidualBlock(Terabytes(8, 8), nn.Identity())
-    step = predict_memory(block, torch.zeros(1, 8).expand(10**12, 8), "store")
+    step = Simulation(block, torch.zeros(1, 8).expand(10**12, 8), "cpu").step("store")
     assert step.peak_bytes > 32 * 10**12
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_full_backward_hook
 
 from backbones import MemoryPolicy, ReversibleBlock, ReversibleSequence, create_model, set_memory
-from backbones.memory.budget import fit_memory, predict_memory
+from backbones.memory.budget import fit_memory
+from backbones.memory.simulation import Simulation
 from tests.backbones.helpers import (
     DIM,
     assert_grads_near,
@@ -245,7 +246,7 @@ def test_the_working_set_is_that_of_a_slice() -> None:
         peaks = []
         for batch in (2, 4):
             x, parts = torch.zeros(batch, 3, 64, 64), slices(batch)
-            peaks.append(predict_memory(model, x, "reversible", slices=parts).peak_bytes)
+            peaks.append(Simulation(model, x, "cpu", slices=parts).step("reversible").peak_bytes)
         return (peaks[1] - peaks[0]) / 2
 
     assert per_image(lambda batch: batch) < 0.6 * per_image(lambda batch: 1)
@@ -254,7 +255,7 @@ def test_the_working_set_is_that_of_a_slice() -> None:
 def test_a_budget_that_only_slices_fit() -> None:
     model = create_model("rev_vit_tiny", img_size=64, embed_dim=48, depth=2, patch_size=4)
     inputs = torch.zeros(2, 3, 64, 64)
-    smallest = predict_memory(model, inputs, "reversible").peak_bytes
+    smallest = Simulation(model, inputs, "cpu").step("reversible").peak_bytes
     assert fit_memory(model, inputs, smallest).slices == 1
     plan = fit_memory(model, inputs, smallest - 1)
     assert plan.slices == 2 and "in 2 slices of the batch" in plan.summary

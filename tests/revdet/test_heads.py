@@ -12,7 +12,7 @@ from detectron2.utils.events import EventStorage
 import backbones
 from backbones.common.errors import UserError
 from backbones.engine.policies import blocks_of
-from backbones.memory.budget import predict_memory
+from backbones.memory.simulation import Simulation
 from revdet.config import load_config
 from revdet.heads import Piece, make_pieces, set_heads_memory
 from revdet.models import build_model
@@ -91,7 +91,7 @@ def test_what_is_held_behind_the_trunk():
     model = build_model(load_config(DEMO, []))
     images = torch.empty(2, 3, SIDE, SIDE)
     stored, reversed_ = (
-        predict_memory(ShapeOnlyDetector(model), images, policy).held
+        Simulation(ShapeOnlyDetector(model), images, "cpu").step(policy).held
         for policy in ("store", "reversible")
     )
     assert list(stored) == ["stem", "trunk", "pyramid", "rpn", "box_heads", "mask_head", "head"]

@@ -12,7 +12,7 @@ from detectron2.utils.events import EventStorage
 
 import backbones
 from backbones.engine.policies import blocks_of
-from backbones.memory.budget import predict_memory
+from backbones.memory.simulation import Simulation
 from revdet.config import load_config
 from revdet.heads import set_heads_memory
 from revdet.models import build_model, find_trunk
@@ -42,7 +42,7 @@ def test_what_is_counted_is_what_a_real_step_holds(policy, dtype):
         real = held.bytes
     assert loss > 0
     step = ShapeOnlyDetector(model)
-    counted = predict_memory(step, torch.empty(SHAPE), policy, autocast=dtype).held_bytes
+    counted = Simulation(step, torch.empty(SHAPE), "cpu", dtype).step(policy).held_bytes
     # Real heads may see fewer proposals than the most that they can.
     # A checkpoint keeps the state of the random generator besides, 5 KB for each slice.
     assert real <= 1.05 * counted and counted <= 1.25 * real
