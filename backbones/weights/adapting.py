@@ -112,8 +112,7 @@ def _drop_stale_class_token(tensors: Tensors, report: LoadReport) -> None:
     position = tensors.get(_POSITION)
     if "cls_token" not in tensors or position is None or position.ndim != 3:
         return
-    patches = position.shape[1] - 1
-    if patches > 0 and isqrt(patches) ** 2 == patches:
+    if _rows_in_front(position.shape[1], (1,), {}):
         # Extra tokens stand before those of the patches.
         tensors[_POSITION] = position[:, 1:]
         del tensors["cls_token"]
