@@ -2,8 +2,7 @@
 
 PyTorchVideo's ``LabeledVideoDataset`` is an iterable: its length is wrong with several workers, it
 repeats or loses videos under DDP, and it puts another video in the place of one that does not
-decode. Its clip samplers, and those here that implement their interface, say when a clip starts; a
-clip is then made of numbers of frames, not of all that a span of time holds.
+decode. Its clip samplers, and those here, say when a clip starts; which frames it has is said here.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +183,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
     :meth:`revvideo.data.decode.Video.frames`.
 
     A sample is a dict: ``video``, (V, 3, T, H, W), V being all clips times all crops, or None if
-    the file broke after the scan; ``erased``, boxes by their number among these; ``label`` and
-    ``index`` (of the record), int; ``path``; and ``problem``: "", or why there is no video.
+    the file broke after the scan; ``erased``, of each clip; ``label`` and ``index`` (of the
+    record), int; ``path``; and ``problem``: "", or why there is no video.
     """
 
     def __init__(
@@ -220,7 +218,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         index, position = key
         path, seed = os.fsdecode(self._paths[index]), seed_of(self.seed, position)
         video, problem = None, ""
-        erased: dict[int, Erased] = {}
+        erased: list[Erased | None] = []
         with isolate_rng(include_cuda=False):
             # Not torch.manual_seed, which would seed the generators of the GPUs as well.
             torch.default_generator.manual_seed(seed)
@@ -233,7 +231,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         sample = {"video": video, "erased": erased, "label": int(self._labels[index])}
         return {**sample, "index": index, "path": path, "problem": problem}
 
-    def _views(self, path: str, index: int) -> tuple[Tensor, dict[int, Erased]]:
+    def _views(self, path: str, index: int) -> tuple[Tensor, list[Erased | None]]:
         text, scanned = self._indices.get(index, ("", ()))
         with suppress(OSError):  # opening it says so
             status = os.stat(path) if text else None
@@ -246,13 +244,12 @@ class ClipDataset(Dataset[dict[str, Any]]):
             clips = self.clips(video.timestamps, video.rate)
             numbers = [number for clip in clips for number in clip]
             decoded = video.frames(numbers, self.short_side)
-        views, erased = [], {}
-        for number, clip in enumerate(decoded.split([len(clip) for clip in clips])):
+        views, erased = [], []
+        for clip in decoded.split([len(clip) for clip in clips]):
             made = self.transform(clip)
             view, box = made if isinstance(made, tuple) else (made, None)
             views.append(view if view.dim() == 5 else view[None])
-            if box is not None:
-                erased[number] = box
+            erased.append(box)
         return torch.cat(views) if len(views) > 1 else views[0], erased
 
 
@@ -284,23 +281,17 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Join samples of a ``ClipDataset`` to a batch; of those that broke only the problem is kept.
 
     ``video``: (N, 3, T, H, W), N being the views of all videos, or (0,) if none is left;
-    ``erased``: boxes by their number among these; ``label``, ``index``: int64 (N,); ``problems``: a
-    list of (path, reason).
+    ``erased``: a list, of each clip; ``label``, ``index``: int64 (N,); ``problems``: a list of
+    (path, reason).
     """
     good = [sample for sample in samples if sample["video"] is not None]
-    views = torch.tensor([len(sample["video"]) for sample in good], dtype=torch.int64)
-    firsts = accumulate(views.tolist(), initial=0)
-
-    def repeated(key: str) -> Tensor:
-        values = torch.tensor([sample[key] for sample in good], dtype=torch.int64)
-        return values.repeat_interleave(views)
-
-    erased = {
-        first + number: box
-        for first, sample in zip(firsts, good, strict=False)
-        for number, box in sample.get("erased", {}).items()
+    batch: dict[str, Any] = {
+        "video": torch.cat([sample["video"] for sample in good]) if good else torch.empty(0),
+        "erased": [box for sample in good for box in sample["erased"]],
+        "problems": [(s["path"], s["problem"]) for s in samples if s["video"] is None],
     }
-    video = torch.cat([sample["video"] for sample in good]) if good else torch.empty(0)
-    problems = [(s["path"], s["problem"]) for s in samples if s["video"] is None]
-    numbers = {"label": repeated("label"), "index": repeated("index")}
-    return {"video": video, "erased": erased, **numbers, "problems": problems}
+    views = torch.tensor([len(sample["video"]) for sample in good], dtype=torch.int64)
+    for key in ("label", "index"):
+        values = torch.tensor([sample[key] for sample in good], dtype=torch.int64)
+        batch[key] = values.repeat_interleave(views)
+    return batch

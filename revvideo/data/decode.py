@@ -1,8 +1,7 @@
 """Chosen frames of a video file, decoded with PyAV.
 
 PyTorchVideo's ``EncodedVideo`` seeks by a margin that is too small for some files, drops frames
-whose timestamps repeat, converts every frame of a clip where a stride needs one in four, ignores
-rotation, and hides the decoder's errors.
+whose timestamps repeat, converts every frame of a clip, ignores rotation, and hides errors.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from typing import Literal, cast
 
 import av
@@ -87,7 +86,7 @@ class Video(AbstractContextManager["Video"]):
         self._container, self._stream = open_video(path, self._threads)
         self._codec = self._stream.codec_context
         try:
-            known = index_from_text(known_index) if known_index else None
+            known = index_from_text(known_index)
             self._index = known or read_index(self._container, self._stream)
             self.truncated = self._index.truncated
             rate = self._stream.average_rate or self._stream.guessed_rate
@@ -142,21 +141,16 @@ class Video(AbstractContextManager["Video"]):
         or in a frame that it refers to. Damage elsewhere does not matter.
         """
         wanted = set(indices)
-        for number in wanted:
-            if not 0 <= number < len(self):
-                raise IndexError(f"frame {number} of a video of {len(self)} frames")
+        if beyond := [number for number in wanted if not 0 <= number < len(self)]:
+            raise IndexError(f"frame {beyond[0]} of a video of {len(self)} frames")
         pictures: dict[int, np.ndarray] = {}
         if self._index.reliable:
             # After an error, and where frames stay away, what follows finds out and says why.
             with suppress(av.error.FFmpegError):
                 for number, frame in self._frames_near(wanted):
                     pictures[number] = self._picture(frame, short_side)
-        if pictures.keys() != wanted:
-            pictures = {}  # all of them anew, from the start
-            for number, picture in self.pictures(short_side, wanted):
-                pictures[number] = picture
-                if pictures.keys() == wanted:
-                    break
+        if pictures.keys() != wanted:  # all of them anew, from the start
+            pictures = dict(islice(self.pictures(short_side, wanted), len(wanted)))
         if lost := wanted - pictures.keys():
             raise VideoError(f"frame {min(lost)} of {len(self)} does not come out of the decoder")
         if len({picture.shape for picture in pictures.values()}) > 1:

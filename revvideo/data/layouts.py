@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -79,10 +79,9 @@ def find_videos(
     if file is None and layout != "folders":
         tried = ", ".join(_candidates(split))
         raise UserError(f"no annotations for split {split!r} in {root}: tried {tried}; name yours")
-    if file is None or layout == "folders":
-        names, entries = _folders(root, split, file, classes)
-    else:
-        names, entries = {"list": _listed, "csv": _kinetics}[layout](root, split, file, classes)
+    readers: dict[str, Callable[..., _Found]]
+    readers = {"folders": _folders, "list": _listed, "csv": _kinetics}
+    names, entries = readers[layout](root, split, file, classes)
     if not entries:
         raise UserError(f"split {split!r} of {root} holds no video: check the folder and the split")
     return names, entries

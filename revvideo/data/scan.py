@@ -31,46 +31,44 @@ def scan(
     layout: Layout = "auto",
     classes: Sequence[str] | None = None,
     workers: int | None = None,  # processes that open files; None for one per core
-    manifest_path: str | os.PathLike[str] | None = None,
+    manifest_path: str | os.PathLike[str],
     deep: bool = False,
 ) -> Manifest:
-    """Find the videos of a split, and open each.
+    """Find the videos of a split, open each, and write their manifest.
 
     The first arguments are as for ``find_videos``, whose order is kept. A manifest that is there
-    already at ``manifest_path`` says which files need not be opened again: readable ones of the
-    same size and time of change. A scan that was interrupted leaves what it has found out beside
-    it, for the next one. ``deep`` decodes every frame of every file, also of those that are known.
+    already says which files need not be opened again: readable ones of the same size and time of
+    change. A scan that was interrupted leaves what it has found out beside it, for the next one.
+    ``deep`` decodes every frame of every file, also of those that are known.
 
     A UserError is that of ``find_videos``, or says that the manifest is none, or not to be written.
     """
     names, entries = find_videos(root, split, annotations, layout, classes)
     known: dict[str, VideoRecord] = {}
-    path = None if manifest_path is None else Path(manifest_path)
-    unfinished = path and path.with_name(f"{path.name}.unfinished")
-    if path and unfinished:
-        make_folder(str(path.parent), "the folder of the manifest")
-        for file in () if deep else (path, unfinished):
-            if file.exists():
-                known |= {record.path: record for record in load_manifest(file).readable}
+    path = Path(manifest_path)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    make_folder(str(path.parent), "the folder of the manifest")
+    for file in () if deep else (path, unfinished):
+        if file.exists():
+            known |= {record.path: record for record in load_manifest(file).readable}
     manifest, saved = Manifest(Path(root).absolute(), names, []), time.monotonic()
     made = partial(_record, root=manifest.root, known=known, deep=deep, images=layout == IMAGES)
     try:
         for record in each_file(made, entries, f"scanning {split}", workers, _FILES_PER_WORKER):
             manifest.records.append(record)
-            if unfinished and not deep and time.monotonic() - saved > _SAVE_EVERY:
+            if not deep and time.monotonic() - saved > _SAVE_EVERY:
                 manifest.save(unfinished)
                 saved = time.monotonic()
     except BaseException:
-        if unfinished and not deep:
+        if not deep:
             manifest.save(unfinished)
         raise
-    if path and unfinished:
-        try:
-            manifest.save(path)
-            unfinished.unlink(missing_ok=True)
-        except OSError as error:
-            reason = f"cannot be written ({error_line(error)}): choose another place"
-            raise UserError(f"the manifest {path} {reason}") from error
+    try:
+        manifest.save(path)
+        unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        reason = f"cannot be written ({error_line(error)}): choose another place"
+        raise UserError(f"the manifest {path} {reason}") from error
     return manifest
 
 

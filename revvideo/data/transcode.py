@@ -56,17 +56,16 @@ class Outcome:
     """What became of the videos of a split."""
 
     videos: int  # how many there were
-    written: int = 0
-    left: int = 0  # of them stood there already
-    before: int = 0  # bytes of those that are written or left …
+    before: int = 0  # bytes of those that stand there now …
     after: int = 0  # … and of what they became
-    psnr: dict[str, float] = field(default_factory=dict)  # of those written, in dB, by path
+    psnr: dict[str, float] = field(default_factory=dict)  # of those just written, in dB, by path
     problems: dict[str, str] = field(default_factory=dict)  # why others could not be written
 
     def __str__(self) -> str:
         sizes = f"{self.before / 1e6:,.1f} MB became {self.after / 1e6:,.1f} MB"
-        written = f"{self.written:,} of {self.videos:,} videos written"
-        text = f"{written}, {self.left:,} stood there already; {sizes}"
+        written = f"{len(self.psnr):,} of {self.videos:,} videos written"
+        left = self.videos - len(self.psnr) - len(self.problems)
+        text = f"{written}, {left:,} stood there already; {sizes}"
         if not self.psnr:
             return text
         worst = min(self.psnr, key=self.psnr.__getitem__)
@@ -93,21 +92,17 @@ def transcode(
         raise UserError(f"{to} lies in {root}: write to a folder outside")
     _, entries = find_videos(source, split, annotations, layout)
     make_folder(str(target), "the folder to write to")
-    files = [path for path, _ in entries]
+    files = [*dict.fromkeys(path for path, _ in entries)]
     # Of files that would have one name the first one gets it.
     first = {Path(path).with_suffix(".mp4"): path for path in reversed(files)}
     made = partial(_written, source=source, target=target, first=first, encoding=encoding)
     outcome = Outcome(len(files))
     for done in each_file(made, files, f"transcoding {split}", workers):
-        if done.problem:
-            outcome.problems[done.path] = done.problem
-            continue
         outcome.before += done.before
         outcome.after += done.after
-        if done.psnr is None:
-            outcome.left += 1
-        else:
-            outcome.written += 1
+        if done.problem:
+            outcome.problems[done.path] = done.problem
+        elif done.psnr is not None:
             outcome.psnr[done.path] = done.psnr
     if len(outcome.problems) == len(files):
         path, why = next(iter(outcome.problems.items()))

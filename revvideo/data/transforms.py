@@ -1,7 +1,6 @@
 """From decoded frames to what the model sees, with ``torchvision.transforms.v2``.
 
-A clip goes through as one ``tv_tensors.Video``, so that whatever is drawn at random is the same for
-all its frames.
+A clip goes through as one tensor, so that what is drawn at random is the same for all its frames.
 """
 
 from __future__ import annotations
@@ -9,14 +8,13 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -37,14 +35,14 @@ class _RandAugment:
         bicubic = {"interpolation": Image.Resampling.BICUBIC}
         self._augment = timm.rand_augment_transform(recipe, bicubic | more)
 
-    def __call__(self, clip: tv_tensors.Video) -> tv_tensors.Video:
+    def __call__(self, clip: Tensor) -> Tensor:
         seed = int(torch.randint(2**31, ()))
         frames = []
         for frame in clip:
             random.seed(seed)  # it draws from both of these
             np.random.seed(seed)
             frames.append(F.pil_to_tensor(self._augment(F.to_pil_image(frame))))
-        return tv_tensors.Video(torch.stack(frames))
+        return torch.stack(frames)
 
 
 class Erased(NamedTuple):
@@ -69,13 +67,12 @@ class TrainTransform(v2.Compose):
         by = v2.InterpolationMode.BICUBIC if images else v2.InterpolationMode.BILINEAR
         size, scale, ratio = data.crop_size, tuple(augment.scale), tuple(augment.ratio)
         steps: list[Any] = [
-            tv_tensors.Video,
             v2.RandomResizedCrop(size, scale, ratio, interpolation=by),
             v2.RandomHorizontalFlip(augment.flip),
         ]
         if recipe := augment.rand_augment:
             fill = {"img_mean": tuple(round(255 * x) for x in IMAGENET_MEAN)} if images else {}
-            steps.insert(len(steps) if images else 1, _RandAugment(recipe, **fill))
+            steps.insert(len(steps) if images else 0, _RandAugment(recipe, **fill))
             if augment.color_jitter:
                 _logger.info("augment.color_jitter gives way to augment.rand_augment")
         elif jitter := augment.color_jitter:
@@ -90,7 +87,7 @@ class TrainTransform(v2.Compose):
             box = self._erase.make_params([video])
             if box["v"] is not None:  # one of the proportions asked for was found
                 erased = Erased(box["i"], box["j"], box["v"])
-        return _channels_first(video), erased
+        return video.transpose(0, 1).contiguous(), erased
 
 
 class TestTransform:
@@ -124,34 +121,31 @@ class TestTransform:
             return cast(Tensor, self._of_image(F.to_pil_image(clip[0])))[None, :, None]
         if self._data is not None:
             clip = normalised(clip.transpose(0, 1), self._data).transpose(0, 1)
-        video = self._resize(tv_tensors.Video(clip))
+        video: Tensor = self._resize(clip)
         height, width = video.shape[-2:]
         crops = []
         for place in self._places:
             down, right = (0.5, place) if width >= height else (place, 0.5)
             top = self._round(down * (height - self._size))
             left = self._round(right * (width - self._size))
-            crops.append(_channels_first(F.crop(video, top, left, self._size, self._size)))
-        return torch.stack(crops)
+            crops.append(F.crop(video, top, left, self._size, self._size).transpose(0, 1))
+        return torch.stack(crops).contiguous()
 
 
-def normalised(video: Tensor, data: DataConfig, erased: Mapping[int, Erased] = {}) -> Tensor:
+def normalised(video: Tensor, data: DataConfig, erased: Sequence[Erased | None] = ()) -> Tensor:
     """What the model sees of clips, made where they are: until then they are a quarter as large.
 
-    Takes (…, 3, T, H, W), uint8 (float ones are left as they are), and what is erased of clips
-    (N, 3, T, H, W) by their numbers; gives float32, of the same shape.
+    Takes (…, 3, T, H, W), uint8 (float ones are left as they are), and of clips (N, 3, T, H, W)
+    what is erased of each; gives float32, of the same shape.
     """
     if video.dtype == torch.uint8:
         images = data.layout == IMAGES
         rows = (IMAGENET_MEAN, IMAGENET_STD) if images else ([data.mean] * 3, [data.std] * 3)
         scale = torch.tensor(rows).to(video.device, non_blocking=True)[..., None, None, None]
         video = F.to_dtype(video, torch.float32, scale=True).sub_(scale[0]).div_(scale[1])
-    for number, box in erased.items():
-        height, width = box.noise.shape[-2:]
-        part = video[number, :, :, box.top : box.top + height, box.left : box.left + width]
-        part.copy_(box.noise[:, None])
+    for clip, box in zip(video, erased, strict=False):
+        if box is not None:
+            height, width = box.noise.shape[-2:]
+            part = clip[..., box.top : box.top + height, box.left : box.left + width]
+            part.copy_(box.noise[:, None])
     return video
-
-
-def _channels_first(video: tv_tensors.Video) -> Tensor:
-    return cast(Tensor, video.as_subclass(Tensor).transpose(0, 1).contiguous())

@@ -141,7 +141,7 @@ class VideoModule(pl.LightningModule):
             video, label, repeats = self._blank_clip(), label.new_zeros(1), 1
         # Clips are mixed with their neighbours, which would be clips of the same video.
         order = torch.arange(len(label)).view(-1, repeats).T.flatten()
-        video = normalised(video, self.config.data, {} if empty else batch["erased"])
+        video = normalised(video, self.config.data, () if empty else batch["erased"])
         video, target = self._mix(video[order], label[order])
         smoothing = self.config.augment.label_smoothing
         loss = F.cross_entropy(self(video), target, label_smoothing=smoothing)

@@ -138,7 +138,7 @@ def test_a_sample_holds_the_frames_of_its_clips_decoded_at_once(make, monkeypatc
     assert len(calls) == 1
     video = sample.pop("video")
     assert video.shape == (6, 3, 4, 48, 64)
-    assert sample == {"erased": {}, "label": 3, "index": 0, "path": name, "problem": ""}
+    assert sample == {"erased": [None] * 6, "label": 3, "index": 0, "path": name, "problem": ""}
     for view, clip in zip(video, chosen, strict=True):
         expected = np.stack([shown[i] for i in clip]).transpose(3, 0, 1, 2)
         np.testing.assert_array_equal(view.numpy(), expected)
@@ -201,9 +201,8 @@ def test_files_that_break_after_the_scan(tmp_path):
     batch = collate([dataset[i, i] for i in range(5)])
     assert batch["label"].tolist() == [0, 0, 4, 4] and batch["index"].tolist() == [0, 0, 4, 4]
     assert batch["video"].shape == (4, 3, 4, 48, 64)
-    assert list(batch["erased"]) == [0, 1, 2, 3]  # each box with its clip
-    for number, box in batch["erased"].items():
-        assert torch.equal(box.noise, batch["video"][number, :, 0].float())
+    for view, box in zip(batch["video"], batch["erased"], strict=True):  # each box with its clip
+        assert torch.equal(box.noise, view[:, 0].float())
     problems = dict(batch["problems"])
     assert list(problems) == ["gone.mp4", "cut.mp4", "damaged.mp4"]
     assert problems["gone.mp4"] == "file is missing"

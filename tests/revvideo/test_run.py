@@ -137,7 +137,8 @@ def test_the_golden_checkpoint_gives_its_scores(run, tmp_path, monkeypatch):
         """In the place of decoded ones: the clips of the golden data are no videos."""
         index, _ = key
         video = expected["input"][index].expand(2, -1, -1, -1, -1)
-        return {"video": video, "label": 0, "index": index, "path": str(index), "problem": ""}
+        sample = {"video": video, "erased": [], "label": 0, "index": index}
+        return {**sample, "path": str(index), "problem": ""}
 
     monkeypatch.setattr(ClipDataset, "__getitem__", golden_clip)
     output, listed = tmp_path / "out", tmp_path / "list.txt"

@@ -65,9 +65,9 @@ def assert_complete(manifest: Manifest) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_names_what_cannot_be_used(root, monkeypatch, workers):
+def test_names_what_cannot_be_used(root, tmp_path, monkeypatch, workers):
     monkeypatch.setattr(scan_module, "_FILES_PER_WORKER", 1)
-    assert_complete(scan(root, "train", workers=workers))
+    assert_complete(scan(root, "train", workers=workers, manifest_path=tmp_path / "m.csv"))
 
 
 def test_manifest_is_read_as_it_was_written(root, tmp_path):
