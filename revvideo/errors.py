@@ -2,7 +2,4 @@
 
 
 class VideoError(Exception):
-    """A video file cannot be used; the message is one line, without the name of the file.
-
-    Datasets skip such a file, count it and name it.
-    """
+    """A video file cannot be used; the message is one line, without the name of the file."""

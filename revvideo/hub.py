@@ -1,7 +1,6 @@
 """Models of PyTorchVideo's hub as contestants: ``model.name=pytorchvideo/slow_r50``.
 
-They train, test and predict under the same recipes. Their memory is stored, or checkpointed block
-by block where that counts no batch twice.
+Their memory is stored, or checkpointed block by block where that counts no batch twice.
 """
 
 from __future__ import annotations

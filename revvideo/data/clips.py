@@ -34,10 +34,6 @@ from revvideo.data.transforms import Erased, TestTransform
 from revvideo.errors import VideoError
 from revvideo.settings import AugmentConfig, DataConfig, TestConfig
 
-FrameSampler = Callable[[Sequence[float], float], list[list[int]]]
-"""Takes when each frame of a video is shown, in seconds, and the video's frames per second; gives
-the numbers of the frames of each clip."""
-
 KINETICS_FPS = 30.0
 
 
@@ -163,24 +159,22 @@ def _starts(sampler: ClipSampler, duration: float) -> Iterator[float]:
 
 
 def _nearest(timestamps: Sequence[float], time: float) -> int:
-    after = bisect_left(timestamps, time)
-    neighbours = [place for place in (after, after - 1) if 0 <= place < len(timestamps)]
-    return min(neighbours, key=lambda place: abs(timestamps[place] - time))
+    after = min(bisect_left(timestamps, time), len(timestamps) - 1)
+    return min(after, max(after - 1, 0), key=lambda place: abs(timestamps[place] - time))
 
 
 class ClipDataset(Dataset[dict[str, Any]]):
     """Clips of videos, each under a seed of its own.
 
     A key is ``(index, position)``, as the samplers of :mod:`revvideo.data.loader` give them. Which
-    clips are taken and what ``transform`` draws at random depends on ``seed`` and ``position``
-    alone, not on the process, the worker or what was read before. The global generators are left
-    as they were.
+    clips are taken and what ``transform`` draws at random, from the global generators of torch,
+    Python and NumPy, depends on ``seed`` and ``position`` alone, not on the process, the worker or
+    what was read before. The generators are left as they were.
 
-    ``records`` are videos of a manifest that can be read, ``root`` is the folder of their paths.
-    ``transform`` takes a clip, uint8 (T, 3, H, W), to (3, T, H, W), or (V, 3, T, H, W) for several
-    crops; or to a clip and which box of it is to be erased, or None. It may draw from the global
-    generators of torch, Python and NumPy. ``short_side`` is as of
-    :meth:`revvideo.data.decode.Video.frames`.
+    ``clips`` takes when each frame of a video is shown, in seconds, and its frames per second, to
+    the numbers of the frames of each clip; ``transform`` a clip, uint8 (T, 3, H, W), to
+    (3, T, H, W), or (V, 3, T, H, W) for several crops; or to a clip and which box of it is to be
+    erased, or None. ``short_side`` is as of :meth:`revvideo.data.decode.Video.frames`.
 
     A sample is a dict: ``video``, (V, 3, T, H, W), V being all clips times all crops, or None if
     the file broke after the scan; ``erased``, of each clip; ``label`` and ``index`` (of the
@@ -191,7 +185,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self,
         records: Sequence[VideoRecord],
         root: str | os.PathLike[str],
-        clips: FrameSampler,
+        clips: Callable[[Sequence[float], float], list[list[int]]],
         transform: Callable[[Tensor], Tensor | tuple[Tensor, Erased | None]],
         *,
         short_side: int | None = None,
@@ -238,9 +232,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             if status and (status.st_size, status.st_mtime_ns) != scanned:
                 text = ""
         frames = int(self._frames[index])
-        with self.opened(path, known_frames=frames, known_index=text) as video:
-            if video.truncated:
-                raise VideoError(video.truncated)
+        with self.opened(path, whole=True, known_frames=frames, known_index=text) as video:
             clips = self.clips(video.timestamps, video.rate)
             numbers = [number for clip in clips for number in clip]
             decoded = video.frames(numbers, self.short_side)
@@ -259,9 +251,9 @@ def opened_as(data: DataConfig) -> type[Video | Still]:
 
 
 def test_dataset(
-    records: Sequence[VideoRecord], root: str | Path, data: DataConfig, test: TestConfig, seed: int
+    records: Sequence[VideoRecord], root: str | Path, data: DataConfig, test: TestConfig
 ) -> ClipDataset:
-    """The clips and crops by which videos are tested."""
+    """The clips and crops by which videos are tested, in which nothing is random."""
     short_side = None if test.views == "published" else data.decode_short_side or None
     return ClipDataset(
         records,
@@ -269,7 +261,6 @@ def test_dataset(
         test_clips(data, test),
         TestTransform(test, data),
         short_side=short_side,
-        seed=seed,
         opened=opened_as(data),
     )
 

@@ -46,9 +46,7 @@ def probe(path: AnyPath, *, deep: bool = False) -> VideoInfo:
 
     A VideoError says why it cannot be used: it is missing, no video, cut off, or does not decode.
     """
-    with Video(path) as video:
-        if video.truncated:
-            raise VideoError(video.truncated)
+    with Video(path, whole=True) as video:
         if deep and (count := video.decode_all()) < len(video):
             raise VideoError(f"only {count} of {len(video)} frames come out of the decoder")
         return video.info
@@ -65,20 +63,17 @@ class Video(AbstractContextManager["Video"]):
 
     Inside of a ``DataLoader``'s worker the decoder uses one thread, elsewhere all cores. Pixels are
     taken for square. Use it as a context manager, or call :meth:`close`. A file that is missing,
-    empty, no video or without frames is a VideoError.
-
-    What a scan has found saves work: ``known_frames``, decoding a file whose timestamps cannot be
-    relied upon once more to count them; ``known_index``, noted of this very file, reading through
-    it.
+    empty, no video or without frames is a VideoError; if it shall be ``whole``, one that is cut
+    off too. What a scan has found saves work: ``known_frames``, decoding a file whose timestamps
+    cannot be relied upon to count them; ``known_index``, of this very file, reading through it.
     """
 
     timestamps: list[float]  # when each frame is shown, in seconds after the first one, ascending
     unit: Fraction  # of which they are whole multiples, in seconds
     rate: float  # frames per second as the file states them, or else the mean
-    truncated: str  # why the file is taken to be cut off; "" if it is whole
 
     def __init__(
-        self, path: AnyPath, *, known_frames: int | None = None, known_index: str = ""
+        self, path: AnyPath, *, whole: bool = False, known_frames: int = 0, known_index: str = ""
     ) -> None:
         self._path = path
         self._threads = 1 if get_worker_info() is not None else 0
@@ -88,24 +83,18 @@ class Video(AbstractContextManager["Video"]):
         try:
             known = index_from_text(known_index)
             self._index = known or read_index(self._container, self._stream)
-            self.truncated = self._index.truncated
             rate = self._stream.average_rate or self._stream.guessed_rate
-            unit = self._stream.time_base
-            self.unit = unit or Fraction(1)
-            if self._index.reliable and unit is not None:
-                shown, over, under = self._index.shown, unit.numerator, unit.denominator
-                self.timestamps = [(pts - shown[0]) * over / under for pts in shown]
-            elif rate:
+            times, unit = self._index.shown, self._stream.time_base
+            if not self._index.reliable or unit is None:
+                if not rate:
+                    raise VideoError("has neither timestamps nor a frame rate")
                 count, times = known_frames or self._count_frames(), self._index.times
-                if len(times) == count and unit is not None:
-                    self.timestamps = [float((pts - times[0]) * unit) for pts in times]
-                else:
-                    self.timestamps = [float(number / rate) for number in range(count)]
-                    self.unit = 1 / rate
-            else:
-                raise VideoError("has neither timestamps nor a frame rate")
-            if not self.timestamps:
-                raise VideoError(self.truncated or "has no frame that decodes")
+                if len(times) != count or unit is None:
+                    times, unit = range(count), 1 / rate
+            over, under = unit.numerator, unit.denominator
+            self.timestamps, self.unit = [(t - times[0]) * over / under for t in times], unit
+            if not self.timestamps or (whole and self._index.truncated):
+                raise VideoError(self._index.truncated or "has no frame that decodes")
         except BaseException:
             self.close()
             raise

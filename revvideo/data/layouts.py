@@ -1,7 +1,6 @@
 """Where a labelled set of videos has its files, in the layouts that people keep Kinetics in.
 
-PyTorchVideo's ``LabeledVideoPaths`` is not used: it sees mp4 and avi files only, reads no
-annotation csv of Kinetics, and does not say which line of a list is wrong.
+PyTorchVideo's ``LabeledVideoPaths`` sees mp4 and avi files only, and names no wrong line of a list.
 """
 
 from __future__ import annotations
@@ -236,8 +235,7 @@ def _canonical(split: str) -> str:
 
 
 def _listed(root: Path, split: str, file: Path, classes: _Classes) -> _Found:
-    lines = list(_lines(file))
-    rows = [(f"{file}, line {number}", line, _row(line)) for number, line in lines]
+    rows = [(f"{file}, line {number}", line, _row(line)) for number, line in _lines(file)]
     _, first, row = rows[0] if rows else ("", "", None)
     if _HEADER.fullmatch(first) and (row is None or not _NUMBER.fullmatch(row[1])):
         _logger.info("%s: the first line, %r, is taken for the names of columns", *rows.pop(0)[:2])

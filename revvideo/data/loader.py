@@ -41,19 +41,15 @@ class ResumableSampler(Sampler[tuple[int, int]]):
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = size // (batch_size * world_size)
-        self.epoch = 0  # that the next iteration goes through …
-        self.start_step = 0  # … from this step on; it applies once, to resume in its middle
+        self.step = 0  # of all, from which the next iteration goes to the end of its epoch
 
     def __len__(self) -> int:
         """Videos of this process in a whole epoch."""
         return self.steps_per_epoch * self.batch_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        global_batch = self.batch_size * self.world_size
-        first_step = self.epoch * self.steps_per_epoch
-        start = (first_step + self.start_step) * global_batch
-        stop = (first_step + self.steps_per_epoch) * global_batch
-        self.start_step = 0
+        global_batch, epoch = self.batch_size * self.world_size, self.step // self.steps_per_epoch
+        start, stop = self.step * global_batch, (epoch + 1) * self.steps_per_epoch * global_batch
         permutation, order = -1, []
         for position in range(start + self.rank, stop, self.world_size):
             if position // self.size != permutation:
@@ -80,8 +76,7 @@ class ResumableLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         sampler = self.sampler
         assert isinstance(sampler, ResumableSampler)
-        sampler.epoch, given = divmod(self.batches, len(self))
-        sampler.start_step = given // self.batches_per_step
+        sampler.step = self.batches // self.batches_per_step
         for batch in super().__iter__():
             self.batches += 1
             yield batch
@@ -97,12 +92,11 @@ class ResumableLoader(DataLoader[Any]):
 def batches_to_test(
     size: int, batch_size: int, *, rank: int = 0, world_size: int = 1
 ) -> list[list[tuple[int, int]]]:
-    """Batches of ``(index, index)`` for testing: every video once over all processes, none twice.
+    """Batches of ``(index, index)`` for testing: every video once over all processes.
 
     Every process makes the same number of steps, as a sharded model needs; where it has fewer
-    videos, its last batches are smaller or empty. Gather results at the end.
+    videos, its last batches are smaller or empty.
     """
-
     indices = [(index, index) for index in range(rank, size, world_size)]
     largest = -(-size // world_size)  # of all processes
     return [indices[start : start + batch_size] for start in range(0, largest, batch_size)]

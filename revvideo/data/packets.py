@@ -82,9 +82,9 @@ def index_from_text(text: str) -> PacketIndex | None:
         numbers = np.frombuffer(zlib.decompress(base64.b64decode(text)), "<i8")
     except (ValueError, zlib.error):
         return None
-    first, second = 2 + numbers[0], 2 + numbers[:2].sum()
-    packets, keyframes = np.cumsum(numbers[2:first]), np.cumsum(numbers[first:second])
-    shown = np.sort(np.delete(packets, numbers[second:])).tolist()
+    packets, keyframes, hidden = np.split(numbers[2:], np.cumsum(numbers[:2]))
+    packets, keyframes = packets.cumsum(), keyframes.cumsum()
+    shown = np.sort(np.delete(packets, hidden)).tolist()
     by_pts: dict[int | None, int] = {pts: number for number, pts in enumerate(shown)}
     return PacketIndex(packets.tolist(), keyframes.tolist(), shown, by_pts)
 

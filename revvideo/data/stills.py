@@ -25,7 +25,7 @@ class Still(AbstractContextManager["Still"]):
     It is not turned by its EXIF data, as the published scores of ImageNet were not.
     """
 
-    timestamps, rate, truncated = (0.0,), 1.0, ""
+    timestamps, rate = (0.0,), 1.0
 
     def __init__(self, path: str | os.PathLike[str], **known: object) -> None:
         self._path = os.fspath(path)

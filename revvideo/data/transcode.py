@@ -144,9 +144,7 @@ def _written(
             noted = container.metadata.get("comment", "")
         if noted != note:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with Video(source) as video, replacing(target) as unfinished:
-                if video.truncated:
-                    raise VideoError(video.truncated)
+            with Video(source, whole=True) as video, replacing(target) as unfinished:
                 psnr = _check(video, unfinished, _encode(video, unfinished, encoding, note))
         return _Written(path, "", status.st_size, target.stat().st_size, psnr)
     except VideoError as error:

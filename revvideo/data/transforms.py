@@ -95,28 +95,24 @@ class TestTransform:
 
     For published views, normalised pixels are resized, bilinearly and without smoothing, and an odd
     rest of the centre goes before the crop: ``random_short_side_scale_jitter`` and
-    ``uniform_crop`` of SlowFast's ``slowfast/datasets/transform.py``. ``crops`` stands in the place
-    of ``test.crops``.
+    ``uniform_crop`` of SlowFast's ``slowfast/datasets/transform.py``.
     """
 
     __test__ = False
 
-    def __init__(self, test: TestConfig, data: DataConfig, crops: int | None = None) -> None:
+    def __init__(self, test: TestConfig, data: DataConfig) -> None:
         self._size = data.crop_size
         self._of_image = eval_transform(self._size, self._size) if data.layout == IMAGES else None
-        crops = crops or test.crops
         # How far along the longer side.
-        self._places = [index / (crops - 1) for index in range(crops)] if crops > 1 else [0.5]
+        self._places = [0.5] if test.crops == 1 else np.linspace(0, 1, test.crops).tolist()
         published = test.views == "published"
         self._round = math.ceil if published else round
         self._data = data if published else None
         self._resize = v2.Resize(test.short_side, antialias=not published)
 
     def __call__(self, clip: Tensor) -> Tensor:
-        """uint8 (T, 3, H, W) -> (crops, 3, T, crop_size, crop_size), for :func:`normalised`.
-
-        uint8; of published views and of images float32, normalised already.
-        """
+        """uint8 (T, 3, H, W) -> (crops, 3, T, crop_size, crop_size), for :func:`normalised`; it is
+        uint8, or of published views and of images float32, normalised already."""
         if self._of_image is not None:  # exactly as python -m backbones evaluate
             return cast(Tensor, self._of_image(F.to_pil_image(clip[0])))[None, :, None]
         if self._data is not None:

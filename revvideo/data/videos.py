@@ -92,7 +92,10 @@ class VideoData(pl.LightningDataModule):
             see = self._manifest_path(split)
             raise UserError(f"{none} can be read and has a label: see {see}")
         if self.train:
-            self.steps_per_epoch = self._train_sampler().steps_per_epoch
+            size, seed = len(self._train.usable), self.config.train.seed
+            videos = self.loader_batch_size * self.config.optim.accumulate
+            self._sampler = ResumableSampler(size, videos, seed=seed, **self._process())
+            self.steps_per_epoch = self._sampler.steps_per_epoch
 
     @property
     def val_records(self) -> list[VideoRecord]:
@@ -135,7 +138,7 @@ class VideoData(pl.LightningDataModule):
         return ResumableLoader(
             dataset,
             self.loader_batch_size,
-            sampler=self._train_sampler(),
+            sampler=self._sampler,
             batches_per_step=self.config.optim.accumulate,
             steps=self.trainer.global_step if self.trainer else 0,
             **self._workers(),
@@ -150,15 +153,9 @@ class VideoData(pl.LightningDataModule):
         return self._test_loader(self.config.test)
 
     def _test_loader(self, test: TestConfig) -> DataLoader[Any]:
-        config, val = self.config, self._val
-        dataset = test_dataset(val.usable, val.root, config.data, test, config.train.seed)
+        dataset = test_dataset(self._val.usable, self._val.root, self.config.data, test)
         batches = batches_to_test(len(dataset), test.batch_size, **self._process())
         return DataLoader(dataset, batch_sampler=batches, **self._workers())
-
-    def _train_sampler(self) -> ResumableSampler:
-        videos = self.loader_batch_size * self.config.optim.accumulate
-        seed = self.config.train.seed
-        return ResumableSampler(len(self._train.usable), videos, seed=seed, **self._process())
 
     def _workers(self) -> dict[str, Any]:
         workers = self.config.data.workers

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 from backbones.common.files import replacing
@@ -60,8 +61,7 @@ def write_labelled(video: Video, labels: Sequence[str], output: Path) -> None:
 def _pictures(video: Video) -> Iterator[Image.Image]:
     for first in range(0, len(video), FRAMES_AT_ONCE):
         numbers = range(first, min(first + FRAMES_AT_ONCE, len(video)))
-        for picture in video.frames(numbers, short_side=LARGEST_SIDE):
-            yield Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy()))
+        yield from map(to_pil_image, video.frames(numbers, short_side=LARGEST_SIDE))
 
 
 @lru_cache(maxsize=64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,7 +101,7 @@ class Predictor:
         """
         views = self.config.test.clips * self.config.test.crops
         records = [VideoRecord(str(path), label=-1) for path in paths]
-        dataset = test_dataset(records, "", self.config.data, self.config.test, seed=0)
+        dataset = test_dataset(records, "", self.config.data, self.config.test)
         batches = batches_to_test(len(dataset), max(1, self.batch_size // views))
         loader: DataLoader[Any] = DataLoader(
             dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers
@@ -127,7 +128,7 @@ class Predictor:
         step = step or max(length / 2, (last - length) / (MOST_WINDOWS - 1))
         count = 1 + math.ceil((last - length) / step)
         clips = uniform_clips(data.num_frames, data.stride, clips=count)(video.timestamps)
-        transform = TestTransform(test, data, crops=1)
+        transform = TestTransform(replace(test, crops=1), data)
         # A clip's worth of large frames is fine, a group's would fill the memory.
         short_side = data.decode_short_side or 2 * test.short_side
         scores = []

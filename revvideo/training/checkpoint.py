@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import OmegaConf
 
 from backbones.common.errors import UserError
-from backbones.common.files import save_checkpoint
+from backbones.common.files import remove_partials, save_checkpoint
 from backbones.weights.checkpoint import WeightsError, damage_of, read_checkpoint
 from revvideo.settings import Config
 from revvideo.training.weights import CLASSES
@@ -68,8 +68,7 @@ class CheckpointIO(TorchCheckpointIO):
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob(f"{path.name}.*.partial"):
-            leftover.unlink()  # of a session that was killed within a save
+        remove_partials(path.parent)  # of a session that was killed within a save
         save_checkpoint(path, checkpoint, path.with_name(PREVIOUS))
 
 

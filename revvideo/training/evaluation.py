@@ -11,8 +11,7 @@ from torch import Tensor
 
 from revvideo.models import TOP_K
 
-Scores = tuple[Tensor, Tensor, Tensor]
-"""Of videos: their indices and labels (N,), and their scores (N, num_classes)."""
+Scores = tuple[Tensor, Tensor, Tensor]  # of videos: indices and labels (N,), scores (N, classes)
 
 
 def gathered(own: Any) -> list[Any]:

@@ -69,11 +69,10 @@ class StepLog(pl.Callback):
         self._before = (self.seconds, self.waited)
         self._clips, self._validated = 0, False
 
-    def on_train_start(self, *_: Any) -> None:
-        self._free_since = perf_counter()
-
-    def on_train_epoch_start(self, *_: Any) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._free_since = perf_counter()  # what lies between two epochs is none of training
+
+    on_train_start = on_train_epoch_start  # an epoch that is resumed in its middle does not start
 
     def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._validated = not trainer.sanity_checking

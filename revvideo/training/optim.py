@@ -58,8 +58,6 @@ def lr_factor(step: int, *, warmup: int, total: int, start: float, end: float) -
     line, cosine = param_scheduler.LinearParamScheduler, param_scheduler.CosineParamScheduler
     if warmup >= total:
         return float(line(start, start + (1 - start) * total / warmup)(where))
-    if not warmup:
-        return float(cosine(1.0, end)(where))
     parts, lengths = [line(start, 1.0), cosine(1.0, end)], [warmup / total, 1 - warmup / total]
     both = param_scheduler.CompositeParamScheduler(parts, lengths, ["rescaled", "rescaled"])
     return float(both(where))

@@ -109,7 +109,7 @@ def test_rand_augment_is_that_of_timm():
 @pytest.mark.parametrize("upright", [False, True])
 def test_crops_lie_along_the_longer_side(upright):
     ramp = RAMP[..., :24, :].transpose(2, 3) if upright else RAMP[..., :24, :]
-    three = seen(TestTransform(TestConfig(short_side=24), AS_IT_IS, crops=3), ramp, AS_IT_IS)
+    three = seen(TestTransform(TestConfig(short_side=24, crops=3), AS_IT_IS), ramp, AS_IT_IS)
     assert three.shape == (3, 3, 2, 24, 24)
     ends = [(round(float(crop.min())), round(float(crop.max()))) for crop in three]
     assert ends == [(0, 23), (12, 35), (24, 47)]
@@ -118,7 +118,7 @@ def test_crops_lie_along_the_longer_side(upright):
 
 
 def test_crops_of_a_square_lie_side_by_side():
-    transform = TestTransform(TestConfig(short_side=48), AS_IT_IS, crops=3)
+    transform = TestTransform(TestConfig(short_side=48, crops=3), AS_IT_IS)
     crops = seen(transform, RAMP.transpose(2, 3), AS_IT_IS)
     assert torch.equal(crops[0], crops[2])  # the columns are alike: only the rows could differ
     assert [round(float(crop.min())) for crop in seen(transform, RAMP, AS_IT_IS)] == [0, 12, 24]
