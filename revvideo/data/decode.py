@@ -81,8 +81,7 @@ class Video(AbstractContextManager["Video"]):
         self._container, self._stream = open_video(path, self._threads)
         self._codec = self._stream.codec_context
         try:
-            known = index_from_text(known_index)
-            self._index = known or read_index(self._container, self._stream)
+            self._index = index_from_text(known_index) or read_index(self._container, self._stream)
             rate = self._stream.average_rate or self._stream.guessed_rate
             times, unit = self._index.shown, self._stream.time_base
             if not self._index.reliable or unit is None:

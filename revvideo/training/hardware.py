@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,38 +25,32 @@ def launched() -> bool:
     return "LOCAL_RANK" in os.environ or any(kind.detect() for kind in environments)
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """What the config comes to here: ``"cuda"`` or ``"cpu"``, and processes on this machine."""
-
-    device: str
-    processes: int
-
-    def trainer_arguments(self, config: Config, *, sharded: bool) -> dict[str, Any]:
-        """Those of the trainer that training and testing share; ``sharded``: the weights are."""
-        settings = config.train
-        world_size = self.processes * settings.nodes
-        strategy: str | Strategy = "auto"
-        if sharded:
-            parts: dict[str, Any] = {"data_parallel_size": world_size, "tensor_parallel_size": 1}
-            strategy = ModelParallelStrategy(**parts, save_distributed_checkpoint=False)
-        elif settings.strategy == "ddp" or world_size > 1:
-            strategy = DDPStrategy(gradient_as_bucket_view=True)
-        return {
-            "accelerator": "gpu" if self.device == "cuda" else "cpu",
-            "devices": self.processes,
-            "num_nodes": settings.nodes,
-            "strategy": strategy,
-            "precision": settings.precision,
-            "default_root_dir": settings.output_dir,
-            "enable_model_summary": False,
-            "enable_checkpointing": False,  # by Lightning itself
-            "use_distributed_sampler": False,
-        }
+def trainer_arguments(config: Config, *, sharded: bool) -> dict[str, Any]:
+    """Those of the trainer that training and testing share; ``sharded``: the weights are."""
+    settings, (device, processes) = config.train, find_hardware(config)
+    world_size = processes * settings.nodes
+    strategy: str | Strategy = "auto"
+    if sharded:
+        parts: dict[str, Any] = {"data_parallel_size": world_size, "tensor_parallel_size": 1}
+        strategy = ModelParallelStrategy(**parts, save_distributed_checkpoint=False)
+    elif settings.strategy == "ddp" or world_size > 1:
+        strategy = DDPStrategy(gradient_as_bucket_view=True)
+    return {
+        "accelerator": "gpu" if device == "cuda" else "cpu",
+        "devices": processes,
+        "num_nodes": settings.nodes,
+        "strategy": strategy,
+        "precision": settings.precision,
+        "default_root_dir": settings.output_dir,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,  # by Lightning itself
+        "use_distributed_sampler": False,
+    }
 
 
-def find_hardware(config: Config) -> Hardware:
-    """What the config comes to here; a UserError, with the remedy, if this machine cannot do it."""
+def find_hardware(config: Config) -> tuple[str, int]:
+    """``"cuda"`` or ``"cpu"``, and how many processes on this machine; a UserError, with the
+    remedy, if it cannot do what the config asks for."""
     settings, gpus = config.train, torch.cuda.device_count()
     device = settings.device
     if device == "auto":
@@ -74,4 +67,4 @@ def find_hardware(config: Config) -> Hardware:
         raise UserError("train.precision=16-mixed does not go with fsdp: set bf16-mixed")
     # torchrun says in a variable how many processes it has started here.
     given = settings.devices or int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-    return Hardware(device, given or (gpus if device == "cuda" else 1))
+    return device, given or (gpus if device == "cuda" else 1)

@@ -130,6 +130,4 @@ class ProgressBar(TQDMProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        # An epoch that is resumed in its middle does not start, for Lightning.
-        self.train_progress_bar.total = self.total_train_batches
-        self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch}")
+        self.on_train_epoch_start(trainer)  # Lightning does not, where it is resumed in its middle

@@ -19,9 +19,9 @@ from revvideo.config import save_config
 from revvideo.data.videos import VideoData
 from revvideo.models import build_model
 from revvideo.settings import Config
+from revvideo.training import hardware
 from revvideo.training.checkpoint import LAST, CheckpointIO, checkpoint_to_resume, saved_in
 from revvideo.training.evaluation import gathered
-from revvideo.training.hardware import Hardware, find_hardware, is_first_process, launched
 from revvideo.training.log import ProgressBar, StepLog, set_up_log
 from revvideo.training.metrics import MetricsLogger, cut_metrics, trackers
 from revvideo.training.module import VideoModule
@@ -46,9 +46,9 @@ def run(config: Config, *, resume: bool, eval_only: bool, weights: str = "") -> 
     """
     output_dir = Path(config.train.output_dir)
     folder = last_checkpoint(output_dir).parent
-    hardware = find_hardware(config)
+    hardware.find_hardware(config)  # or a refusal
     # The other processes may come when the first one has begun to write.
-    if is_first_process() and saved_in(folder) and not (resume or eval_only):
+    if hardware.is_first_process() and saved_in(folder) and not (resume or eval_only):
         remedy = "add --resume to continue it, or set train.output_dir to a new folder"
         raise UserError(f"{output_dir} already holds a run: {remedy}")
     last = checkpoint_to_resume(folder) if resume or (eval_only and not weights) else None
@@ -58,7 +58,7 @@ def run(config: Config, *, resume: bool, eval_only: bool, weights: str = "") -> 
             remedy = "train first, or set model.weights=FILE"
             raise UserError(f"--eval-only: {output_dir} holds no checkpoint; {remedy}")
     lock: AbstractContextManager[None] = nullcontext()
-    if is_first_process():
+    if hardware.is_first_process():
         if not eval_only:
             build_model(config, num_classes=1)  # what it cannot be made of, before the data
             lock = locked(output_dir, "train.output_dir")
@@ -69,9 +69,9 @@ def run(config: Config, *, resume: bool, eval_only: bool, weights: str = "") -> 
     try:
         with lock:
             if not eval_only:
-                facts = _fit(config, hardware, last if resume else None)
+                facts = _fit(config, last if resume else None)
                 weights = str(last_checkpoint(output_dir))
-            _evaluate(config, hardware, weights, facts)
+            _evaluate(config, weights, facts)
     except torch.OutOfMemoryError as error:
         # Said here, because it may be this process alone that says it.
         reason = str(error).partition(". ")[0]
@@ -84,7 +84,7 @@ def last_checkpoint(output_dir: Path) -> Path:
     return output_dir / "checkpoints" / LAST
 
 
-def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[str, Any]:
+def _fit(config: Config, checkpoint: Path | None) -> dict[str, Any]:
     """Train from the beginning or from a checkpoint to the end; returns the facts of the run."""
     settings, optim = config.train, config.optim
     require_trackers(settings.loggers)
@@ -104,7 +104,7 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
     source = "" if checkpoint else config.model.weights
     weights = read_weights(source) if source else None
     data = VideoData(config, classes=checkpoints.classes, resume=checkpoint is not None)
-    if not launched():
+    if not hardware.launched():
         data.prepare_data()  # before other processes are started, so that errors come at once
         data.setup("fit")
     module = VideoModule(config, weights)
@@ -157,18 +157,18 @@ def _fit(config: Config, hardware: Hardware, checkpoint: Path | None) -> dict[st
     }
 
 
-def _evaluate(config: Config, hardware: Hardware, source: str, facts: dict[str, Any]) -> None:
+def _evaluate(config: Config, source: str, facts: dict[str, Any]) -> None:
     """Test weights and write down what came out, with the facts of the training before it."""
     weights = read_weights(source)
     data = VideoData(config, train=False, classes=weights.classes)
-    if not launched():
+    if not hardware.launched():
         data.prepare_data()
     module = VideoModule(config, weights)
     shared = hardware.trainer_arguments(config, sharded=False)
     trainer = pl.Trainer(**shared, callbacks=[ProgressBar()], logger=False)
     trainer.test(module, data, verbose=False)
     left_out = {**facts.pop("left_out", {}), **_left_out(module)}
-    if is_first_process():
+    if hardware.is_first_process():
         write_results(module, facts, left_out)
 
 
