@@ -62,7 +62,6 @@ class VideoData(pl.LightningDataModule):
             path = self._manifest_path(split)
             if self.resume and path.is_file():
                 continue
-            path.parent.mkdir(parents=True, exist_ok=True)
             scanned = default_manifest(local_path(data.manifests, "data.manifests") or root, split)
             if scanned.is_file() and not path.is_file():
                 shutil.copyfile(scanned, path)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 def drawing_names(paths: Sequence[Path]) -> dict[Path, str]:
     """For each path one of its own: without suffix, relative to the folder that all are in."""
-    absolute = {path: path.absolute() for path in paths}
-    common = os.path.commonpath([path.parent for path in absolute.values()])
-    names = {path: str(full.relative_to(common)) for path, full in absolute.items()}
+    common = os.path.commonpath([path.absolute().parent for path in paths])
+    names = {path: os.path.relpath(path, common) for path in paths}
     stems = {path: str(Path(name).with_suffix("")) for path, name in names.items()}
     taken = Counter(stems.values())
     return {path: names[path] if taken[stem] > 1 else stem for path, stem in stems.items()}
