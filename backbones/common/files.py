@@ -111,10 +111,13 @@ def save_checkpoint(path: Path, content: Any, previous: Path | None = None) -> N
                     checksum_file(path).replace(checksum_file(previous))
         write_checksum(path, checksum)
     except (OSError, RuntimeError) as error:  # the latter by torch, on a full disk
-        raise UserError(
-            f"cannot save {path} ({error_line(error)}): make room, or the folder writable, and "
-            "continue from the checkpoint before with --resume"
-        ) from error
+        raise cannot_save(path, error) from error
+
+
+def cannot_save(path: Path, error: BaseException) -> UserError:
+    """The error for a checkpoint that cannot be written."""
+    remedy = "make room, or the folder writable, and continue from the checkpoint before"
+    return UserError(f"cannot save {path} ({error_line(error)}): {remedy} with --resume")
 
 
 def has_other_checksum(path: Path) -> bool | None:
@@ -204,7 +207,10 @@ def find_files(
         name = f"{option} {printable(argument)}".lstrip()
         if not matches:
             raise UserError(f"{name}: no such file or folder, and nothing matches it")
-        files = [file for match in matches for file in _files_at(Path(match), accepts)]
+        files: list[Path] = []
+        for match in map(Path, matches):
+            inside = (file for file in sorted(walk(match)) if accepts(file) and file.is_file())
+            files += inside if match.is_dir() else [match]
         if passed_over is not None:
             own = passed_over.resolve()
             files = [file for file in files if own not in file.resolve().parents]
@@ -213,12 +219,6 @@ def find_files(
             raise UserError(f"{name}: holds no {what}{besides}")
         found.update(dict.fromkeys(files))
     return list(found)
-
-
-def _files_at(path: Path, accepts: Callable[[Path], bool]) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    return [file for file in sorted(walk(path)) if accepts(file) and file.is_file()]
 
 
 def walk(folder: Path) -> Iterator[Path]:

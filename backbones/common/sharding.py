@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from backbones.common.errors import UserError, error_line
-from backbones.common.files import checksum_of, remove, write_checksum
+from backbones.common.files import cannot_save, checksum_of, remove, write_checksum
 
 STATE = "state.pth"  # in the folder of a sharded checkpoint, all but the sharded tensors
 
@@ -124,10 +124,7 @@ def save_sharded(folder: Path, state: dict[str, Any]) -> None:
             write_checksum(folder, checksum_of(beginning))
             beginning.replace(folder)
     except (OSError, RuntimeError, checkpoint.CheckpointException) as error:
-        raise UserError(
-            f"cannot save {folder} ({error_line(error)}): make room, or the folder writable, and "
-            "continue from the checkpoint before with --resume"
-        ) from error
+        raise cannot_save(folder, error) from error
     dist.barrier()
 
 

@@ -98,23 +98,17 @@ class PublishedClips(Clips):
 
     As SlowFast's ``slowfast/datasets/decoder.py`` takes them from a whole video: ``clips`` spans
     of ``frames * stride`` frames at ``KINETICS_FPS``, the last of which starts at
-    ``(clips - 1) / clips`` of the latest start (``get_start_end_idx``; or at it, with ``offset``,
-    its ``use_offset``), and frames at equal distances from the first to the last of a span, rounded
-    down (``temporal_sampling``): those of a 16x4 clip are 63 / 15 = 4.2 apart.
+    ``(clips - 1) / clips`` of the latest start (``get_start_end_idx``), and frames at equal
+    distances from the first to the last of a span, rounded down (``temporal_sampling``): those of a
+    16x4 clip are 63 / 15 = 4.2 apart.
     """
 
     clips: int = 5
-    offset: bool = False
 
     def __call__(self, timestamps: Sequence[float], rate: float = KINETICS_FPS) -> list[list[int]]:
         count, size = len(timestamps), self.stride * self.frames / KINETICS_FPS * rate
-        delta, last = max(count - size, 0), self.clips - 1
-        if not self.offset:
-            starts = [delta * clip / self.clips for clip in range(self.clips)]
-        elif last:
-            starts = [clip * (delta // last) for clip in range(self.clips)]
-        else:
-            starts = [delta // 2]
+        delta = max(count - size, 0)
+        starts = [delta * clip / self.clips for clip in range(self.clips)]
         spans = [torch.linspace(start, start + size - 1, self.frames) for start in starts]
         return [span.clamp(0, count - 1).long().tolist() for span in spans]
 
