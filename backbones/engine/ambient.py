@@ -10,8 +10,9 @@ import gc
 import random
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
+
+# What takes the state of a random generator, and what puts it.
+_Access = tuple[Callable[[], Any], Callable[[Any], object]]
 
 
 def only_plain() -> bool:
@@ -60,101 +64,76 @@ class AutocastState:
         )
 
 
-class RandomState:
-    """The states now of the default generators that a computation on ``device`` may draw from."""
+class _Generators:
+    """The states now of random generators."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._states: list[Tensor] = []
-        if torch._C._get_dispatch_mode(_FAKE) is not None:
-            return  # nothing is drawn of shapes alone
-        self._states.append(torch.get_rng_state())
-        if device.type not in ("cpu", "meta"):
-            module = torch.get_device_module(device)
-            # A fake tensor may say that it is on a GPU where there is none.
-            if getattr(module, "is_initialized", lambda: True)():
-                self._states.append(module.get_rng_state(device))
-
-    def same_as(self, other: RandomState) -> bool:
-        """Whether nothing was drawn between the two."""
-        return all(map(torch.equal, self._states, other._states))
+    def __init__(self, generators: Iterable[_Access]) -> None:
+        self._states = [(take, put, take()) for take, put in generators]
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """A context that draws the same numbers, and leaves the generators as it found them."""
-        found = RandomState(self._device)
+        found = _Generators((take, put) for take, put, _ in self._states)
         try:
-            self._set()
+            self._put()
             yield
         finally:
-            found._set()
+            found._put()
 
-    def _set(self) -> None:
-        for index, state in enumerate(self._states):
-            if index == 0:
-                torch.set_rng_state(state)
-            else:
-                torch.get_device_module(self._device).set_rng_state(state, self._device)
-
-
-class OtherRandom:
-    """The states of generators that torch's own state does not cover, ``own`` ones among them, that
-    a module holds or gets from outside."""
-
-    def __init__(self, own: Sequence[torch.Generator] = ()) -> None:
-        self._own = [(generator, generator.get_state()) for generator in own]
-        self._global = [(put, take()) for take, put in _global_generators()]
-
-    def add(self, own: Sequence[tuple[torch.Generator, Tensor]]) -> None:
-        """Have the states of more generators, taken by somebody else."""
-        self._own += own
-
-    def moved(self) -> bool:
-        """Whether Python's or NumPy's global generator was drawn from since."""
-        now = [take() for take, _ in _global_generators()]
-        return any(
-            str(before) != str(after) for (_, before), after in zip(self._global, now, strict=False)
-        )
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """A context that draws the same numbers, and leaves the generators as it found them."""
-        now = OtherRandom([generator for generator, _ in self._own])
-        self._restore()
-        try:
-            yield
-        finally:
-            now._restore()
-
-    def _restore(self) -> None:
-        for generator, state in self._own:
-            generator.set_state(state)
-        for put, state in self._global:
+    def _put(self) -> None:
+        for _, put, state in self._states:
             put(state)
 
 
-def _global_generators() -> list[tuple[Callable[[], Any], Callable[[Any], None]]]:
-    """How to take and to put the state of Python's generator, and of NumPy's if it is in use."""
-    found: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
-        (random.getstate, random.setstate)
-    ]
-    if (numpy := sys.modules.get("numpy")) is not None:
-        found.append((numpy.random.get_state, numpy.random.set_state))
-    return found
+class RandomState(_Generators):
+    """The states now of the default generators that a computation on ``device`` may draw from."""
+
+    def __init__(self, device: torch.device) -> None:
+        generators: list[_Access] = []
+        # Under a fake mode, nothing is drawn of shapes alone.
+        if torch._C._get_dispatch_mode(_FAKE) is None:
+            generators.append((torch.get_rng_state, torch.set_rng_state))
+            if device.type not in ("cpu", "meta"):
+                module = torch.get_device_module(device)
+                # A fake tensor may say that it is on a GPU where there is none.
+                if getattr(module, "is_initialized", lambda: True)():
+                    put = partial(module.set_rng_state, device=device)
+                    generators.append((partial(module.get_rng_state, device), put))
+        super().__init__(generators)
+
+    def same_as(self, other: RandomState) -> bool:
+        """Whether nothing was drawn between the two."""
+        pairs = zip(self._states, other._states, strict=False)
+        return all(torch.equal(ours, theirs) for (*_, ours), (*_, theirs) in pairs)
+
+
+class OtherRandom(_Generators):
+    """The states of generators that torch's own state does not cover: Python's, NumPy's if it is in
+    use, and ``own`` ones that a module holds or gets from outside."""
+
+    def __init__(self, own: Iterable[torch.Generator] = ()) -> None:
+        generators: list[_Access] = [(random.getstate, random.setstate)]
+        if (numpy := sys.modules.get("numpy")) is not None:
+            generators.append((numpy.random.get_state, numpy.random.set_state))
+        super().__init__(generators)
+        self.add((each, each.get_state()) for each in own)
+
+    def add(self, own: Iterable[tuple[torch.Generator, Tensor]]) -> None:
+        """Have the states of more generators, taken by somebody else."""
+        self._states += [(each.get_state, each.set_state, state) for each, state in own]
+
+    def moved(self) -> bool:
+        """Whether Python's or NumPy's generator was drawn from since, asked before others come."""
+        return any(str(take()) != str(before) for take, _, before in self._states)
 
 
 class Observer(TorchFunctionMode):
-    """Sees which tensors and generators the functions of torch are called with.
-
-    Attributes:
-        computed: trained tensors that others have computed; only those that are not made here
-            matter, see :meth:`find`.
-        generators: with their states before they were drawn from.
-    """
+    """Sees which tensors and generators the functions of torch are called with."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.computed: list[Tensor] = []
+        self.computed: list[Tensor] = []  # trained tensors that others have computed
+        # With their states before they were drawn from.
         self.generators: list[tuple[torch.Generator, Tensor]] = []
         self.start = 0  # number of the first autograd node that is made here, for the input
         self._made: list[weakref.ref[Tensor]] = []

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+@dataclass
 class Chain:
-    """The blocks of a sequence in one forward pass.
+    """The blocks of a sequence in one forward pass."""
 
-    Attributes:
-        ends: whether the block that runs now keeps its outputs, come what may.
-        last: what the block before has handed over.
-    """
-
-    def __init__(self) -> None:
-        self.ends = True
-        self.last: Handover | None = None
+    ends: bool = True  # whether the block that runs now keeps its outputs, come what may
+    last: Handover | None = None  # what the block before has handed over
 
 
 class _Here(threading.local):
@@ -38,12 +34,7 @@ class Handover:
     def __init__(self) -> None:
         self._streams: tuple[Tensor, Tensor] | None = None
         self._versions = (0, 0)
-        self._kept = True
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether the outputs stayed, so that others may see them too."""
-        return self._kept
+        self.is_kept = True  # whether the outputs stayed, so that others may see them too
 
     def offer(self, y1: Tensor, y2: Tensor) -> None:
         """Take the outputs of the block, until they are claimed or settled, which follows soon."""
@@ -51,19 +42,18 @@ class Handover:
 
     def claim(self, x1: Tensor, x2: Tensor) -> bool:
         """Whether these inputs are the outputs, unchanged; if so, nothing is kept any more."""
-        if not self._kept or self._streams is None:
+        if not self.is_kept or self._streams is None:
             return False
-        y1, y2 = self._streams
-        same = (x1._version, x2._version) == self._versions
-        if not same or not (_is_same(y1, x1) and _is_same(y2, x2)):
-            self.settle()
-            return False
-        self._kept, self._streams = False, None
-        return True
+        unchanged = (x1._version, x2._version) == self._versions
+        if unchanged and all(map(_is_same, self._streams, (x1, x2))):
+            self.is_kept, self._streams = False, None
+            return True
+        self.settle()
+        return False
 
     def settle(self) -> None:
         """Keep what nobody has claimed, without its graph, which would keep itself alive."""
-        if self._kept and self._streams is not None:
+        if self.is_kept and self._streams is not None:
             y1, y2 = self._streams
             self._streams = (y1.detach(), y2.detach())
 
@@ -80,7 +70,7 @@ class Handover:
                 "forward hook on the block, or give the block the 'store' policy."
             )
         y1, y2 = self._streams
-        if not self._kept:
+        if not self.is_kept:
             self._streams = None
         elif (y1._version, y2._version) != self._versions:
             raise RuntimeError(

@@ -7,9 +7,9 @@ the gradients are made of the same inputs and weights as without.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, cast
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers inside ``module`` whose outputs can be kept, by name."""
     return {name: part for name, part in module.named_modules() if type(part) is nn.Linear}
-
-
-def weights_of(module: nn.Module, layers: Collection[str]) -> list[Tensor]:
-    """The weights of linear layers, by their names in ``module``."""
-    return [cast(nn.Linear, module.get_submodule(name)).weight for name in layers]
 
 
 _TENSOR = object()
@@ -42,7 +37,7 @@ class Kept:
         self._weights = weights
         self._outputs: list[tuple[list[Any], Any]] = []  # of each product, but for tensors
 
-    def recorded(self, into: list[Tensor]) -> AbstractContextManager[None]:
+    def recorded(self, into: list[Tensor]) -> AbstractContextManager[Any]:
         """A context in which the outputs of the chosen products go into a list."""
         self._outputs.clear()
 
@@ -75,11 +70,9 @@ class Kept:
 
         return self._watched(play, {id(weight) for weight in weights or ()})
 
-    @contextmanager
-    def _watched(self, instead: Any, weights: Collection[int]) -> Iterator[None]:
+    def _watched(self, instead: Any, weights: Collection[int]) -> AbstractContextManager[Any]:
         products = _Products(instead)
-        with products if self._weights is None else _Linears(products, weights):
-            yield
+        return products if self._weights is None else _Linears(products, weights)
 
 
 def counted() -> dict[Any, Callable[..., int]]:

@@ -24,10 +24,11 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from backbones.common.errors import did_you_mean
 from backbones.engine.ambient import only_plain
-from backbones.engine.kept import Kept, linear_layers, weights_of
-from backbones.engine.sameness import different, is_near, mark, sample
+from backbones.engine.kept import linear_layers
+from backbones.engine.sameness import mark
+from backbones.engine.second_run import TwoRuns
 from backbones.engine.slices import cut
-from backbones.engine.state import ModuleState, hooked_everywhere, known_as_before
+from backbones.engine.state import hooked_everywhere, known_as_before
 
 MemoryPolicy = Literal["store", "checkpoint", "reversible"]
 
@@ -36,8 +37,6 @@ MemoryPolicy = Literal["store", "checkpoint", "reversible"]
 Keep = tuple[str, ...] | Literal["products"]
 
 Output = TypeVar("Output")
-
-_AFTER = "_post_accumulate_grad_hooks"
 
 
 class Block(nn.Module):
@@ -101,31 +100,25 @@ class Block(nn.Module):
         return self.slices
 
     def _checkpointed(self, piece: Callable[..., Output], *args: Any) -> Output:
-        state, runs = ModuleState(self), 0
+        twice, runs = TwoRuns(self, self.keep), 0
+        state = twice.state
         if state.layout.hooked_inside or hooked_everywhere():
             self.warn_of_hooks()
             return piece(*args)
 
         marks = [(arg, mark(arg)) for arg in args if isinstance(arg, Tensor)]
-        places = state.layout.places
-        trained = {id(param): param.requires_grad for _, _, param in places}
-        weights = weights_of(self, self.keep or ())
-        keeper = None if self.keep == () else Kept(weights if self.keep else None)
-        kept: list[Tensor] = []
+        params = state.layout.params
+        trained = [param.requires_grad for param in params]
         half = torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu")
         # Of weights that are stepped as soon as they have their gradients, others than those of
         # this piece may have been.
-        stepped = {id(p) for p in state.layout.params if getattr(p, _AFTER, None)}
-        samples: list[Tensor | None] = []
+        stepped = {id(p) for p in params if p._post_accumulate_grad_hooks}
 
         def run(*args: Any) -> Output:
             nonlocal runs
             runs += 1
             if runs == 1:
-                with (
-                    nullcontext() if state.facts else state.observed(),
-                    keeper.recorded(kept) if keeper else nullcontext(),
-                ):
+                with nullcontext() if state.facts else state.observed(), twice.recorded():
                     out = piece(*args)
             if any(mark(tensor) != before for tensor, before in marks):
                 raise RuntimeError(
@@ -135,32 +128,23 @@ class Block(nn.Module):
                 )
             if runs == 1:
                 marks.extend((p, mark(p)) for p in state.layout.params if id(p) not in stepped)
-                if state.facts is None or not state.facts.closed:
-                    samples.extend(map(sample, _tensors(out)))
+                twice.note(out)
                 return out
             other = {
-                id(param): param.detach().requires_grad_(not param.requires_grad)
-                for _, _, param in places
-                if param.requires_grad is not trained[id(param)]
+                id(param): param.detach().requires_grad_(was)
+                for param, was in zip(params, trained, strict=True)
+                if param.requires_grad is not was
             }
-            played = [other.get(id(weight), weight) for weight in weights]
-            with (
-                state.other_random.replayed() if state.other_random else nullcontext(),
-                keeper.played(kept, played) if keeper else nullcontext(),
-            ):
+            with twice.replayed(twice.kept, other):
                 if state.is_as_it_was and not other:
                     out = piece(*args)
                 else:
                     out = piece.__func__(state.copy(other), *args)  # type: ignore[attr-defined]
-            for now, before in zip(_tensors(out), samples, strict=False):
-                if before is not None and not is_near(now, before, half):
-                    state.forget()
-                    raise RuntimeError(different(self))
+            twice.compare(out, half)
             return out
 
-        foreign = state.facts is None or not state.facts.closed
         # To its end, where there is something to compare.
-        with set_checkpoint_early_stop(False) if foreign else nullcontext():
+        with nullcontext() if state.is_closed else set_checkpoint_early_stop(False):
             return checkpoint(run, *args, use_reentrant=False)
 
     def warn_of_hooks(self) -> None:
@@ -196,10 +180,6 @@ def _joined(parts: list[Any]) -> Any:
     if isinstance(parts[0], tuple):
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return torch.cat(parts)
-
-
-def _tensors(out: object) -> list[Tensor]:
-    return [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)]
 
 
 def add_branch(x: Tensor, branch: Tensor, mask: Tensor | None) -> Tensor:
@@ -269,17 +249,17 @@ def set_memory(
     if keep and any(block.is_compiled for block in blocks):
         raise ValueError(f"the blocks of {kind} are compiled as a whole: keep goes without compile")
     names = [_names(name, block) for name, block in named.items()]
-    known = {name for of_block in names for name in of_block}
     for pattern in keep:
-        if not _matching(pattern, known):
-            layers = sorted({layer for block in blocks for layer in linear_layers(block)})
-            near = did_you_mean(pattern, layers) or f": {', '.join(layers[:12])} …"
+        if not any(_matching(pattern, of_block) for of_block in names):
+            linear = sorted({layer for block in blocks for layer in linear_layers(block)})
+            near = did_you_mean(pattern, linear) or f": {', '.join(linear[:12])} …"
             raise ValueError(f"keep: no block of {kind} has a linear layer {pattern!r}{near}")
-    kept = [_kept(of_block, keep) for of_block in names]
     first_stored = len(blocks) - stored_blocks
-    for index, block in enumerate(blocks):
+    for index, (block, layers) in enumerate(zip(blocks, names, strict=True)):
+        meant = [layers[name] for pattern in keep for name in _matching(pattern, layers)]
         with known_as_before(block):
-            block.keep, block.slices = kept[index], slices
+            block.keep = None if "products" in meant else tuple(dict.fromkeys(meant))
+            block.slices = slices
             if index >= first_stored:
                 block.memory_policy = "store"
             elif policy == "reversible" and not block.invertible:
@@ -306,9 +286,3 @@ def _matching(pattern: str, names: Collection[str]) -> list[str]:
     products = pattern.endswith("products")
     found = fnmatch.filter(names, pattern)
     return [name for name in found if products or not name.endswith("products")]
-
-
-def _kept(names: dict[str, str], keep: Sequence[str]) -> tuple[str, ...] | None:
-    """The layers of a block that are meant; None for all products."""
-    found = dict.fromkeys(names[name] for pattern in keep for name in _matching(pattern, names))
-    return None if "products" in found else tuple(found)

@@ -1,14 +1,15 @@
 """The autograd node of a reversed block: it keeps nothing, and rebuilds its inputs going backwards.
 
 A block may be run in slices of the batch, forwards and backwards alike, so that what is alive
-while it runs is that of a slice. Each slice is a :class:`_Part` with branches of its own.
+while it runs is that of a slice. Each slice has branches of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,15 +19,10 @@ from backbones.engine.handover import Handover, here
 from backbones.engine.policies import Block, add_branch
 from backbones.engine.sameness import mark
 from backbones.engine.second_run import Branch
-from backbones.engine.slices import Whole, cut
+from backbones.engine.slices import Whole, cut, split
 
-
-class _Part(NamedTuple):
-    """A slice of the batch, or all of it, in one forward pass."""
-
-    f: Branch
-    g: Branch
-    mask: Tensor | None
+# A slice of the batch, or all of it, in one forward pass: f, g and their drop-path mask.
+_Part = tuple[Branch, Branch, Tensor | None]
 
 
 @dataclass
@@ -35,7 +31,6 @@ class _FirstRun:
 
     parts: list[_Part]
     sizes: list[int]  # samples of each
-    autocast: AutocastState
     behind: Handover | None
     ahead: Handover | None
     streams: list[Tensor]
@@ -55,8 +50,12 @@ def run_reversed(
     """Run a block that keeps nothing; ``couple``, its method, is what it computes."""
     sizes, slices = cut(block, block.slices_of, couple, x1, x2, mask)
     keep_f, keep_g = block.kept_in("f"), block.kept_in("g")
-    parts = [_Part(Branch(block.f, keep_f), Branch(block.g, keep_g), m) for *_, m in slices]
-    if parts[0].f.state.is_hooked or parts[0].g.state.is_hooked:
+    autocast = AutocastState(x1.device)
+    parts = [
+        (Branch(block.f, keep_f, autocast), Branch(block.g, keep_g, autocast), part_mask)
+        for *_, part_mask in slices
+    ]
+    if any(branch.state.is_hooked for branch in parts[0][:2]):
         block.warn_of_hooks()
         return couple(x1, x2, mask)
     chain = here.chain
@@ -67,13 +66,12 @@ def run_reversed(
     whole_y1, whole_y2 = Whole(sizes), Whole(sizes)
     try:
         with torch.no_grad():
-            autocast = AutocastState(x1.device)
             random = RandomState(x1.device)
             for (f, g, part_mask), (part_x1, part_x2, _) in zip(parts, slices, strict=True):
-                f_x2, random = f.first_run(part_x2, autocast, random)
+                f_x2, random = f.first_run(part_x2, random)
                 y1 = add_branch(part_x1, f_x2, part_mask)
                 del f_x2
-                g_y1, random = g.first_run(y1, autocast, random)
+                g_y1, random = g.first_run(y1, random)
                 y2 = add_branch(part_x2, g_y1, part_mask)
                 del g_y1
                 whole_y1.put(y1)
@@ -82,30 +80,16 @@ def run_reversed(
     finally:
         here.chain = chain
     ahead = None if chain is None or chain.ends else Handover()
-    inputs = _inputs_of(parts)
-    dtypes = x1.dtype, x2.dtype
-    marks = [*map(mark, inputs)]
-    first = _FirstRun(parts, sizes, autocast, behind, ahead, [y1, y2], inputs, dtypes, marks)
+    # All trained tensors of the branches, each once.
+    inputs = [*{id(t): t for f, g, _ in parts for t in (*f.tensors, *g.tensors)}.values()]
+    dtypes, marks = (x1.dtype, x2.dtype), [*map(mark, inputs)]
+    first = _FirstRun(parts, sizes, behind, ahead, [y1, y2], inputs, dtypes, marks)
     y1, y2 = _ReversedBlock.apply(first, x1, x2, *inputs)
     if ahead is not None:
         ahead.offer(y1, y2)
     if chain is not None:
         chain.last = ahead
     return y1, y2
-
-
-def _inputs_of(parts: Sequence[_Part]) -> list[Tensor]:
-    """All trained tensors of the branches, each once; tells each branch where its own are."""
-    branches = [branch for f, g, _ in parts for branch in (f, g)]
-    tensors = [branch.tensors for branch in branches]
-    inputs = [tensor for of_one in tensors for tensor in of_one]
-    places = {id(tensor): index for index, tensor in enumerate(inputs)}
-    if len(places) < len(inputs):  # they share some
-        inputs = [*{id(tensor): tensor for tensor in inputs}.values()]
-        places = {id(tensor): index for index, tensor in enumerate(inputs)}
-    for branch, of_one in zip(branches, tensors, strict=True):
-        branch.indices = [places[id(tensor)] for tensor in of_one]
-    return inputs
 
 
 class _ReversedBlock(torch.autograd.Function):
@@ -137,111 +121,76 @@ class _ReversedBlock(torch.autograd.Function):
                 "gradients of gradients (create_graph=True) do not pass reversed blocks: "
                 "choose the 'store' policy for this model"
             )
-        first, saved = ctx.first, [*_unchanged(ctx)]
+        first = ctx.first
         # Not the saved inputs, which hooks (save_on_cpu) may have replaced by others.
-        del saved[: len(first.inputs)]
-        streams = saved[sum(first.kept) :] if first.ahead is None else [*first.ahead.take()]
-        kept = iter(saved)
+        saved = iter(_unchanged(ctx)[len(first.inputs) :])
+        kept = [[*islice(saved, count)] for count in first.kept]
+        streams = [*saved] if first.ahead is None else [*first.ahead.take()]
         _, x1_needs, x2_needs, *needs = ctx.needs_input_grad
         rebuild = first.behind is not None and (x1_needs or x2_needs)
+        needed = {id(tensor) for tensor, need in zip(first.inputs, needs, strict=True) if need}
         grads: dict[int, Tensor] = {}
         if len(first.parts) == 1:
-            kept_f, kept_g = ([next(kept) for _ in range(count)] for count in first.kept)
-            del saved
-            x1, x2, dy1, dy2 = _rebuild(
-                first, first.parts[0], streams, (kept_f, kept_g), (dy1, dy2), grads, needs, rebuild
+            x1, x2, dy1, dy2 = _run_back(
+                first, first.parts[0], streams, kept, (dy1, dy2), needed, grads, rebuild
             )
         else:
             # Nobody else has what was rebuilt for this block, so its inputs take that place.
-            owned = first.ahead is not None and not first.ahead.is_kept
+            owned = rebuild and first.ahead is not None and not first.ahead.is_kept
             into = [
-                y if owned and y.dtype == dtype and rebuild else None
+                y if owned and y.dtype == dtype else None
                 for y, dtype in zip(streams, first.dtypes, strict=True)
             ]
-            wholes = [Whole(first.sizes, place) for place in into]
-            gradients = [Whole(first.sizes), Whole(first.sizes)]
-            of_streams = [y.split(first.sizes) for y in streams]
-            of_grads = [_split(grad, first.sizes) for grad in (dy1, dy2)]
-            counts = iter(first.kept)
-            for index, part in enumerate(first.parts):
-                kept_f, kept_g = ([next(kept) for _ in range(next(counts))] for _ in "fg")
-                *xs, d1, d2 = _rebuild(
-                    first,
-                    part,
-                    [of_streams[0][index], of_streams[1][index]],
-                    (kept_f, kept_g),
-                    (of_grads[0][index], of_grads[1][index]),
-                    grads,
-                    needs,
-                    rebuild,
-                )
-                if not rebuild:
-                    xs = [None, None]
-                for whole, tensor in zip((*wholes, *gradients), (*xs, d1, d2), strict=True):
+            wholes = [Whole(first.sizes, place) for place in (*into, None, None)]
+            slices = split(first.sizes, *streams, dy1, dy2)
+            pairs = zip(kept[::2], kept[1::2], strict=True)
+            for part, pair, (*ys, d1, d2) in zip(first.parts, pairs, slices, strict=True):
+                found = _run_back(first, part, ys, pair, (d1, d2), needed, grads, rebuild)
+                for whole, tensor in zip(wholes, found, strict=True):
                     whole.put(tensor)
-                del xs, d1, d2
-            x1, x2, dy1, dy2 = (whole.tensor for whole in (*wholes, *gradients))
-        if rebuild and x1 is not None:
+                del found, tensor
+            x1, x2, dy1, dy2 = (whole.tensor for whole in wholes)
+        if rebuild:
             first.behind.leave(x1, x2)
-        return (None, dy1, dy2, *(grads.get(index) for index in range(len(first.inputs))))
+        return (None, dy1, dy2, *(grads.get(id(tensor)) for tensor in first.inputs))
 
 
-def _rebuild(
+def _run_back(
     first: _FirstRun,
     part: _Part,
     streams: list[Tensor],
-    kept: tuple[list[Tensor], list[Tensor]],
+    kept: Sequence[list[Tensor]],
     gradients: tuple[Tensor | None, Tensor | None],
+    needed: Set[int],
     grads: dict[int, Tensor],
-    needs: Sequence[bool],
     rebuild: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """From the outputs of a block, in the slice ``part``, and their gradients to its inputs and
-    theirs: x1, or None where it is not wanted (``rebuild``) or not known; x2; their gradients.
+    """From the outputs of a block, in the slice ``part``, and their gradients to its inputs, None
+    each if they are not wanted (``rebuild``), and their gradients.
 
     Args:
         streams: y1 and y2, which are taken out: nobody else should hold them.
         kept: outputs of f's products and of g's.
         gradients: of y1 and y2.
-        grads: takes the gradients of the node's inputs, by index, beside those that are there.
-        needs: which of them are wanted.
+        needed, grads: as of :meth:`Branch.second_run`.
     """
-    mask, autocast = part.mask, first.autocast
+    f, g, mask = part
     y2, y1 = streams.pop(), streams.pop()
     dy1, dy2 = gradients
-    if dy2 is None:
-        g_y1 = part.g.output(y1, kept[1], autocast)
-    else:
-        leaf, g_y1, wanted = part.g.second_run(y1, kept[1], first.inputs, needs, autocast)
-        d, g_grads = part.g.gradients(g_y1, leaf, wanted, dy2, mask)
-        dy1 = _sum(dy1, d)
-        _add(grads, g_grads)
-        del leaf, d, wanted, g_grads
-    x2 = _subtract_branch(y2, g_y1.detach(), mask).to(first.dtypes[1])
+    g_y1, d = g.second_run(y1, kept[1], dy2, mask, needed, grads)
+    dy1 = _sum(dy1, d)
+    x2 = _subtract_branch(y2, g_y1, mask).to(first.dtypes[1])
     # The names are dropped as soon as they are spent: they are the peak of the backward pass.
-    del g_y1, y2
+    del g_y1, y2, d
 
-    x1 = f_x2 = None
-    if dy1 is not None:
-        leaf, f_x2, wanted = part.f.second_run(x2, kept[0], first.inputs, needs, autocast)
-        d, f_grads = part.f.gradients(f_x2, leaf, wanted, dy1, mask)
-        dy2 = _sum(dy2, d)
-        _add(grads, f_grads)
-        del leaf, d, wanted
-    elif rebuild:
-        f_x2 = part.f.output(x2, kept[0], autocast)
-    if rebuild and f_x2 is not None:
-        x1 = _subtract_branch(y1, f_x2.detach(), mask).to(first.dtypes[0])
-    return x1, x2, dy1, dy2
-
-
-def _add(grads: dict[int, Tensor], more: dict[int, Tensor]) -> None:
-    for index, grad in more.items():
-        grads[index] = grads[index] + grad if index in grads else grad
-
-
-def _split(grad: Tensor | None, sizes: list[int]) -> Sequence[Tensor | None]:
-    return [None] * len(sizes) if grad is None else grad.split(sizes)
+    if dy1 is None and not rebuild:
+        return None, None, None, dy2
+    f_x2, d = f.second_run(x2, kept[0], dy1, mask, needed, grads)
+    dy2 = _sum(dy2, d)
+    del d
+    if not rebuild:
+        return None, None, dy1, dy2
+    return _subtract_branch(y1, f_x2, mask).to(first.dtypes[0]), x2, dy1, dy2
 
 
 def _unchanged(ctx: Any) -> tuple[Tensor, ...]:

@@ -48,13 +48,3 @@ def is_near(out: Tensor, before: Tensor, half: bool) -> bool:
     rounding = torch.finfo(now.dtype).eps * now.numel() ** 0.5
     # Where there are infinities or no numbers, nothing is known.
     return not bool(error > tolerance * wide.norm() + rounding)
-
-
-def different(module: nn.Module) -> str:
-    """What is said then."""
-    return (
-        f"{type(module).__name__} computes something else when it runs again for the backward "
-        "pass: it uses what has changed since the forward pass, or what its own runs change, "
-        "outside of its parameters, buffers and attributes (or another source of random numbers). "
-        "Make that a buffer, or choose the 'store' policy"
-    )

@@ -8,18 +8,18 @@ no others, is found out in the first run and checked in the second.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence, Set
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
 
-from backbones.engine.ambient import AutocastState, Observer, RandomState
-from backbones.engine.kept import Kept, weights_of
-from backbones.engine.sameness import different, is_near, sample
+from backbones.engine.ambient import AutocastState, RandomState
+from backbones.engine.kept import Kept
+from backbones.engine.sameness import is_near, sample
 from backbones.engine.state import ModuleState
 
 
@@ -39,61 +39,102 @@ def checked(module: nn.Module, out: object, x: Tensor) -> Tensor:
     return out
 
 
-class Branch:
-    """f or g of a reversed block, in one forward pass and the backward pass that belongs to it.
+class TwoRuns:
+    """What runs in the forward pass and again in the backward pass that belongs to it.
 
     Args:
-        module: the branch.
+        module: a block, or a branch of one.
         keep: names of linear layers in it whose outputs are kept; None for all products.
 
     Attributes:
         kept: these outputs, from the first run on.
         state: what the module is in the first run.
-        tensors: all trained tensors that it uses, once the first run is over.
-        indices: their places among the inputs of the block's node; set by the block.
     """
 
-    def __init__(self, module: nn.Module, keep: Sequence[str] | None = ()) -> None:
+    def __init__(self, module: nn.Module, keep: tuple[str, ...] | None) -> None:
         self.module = module
         self.kept: list[Tensor] = []
-        self._products = keep is None
-        self._weights: list[Tensor] = []
-        self._keeper: Kept | None = None
-        if keep is None or len(keep):
-            self._weights = weights_of(module, keep or ())
-            self._keeper = Kept(None if keep is None else self._weights)
+        self._weights = [cast(nn.Linear, module.get_submodule(name)).weight for name in keep or ()]
+        self._keeper = None if keep == () else Kept(self._weights if keep else None)
         self.state = ModuleState(module)
-        self.indices: Sequence[int] = []
-        self._captured: list[Tensor] = []
+        self._samples: list[Tensor | None] = []
+
+    def recorded(self) -> AbstractContextManager[Any]:
+        """A context for the first run, which records what is kept."""
+        return self._keeper.recorded(self.kept) if self._keeper else nullcontext()
+
+    def note(self, out: object) -> None:
+        """Have a few numbers of the first output, where the code may use what nobody can see."""
+        if not self.state.is_closed:
+            self._samples = [*map(sample, _tensors(out))]
+
+    def replayed(
+        self, kept: Sequence[Tensor], fresh: dict[int, Tensor]
+    ) -> AbstractContextManager[object]:
+        """A context for the second run: ``kept`` is not computed again, and numbers from others
+        than torch's default generators are the same.
+
+        ``fresh`` has by the ``id`` of parameters those that stand in their places.
+        """
+        contexts = ExitStack()
+        if self.state.other_random is not None:
+            contexts.enter_context(self.state.other_random.replayed())
+        if self._keeper is not None:
+            weights = [fresh.get(id(weight), weight) for weight in self._weights]
+            contexts.enter_context(self._keeper.played(kept, weights))
+        return contexts
+
+    def compare(self, out: object, half: bool) -> None:
+        """Whether the second run has made what the first one did: if not, a RuntimeError.
+
+        ``half``: whether parts of it are in half precision.
+        """
+        for now, before in zip(_tensors(out), self._samples, strict=False):
+            if before is not None and not is_near(now, before, half):
+                self.state.forget()
+                raise RuntimeError(
+                    f"{type(self.module).__name__} computes something else when it runs again for "
+                    "the backward pass: it uses what has changed since the forward pass, or what "
+                    "its own runs change, outside of its parameters, buffers and attributes (or "
+                    "another source of random numbers). Make that a buffer, or choose the 'store' "
+                    "policy"
+                )
+
+
+class Branch(TwoRuns):
+    """f or g of a reversed block.
+
+    Args:
+        autocast: what is in force when it runs.
+
+    Attributes:
+        tensors: all trained tensors that it uses, once the first run is over.
+    """
+
+    def __init__(
+        self, module: nn.Module, keep: tuple[str, ...] | None, autocast: AutocastState
+    ) -> None:
+        super().__init__(module, keep)
+        self._autocast = autocast
+        self.tensors: list[Tensor] = []
+        self._all_products = keep is None
         self._random: RandomState | None = None
-        self._sample: Tensor | None = None
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [*self.state.layout.params, *self._captured]
-
-    def first_run(
-        self, x: Tensor, autocast: AutocastState, before: RandomState
-    ) -> tuple[Tensor, RandomState]:
+    def first_run(self, x: Tensor, before: RandomState) -> tuple[Tensor, RandomState]:
         """The output, without a graph, and the state of the random generators behind it."""
-        facts, version = self.state.facts, x._version
+        facts, version, graph = self.state.facts, x._version, self._all_products
         try:
             if facts is None or facts.captured is None or facts.volatile:
-                out = self._observed_run(x, autocast)
-            elif self._keeper is None:
-                self._captured = facts.captured
-                with autocast.restored():
-                    out = checked(self.module, self.module(x), x)
+                out, captured = self._observed_run(x)
             else:
-                self._captured = facts.captured
-                # Some kernels of attention prepare for gradients only where they are wanted.
-                given = x.detach().requires_grad_() if self._products else x
+                captured = facts.captured
                 with (
-                    torch.set_grad_enabled(self._products),
-                    autocast.restored(),
-                    _unseen() if self._products else nullcontext(),
-                    self._record(),
+                    # Some kernels of attention prepare for gradients only where they are wanted.
+                    _unseen_graph() if graph else nullcontext(),
+                    self._autocast.restored(),
+                    self.recorded(),
                 ):
+                    given = x.detach().requires_grad_() if graph else x
                     out = checked(self.module, self.module(given), x).detach()
             changed = x._version != version
         except RuntimeError as error:
@@ -104,19 +145,19 @@ class Branch:
                 f"{type(self.module).__name__} changes its input in place, so that the block "
                 "cannot be inverted: let it change a copy, or choose the 'store' policy"
             )
+        self.tensors = [*self.state.layout.params, *captured]
         after = RandomState(x.device)
         self._random = None if before.same_as(after) else before
-        assert self.state.facts is not None
-        if not self.state.facts.closed:
-            self._sample = sample(out)
+        self.note(out)
         return out, after
 
-    def _observed_run(self, x: Tensor, autocast: AutocastState) -> Tensor:
-        """A first run with a graph, in which is found what the branch is made of."""
-        with torch.enable_grad(), autocast.restored(), _unseen():
+    def _observed_run(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """A first run with a graph, in which is found what the branch is made of: the output, and
+        trained tensors that it does not own."""
+        with _unseen_graph(), self._autocast.restored():
             leaf = x.detach().requires_grad_()
             view = leaf.view_as(leaf)
-            with self.state.observed() as observer, self._record():
+            with self.state.observed() as observer, self.recorded():
                 assert view.grad_fn is not None
                 observer.start = view.grad_fn._sequence_nr()
                 out = checked(self.module, self.module(view), x)
@@ -125,10 +166,17 @@ class Branch:
         own = {id(leaf), *map(id, self.state.layout.params)}
         leaves, edges = _sources(out, set(), observer.start)
         captured = [tensor for tensor in leaves if id(tensor) not in own]
-        computed = [self._seen(observer, *edge) for edge in edges]
+        computed: list[Tensor] = []
+        for node, output in edges:
+            if (tensor := observer.find(node, output)) is None:
+                raise RuntimeError(
+                    f"{type(self.module).__name__} uses a trained tensor that was computed outside "
+                    f"of it ({node.name()}), and which one cannot be seen here: hand it over as a "
+                    "buffer or a parameter, or choose the 'store' policy"
+                )
+            computed.append(tensor)
         facts.captured, facts.volatile = captured, bool(computed)
         facts.closed = facts.closed and not captured and not computed
-        self._captured = captured + computed
         out = out.detach()
         if not parametrize._cache_enabled and observer.left():
             self.state.forget()
@@ -137,58 +185,40 @@ class Branch:
                 "and a loss on it would have no gradient, since nothing is kept of this run: "
                 "leave tensor.detach(), or choose the 'store' policy"
             )
-        return out
-
-    def _seen(self, observer: Observer, node: Any, output: int) -> Tensor:
-        if (tensor := observer.find(node, output)) is None:
-            raise RuntimeError(
-                f"{type(self.module).__name__} uses a trained tensor that was computed outside of "
-                f"it ({node.name()}), and which one cannot be seen here: hand it over as a buffer "
-                "or a parameter, or choose the 'store' policy"
-            )
-        return tensor
-
-    def _record(self) -> AbstractContextManager[None]:
-        return self._keeper.recorded(self.kept) if self._keeper else nullcontext()
-
-    def output(self, x: Tensor, kept: Sequence[Tensor], autocast: AutocastState) -> Tensor:
-        """The second run without gradients, where only the value is wanted."""
-        with torch.no_grad(), self._surroundings(autocast, kept, {}):
-            module = self.module if self.state.is_as_it_was else self.state.copy()
-            out: Tensor = module(x)
-        self._compare(out, autocast)
-        return out
+        return out, captured + computed
 
     def second_run(
         self,
         x: Tensor,
         kept: Sequence[Tensor],
-        inputs: Sequence[Tensor],
-        needs: Sequence[bool],
-        autocast: AutocastState,
-    ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-        """Run the branch again on ``x``, with a graph; ``kept`` is not computed again.
+        grad: Tensor | None,
+        mask: Tensor | None,
+        needed: Set[int],
+        grads: dict[int, Tensor],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the branch again on ``x``, and backwards; ``kept`` is not computed again.
 
-        ``inputs`` are the tensors of the block's node, ``needs`` says which need a gradient.
+        Args:
+            grad: the gradient of ``… + mask * out``; None: only the output is wanted.
+            mask: None for 1.
+            needed: the ``id`` of every tensor whose gradient is wanted.
+            grads: takes them, added to what is there, by the same ``id``.
 
         Returns:
-            ``x`` as a leaf, the output, and by index what to differentiate it to.
+            the output, and the gradient of ``x``.
 
         Raises:
             RuntimeError: the run would not see, or did not use, what the first one did.
         """
-        wanted = {i: inputs[i] for i in self.indices if needs[i]}
+        graph = grad is not None
+        wanted = {id(t): t for t in self.tensors if id(t) in needed} if graph else {}
         module, fresh = self.module, {}
         if not self.state.is_as_it_was or _is_watched(wanted.values()):
             # With respect to leaves of our own, since the hooks of the tensors themselves will be
             # called when the block's node hands over their gradients.
-            own = set(map(id, self.state.layout.params))
-            fresh = {
-                id(inputs[i]): inputs[i].detach().requires_grad_(needs[i])
-                for i in self.indices
-                if id(inputs[i]) in own
-            }
-            wanted = {i: fresh.get(id(tensor), tensor) for i, tensor in wanted.items()}
+            params = self.state.layout.params
+            fresh = {id(p): p.detach().requires_grad_(id(p) in needed) for p in params}
+            wanted = {key: fresh.get(key, tensor) for key, tensor in wanted.items()}
             if _is_watched(wanted.values()):  # not one that could be replaced
                 raise RuntimeError(
                     f"a tensor that {type(module).__name__} uses without owning it has a hook, "
@@ -196,37 +226,28 @@ class Branch:
                     "the 'store' policy"
                 )
             module = self.state.copy(fresh)
-        x = x.detach().requires_grad_()
-        with torch.enable_grad(), self._surroundings(autocast, kept, fresh):
+        x = x.detach().requires_grad_(graph)
+        with (
+            torch.set_grad_enabled(graph),
+            self._autocast.restored(),
+            self._random.replayed() if self._random else nullcontext(),
+            self.replayed(kept, fresh),
+        ):
             # A view, because hooks on the inputs of modules (FlopCounterMode has some) fail on
             # leaves during torch.autograd.grad.
             out: Tensor = module(x.view_as(x))
-        facts = self.state.facts
-        if facts is None or not facts.closed:
-            unneeded = [inputs[i] for i in self.indices if not needs[i]]
+        if graph and not self.state.is_closed:
+            unneeded = [tensor for tensor in self.tensors if id(tensor) not in needed]
             self._check(out, [x, *wanted.values(), *unneeded])
-        self._compare(out, autocast)
-        return x, out, wanted
-
-    def _compare(self, out: Tensor, autocast: AutocastState) -> None:
-        if self._sample is not None and not is_near(out, self._sample, autocast.enabled):
-            self.state.forget()
-            raise RuntimeError(different(self.module))
-
-    def _surroundings(
-        self, autocast: AutocastState, kept: Sequence[Tensor], fresh: dict[int, Tensor]
-    ) -> AbstractContextManager[object]:
-        if self._random is None and self.state.other_random is None and self._keeper is None:
-            return autocast.restored()
-        stack = ExitStack()
-        stack.enter_context(autocast.restored())
-        for random in (self._random, self.state.other_random):
-            if random is not None:
-                stack.enter_context(random.replayed())
-        if self._keeper is not None:
-            weights = [fresh.get(id(weight), weight) for weight in self._weights]
-            stack.enter_context(self._keeper.played(kept, weights))
-        return stack
+        self.compare(out, self._autocast.enabled)
+        if grad is None or not out.requires_grad:  # the branch detaches its output
+            return out.detach(), None
+        grad = (grad if mask is None else grad * mask).to(out.dtype)
+        grad_x, *found = torch.autograd.grad(out, [x, *wanted.values()], grad, allow_unused=True)
+        for key, more in zip(wanted, found, strict=True):
+            if more is not None:
+                grads[key] = grads[key] + more if key in grads else more
+        return out.detach(), grad_x
 
     def _check(self, out: Tensor, known: list[Tensor]) -> None:
         stops = {(t.grad_fn, t.output_nr) for t in known if t.grad_fn is not None}
@@ -240,34 +261,22 @@ class Branch:
                 "'store' policy"
             )
 
-    @staticmethod
-    def gradients(
-        out: Tensor,
-        x: Tensor,
-        wanted: dict[int, Tensor],
-        grad: Tensor | None,
-        mask: Tensor | None,
-    ) -> tuple[Tensor | None, dict[int, Tensor]]:
-        """Gradients of ``x`` and, by index, of what is wanted, given that of ``x + mask * out``."""
-        if grad is None or not out.requires_grad:  # the branch detaches its output
-            return None, {}
-        grad = (grad if mask is None else grad * mask).to(out.dtype)
-        grad_x, *grads = torch.autograd.grad(out, [x, *wanted.values()], grad, allow_unused=True)
-        return grad_x, {i: g for i, g in zip(wanted, grads, strict=True) if g is not None}
 
-
-def _unseen() -> AbstractContextManager[None]:
-    """Hooks in the place of the user's, who shall not see what nobody will keep."""
-    hooks: AbstractContextManager[None] = saved_tensors_hooks(Tensor.detach, lambda tensor: tensor)
-    return hooks
+@contextmanager
+def _unseen_graph() -> Iterator[None]:
+    """A context with gradients, where hooks are in the place of the user's, who shall not see what
+    nobody will keep."""
+    with torch.enable_grad(), saved_tensors_hooks(Tensor.detach, lambda tensor: tensor):
+        yield
 
 
 def _is_watched(tensors: Iterable[Tensor]) -> bool:
     """Whether others would see a gradient with respect to a tensor itself, or one has none now."""
-    for tensor in tensors:
-        if tensor._backward_hooks or not tensor.requires_grad or tensor.retains_grad:
-            return True
-    return False
+    return any(t._backward_hooks or not t.requires_grad or t.retains_grad for t in tensors)
+
+
+def _tensors(out: object) -> list[Tensor]:
+    return [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)]
 
 
 def _sources(

@@ -31,7 +31,7 @@ class Whole:
 
     def __init__(self, sizes: Sequence[int], into: Tensor | None = None) -> None:
         self._sizes = sizes
-        self._next = 0
+        self._start = 0  # of the next slice
         self.tensor: Any = into
 
     def put(self, part: Tensor | None) -> None:
@@ -43,9 +43,8 @@ class Whole:
             return
         if self.tensor is None:
             self.tensor = part.new_empty((sum(self._sizes), *part.shape[1:]))
-        start = sum(self._sizes[: self._next])
-        self.tensor[start : start + self._sizes[self._next]] = part
-        self._next += 1
+        self.tensor[self._start : self._start + len(part)] = part
+        self._start += len(part)
 
 
 def cut(
@@ -73,9 +72,14 @@ def cut(
     _require_separate(block, piece, args)
     few, more = divmod(batch, count)
     sizes = [few + (index < more) for index in range(count)]
-    nothing = [None] * count
+    return sizes, split(sizes, *args)
+
+
+def split(sizes: list[int], *args: Any) -> list[Arguments]:
+    """Tensors of a batch, or None each, slice by slice."""
+    nothing = [None] * len(sizes)
     pieces = [nothing if arg is None else arg.split(sizes) for arg in args]
-    return sizes, [*zip(*pieces, strict=True)]
+    return [*zip(*pieces, strict=True)]
 
 
 # By block, the types and flags of the parts with which its samples were found to be separate.
@@ -103,8 +107,8 @@ def _require_separate(block: nn.Module, piece: Callable[..., Any], args: Argumen
     if _SEPARATE.get(block) == parts:
         return
     kinds = [kind for kind, training in parts if training and issubclass(kind, _BatchNorm)]
-    why = f"samples of a batch touch each other ({kinds[0].__name__})" if kinds else ""
-    if why := why or _why_not(block, piece, args):
+    touch = "samples of a batch touch each other"
+    if why := f"{touch} ({kinds[0].__name__})" if kinds else _why_not(block, piece, args):
         raise RuntimeError(
             f"in {type(block).__name__} {why}, so that it cannot run slice by slice: choose "
             "set_memory without slices"
@@ -157,13 +161,8 @@ def _why_not(block: nn.Module, piece: Callable[..., Any], args: Arguments) -> st
     copy = ModuleState(block).private_copy()
     state = ModuleState(copy)
 
-    def run(neighbour: float | None) -> bool:
-        two = [
-            None
-            if arg is None
-            else torch.cat([arg[:1], arg[:1] if neighbour is None else arg[:1] * neighbour])
-            for arg in args
-        ]
+    def run(neighbour: float) -> bool:
+        two = [None if arg is None else torch.cat([arg[:1], arg[:1] * neighbour]) for arg in args]
         with _Unread(two):
             out = piece.__func__(copy, *two)  # type: ignore[attr-defined]
         out = out if isinstance(out, tuple) else (out,)
@@ -172,7 +171,7 @@ def _why_not(block: nn.Module, piece: Callable[..., Any], args: Arguments) -> st
     device = next(arg.device for arg in args if arg is not None)
     with torch.no_grad(), RandomState(device).replayed(), OtherRandom().replayed():
         try:
-            clean = not run(None)  # and caches are filled
+            clean = not run(1.0)  # and caches are filled
             with state.observed():
                 spoilt = run(float("nan"))
         except _Decides:

@@ -12,7 +12,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -29,14 +29,6 @@ class Layout:
     """What a module is made of: compared before each run, which has to be quick.
 
     It knows of every part, the module first, its type and ``__dict__``, and keeps none alive.
-
-    Attributes:
-        types, owns: of each part.
-        places: every parameter with the number of the part that it belongs to, and its name there.
-        params: the same, each once and alone.
-        buffers: every buffer, likewise, as ``places``.
-        hooked: whether a forward hook is in a part.
-        hooked_inside: whether one is in a part other than the module itself.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -48,19 +40,9 @@ class Layout:
                     parts.append(child)
         self.types = [type(part) for part in parts]
         self.owns = [vars(part) for part in parts]
-        self.places = [
-            (number, name, param)
-            for number, part in enumerate(parts)
-            for name, param in part._parameters.items()
-            if param is not None
-        ]
-        self.params = [*{id(param): param for _, _, param in self.places}.values()]
-        self.buffers = [
-            (number, name, buffer)
-            for number, part in enumerate(parts)
-            for name, buffer in part._buffers.items()
-            if buffer is not None
-        ]
+        self.places = self._all("_parameters")
+        self.params = [*{id(param): param for _, _, param in self.places}.values()]  # each once
+        self.buffers = self._all("_buffers")
         hooked = [bool(part._forward_hooks or part._forward_pre_hooks) for part in parts]
         self.hooked, self.hooked_inside = any(hooked), any(hooked[1:])
         self._were = [dict(own) for own in self.owns]
@@ -68,6 +50,15 @@ class Layout:
         self._inside = [
             (own, [*own.values()], [*part._modules.values()], [*part._parameters.values()])
             for own, part in zip(self.owns, parts, strict=True)
+        ]
+
+    def _all(self, kind: str) -> list[tuple[int, str, Tensor]]:
+        """Of the parameters or buffers each with the number of its part, and its name there."""
+        return [
+            (number, name, tensor)
+            for number, own in enumerate(self.owns)
+            for name, tensor in own[kind].items()
+            if tensor is not None
         ]
 
     def holds(self) -> bool:
@@ -126,23 +117,14 @@ class Layout:
 
 @dataclass
 class Facts:
-    """What an observed run has shown about a module; true while its layout holds.
+    """What an observed run has shown about a module; true while its layout holds."""
 
-    Attributes:
-        captured: trained leaves that it uses without owning them; None: not looked for.
-        volatile: whether it uses trained tensors that others have computed, anew for each step.
-        closed: whether all of its code is torch's or this package's, and uses nothing else.
-        stateful: numbers of its parts that a run changes: counters, caches, statistics.
-        generators: random generators of its own.
-        other_random: whether it draws from Python's or NumPy's generator.
-    """
-
-    captured: list[Tensor] | None = None
-    volatile: bool = False
-    closed: bool = False
-    stateful: list[int] = field(default_factory=list)
-    generators: list[torch.Generator] = field(default_factory=list)
-    other_random: bool = False
+    closed: bool  # all of its code is torch's or this package's, and uses nothing else
+    stateful: list[int]  # numbers of its parts that a run changes: counters, caches, statistics
+    generators: list[torch.Generator]  # random ones of its own
+    other_random: bool  # it draws from Python's or NumPy's generator
+    captured: list[Tensor] | None = None  # trained leaves, not its own; None: not looked for
+    volatile: bool = False  # it uses trained tensors that others compute, anew for each step
 
 
 # By module. Not an attribute of it, which would be copied and pickled along.
@@ -163,18 +145,12 @@ def known_as_before(module: nn.Module) -> Iterator[None]:
 
 
 class ModuleState:
-    """A module as it is now.
-
-    Attributes:
-        layout: what the module is made of.
-        facts: what is known about the module from a run before; None if it has to be observed.
-        other_random: generators besides torch's own that the run draws from, if there are any.
-    """
+    """A module as it is now."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.facts: Facts | None = None
-        self.other_random: OtherRandom | None = None
+        self.facts: Facts | None = None  # from a run before; None: it has to be observed
+        self.other_random: OtherRandom | None = None  # beside torch's own, if it draws from some
         self._before: dict[int, dict[str, Any]] = {}
         known = _KNOWN.get(module)
         # Within parametrize.cached(), weights are made by whoever comes first.
@@ -192,6 +168,11 @@ class ModuleState:
     def is_hooked(self) -> bool:
         """Whether forward hooks will be called when the module runs, which must happen once."""
         return self.layout.hooked or hooked_everywhere()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether all of its code is known to use nothing that cannot be seen."""
+        return self.facts is not None and self.facts.closed
 
     # ---- observing the first run
 
@@ -283,9 +264,9 @@ class ModuleState:
         owns = self.layout.owns
         return self.layout.copy({number: _attributes(own) for number, own in enumerate(owns)}, {})
 
-    def copy(self, params: Mapping[int, Tensor] | None = None) -> nn.Module:
+    def copy(self, params: Mapping[int, Tensor]) -> nn.Module:
         """The module as it was, of which only this thread knows; see :meth:`Layout.copy`."""
-        return self.layout.copy(self._before, params or {})
+        return self.layout.copy(self._before, params)
 
 
 def hooked_everywhere() -> bool:
