@@ -68,12 +68,13 @@ class _Generators:
     """The states now of random generators."""
 
     def __init__(self, generators: Iterable[_Access]) -> None:
-        self._states = [(take, put, take()) for take, put in generators]
+        self._generators = [*generators]
+        self._states = [take() for take, _ in self._generators]
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """A context that draws the same numbers, and leaves the generators as it found them."""
-        found = _Generators((take, put) for take, put, _ in self._states)
+        found = _Generators(self._generators)
         try:
             self._put()
             yield
@@ -81,7 +82,7 @@ class _Generators:
             found._put()
 
     def _put(self) -> None:
-        for _, put, state in self._states:
+        for (_, put), state in zip(self._generators, self._states, strict=True):
             put(state)
 
 
@@ -103,8 +104,7 @@ class RandomState(_Generators):
 
     def same_as(self, other: RandomState) -> bool:
         """Whether nothing was drawn between the two."""
-        pairs = zip(self._states, other._states, strict=False)
-        return all(torch.equal(ours, theirs) for (*_, ours), (*_, theirs) in pairs)
+        return all(map(torch.equal, self._states, other._states))
 
 
 class OtherRandom(_Generators):
@@ -120,11 +120,14 @@ class OtherRandom(_Generators):
 
     def add(self, own: Iterable[tuple[torch.Generator, Tensor]]) -> None:
         """Have the states of more generators, taken by somebody else."""
-        self._states += [(each.get_state, each.set_state, state) for each, state in own]
+        for generator, state in own:
+            self._generators.append((generator.get_state, generator.set_state))
+            self._states.append(state)
 
     def moved(self) -> bool:
         """Whether Python's or NumPy's generator was drawn from since, asked before others come."""
-        return any(str(take()) != str(before) for take, _, before in self._states)
+        pairs = zip(self._generators, self._states, strict=True)
+        return any(str(take()) != str(before) for (take, _), before in pairs)
 
 
 class Observer(TorchFunctionMode):

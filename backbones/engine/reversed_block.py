@@ -20,6 +20,7 @@ from backbones.engine.policies import Block, add_branch
 from backbones.engine.sameness import mark
 from backbones.engine.second_run import Branch
 from backbones.engine.slices import Whole, cut, split
+from backbones.engine.state import hooked_everywhere
 
 # A slice of the batch, or all of it, in one forward pass: f, g and their drop-path mask.
 _Part = tuple[Branch, Branch, Tensor | None]
@@ -34,7 +35,7 @@ class _FirstRun:
     behind: Handover | None
     ahead: Handover | None
     streams: list[Tensor]
-    inputs: list[Tensor]
+    inputs: dict[int, Tensor]  # all trained tensors of the branches, by id
     dtypes: tuple[torch.dtype, torch.dtype]
     marks: list[tuple[int, int]]  # of the inputs
     kept: list[int] = field(default_factory=list)  # how many tensors each branch keeps
@@ -55,7 +56,8 @@ def run_reversed(
         (Branch(block.f, keep_f, autocast), Branch(block.g, keep_g, autocast), part_mask)
         for *_, part_mask in slices
     ]
-    if any(branch.state.is_hooked for branch in parts[0][:2]):
+    f, g, _ = parts[0]
+    if f.state.layout.hooked or g.state.layout.hooked or hooked_everywhere():
         block.warn_of_hooks()
         return couple(x1, x2, mask)
     chain = here.chain
@@ -80,11 +82,12 @@ def run_reversed(
     finally:
         here.chain = chain
     ahead = None if chain is None or chain.ends else Handover()
-    # All trained tensors of the branches, each once.
-    inputs = [*{id(t): t for f, g, _ in parts for t in (*f.tensors, *g.tensors)}.values()]
-    dtypes, marks = (x1.dtype, x2.dtype), [*map(mark, inputs)]
+    inputs: dict[int, Tensor] = {}
+    for f, g, _ in parts:
+        inputs |= f.tensors | g.tensors
+    dtypes, marks = (x1.dtype, x2.dtype), [*map(mark, inputs.values())]
     first = _FirstRun(parts, sizes, behind, ahead, [y1, y2], inputs, dtypes, marks)
-    y1, y2 = _ReversedBlock.apply(first, x1, x2, *inputs)
+    y1, y2 = _ReversedBlock.apply(first, x1, x2, *inputs.values())
     if ahead is not None:
         ahead.offer(y1, y2)
     if chain is not None:
@@ -128,7 +131,7 @@ class _ReversedBlock(torch.autograd.Function):
         streams = [*saved] if first.ahead is None else [*first.ahead.take()]
         _, x1_needs, x2_needs, *needs = ctx.needs_input_grad
         rebuild = first.behind is not None and (x1_needs or x2_needs)
-        needed = {id(tensor) for tensor, need in zip(first.inputs, needs, strict=True) if need}
+        needed = {key for key, need in zip(first.inputs, needs, strict=True) if need}
         grads: dict[int, Tensor] = {}
         if len(first.parts) == 1:
             x1, x2, dy1, dy2 = _run_back(
@@ -152,7 +155,7 @@ class _ReversedBlock(torch.autograd.Function):
             x1, x2, dy1, dy2 = (whole.tensor for whole in wholes)
         if rebuild:
             first.behind.leave(x1, x2)
-        return (None, dy1, dy2, *(grads.get(id(tensor)) for tensor in first.inputs))
+        return (None, dy1, dy2, *map(grads.get, first.inputs))
 
 
 def _run_back(
@@ -197,7 +200,7 @@ def _unchanged(ctx: Any) -> tuple[Tensor, ...]:
     """What a node has saved; an error if somebody has changed it."""
     try:
         saved: tuple[Tensor, ...] = ctx.saved_tensors
-        if [*map(mark, ctx.first.inputs)] != ctx.first.marks:
+        if [*map(mark, ctx.first.inputs.values())] != ctx.first.marks:
             raise RuntimeError("modified by an inplace operation, or by tensor.data = …")
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):

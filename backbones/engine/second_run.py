@@ -57,6 +57,7 @@ class TwoRuns:
         self._weights = [cast(nn.Linear, module.get_submodule(name)).weight for name in keep or ()]
         self._keeper = None if keep == () else Kept(self._weights if keep else None)
         self.state = ModuleState(module)
+        self._random: RandomState | None = None
         self._samples: list[Tensor | None] = []
 
     def recorded(self) -> AbstractContextManager[Any]:
@@ -71,14 +72,16 @@ class TwoRuns:
     def replayed(
         self, kept: Sequence[Tensor], fresh: dict[int, Tensor]
     ) -> AbstractContextManager[object]:
-        """A context for the second run: ``kept`` is not computed again, and numbers from others
-        than torch's default generators are the same.
+        """A context for the second run: the same random numbers, and ``kept`` is not computed.
 
         ``fresh`` has by the ``id`` of parameters those that stand in their places.
         """
+        randoms = [r for r in (self._random, self.state.other_random) if r is not None]
+        if not randoms and self._keeper is None:
+            return nullcontext()
         contexts = ExitStack()
-        if self.state.other_random is not None:
-            contexts.enter_context(self.state.other_random.replayed())
+        for random in randoms:
+            contexts.enter_context(random.replayed())
         if self._keeper is not None:
             weights = [fresh.get(id(weight), weight) for weight in self._weights]
             contexts.enter_context(self._keeper.played(kept, weights))
@@ -104,11 +107,8 @@ class TwoRuns:
 class Branch(TwoRuns):
     """f or g of a reversed block.
 
-    Args:
-        autocast: what is in force when it runs.
-
     Attributes:
-        tensors: all trained tensors that it uses, once the first run is over.
+        tensors: all trained tensors that it uses by ``id``, once the first run is over.
     """
 
     def __init__(
@@ -116,9 +116,8 @@ class Branch(TwoRuns):
     ) -> None:
         super().__init__(module, keep)
         self._autocast = autocast
-        self.tensors: list[Tensor] = []
+        self.tensors: dict[int, Tensor] = {}
         self._all_products = keep is None
-        self._random: RandomState | None = None
 
     def first_run(self, x: Tensor, before: RandomState) -> tuple[Tensor, RandomState]:
         """The output, without a graph, and the state of the random generators behind it."""
@@ -145,7 +144,7 @@ class Branch(TwoRuns):
                 f"{type(self.module).__name__} changes its input in place, so that the block "
                 "cannot be inverted: let it change a copy, or choose the 'store' policy"
             )
-        self.tensors = [*self.state.layout.params, *captured]
+        self.tensors = {id(tensor): tensor for tensor in (*self.state.layout.params, *captured)}
         after = RandomState(x.device)
         self._random = None if before.same_as(after) else before
         self.note(out)
@@ -211,7 +210,7 @@ class Branch(TwoRuns):
             RuntimeError: the run would not see, or did not use, what the first one did.
         """
         graph = grad is not None
-        wanted = {id(t): t for t in self.tensors if id(t) in needed} if graph else {}
+        wanted = {key: t for key, t in self.tensors.items() if key in needed} if graph else {}
         module, fresh = self.module, {}
         if not self.state.is_as_it_was or _is_watched(wanted.values()):
             # With respect to leaves of our own, since the hooks of the tensors themselves will be
@@ -230,14 +229,13 @@ class Branch(TwoRuns):
         with (
             torch.set_grad_enabled(graph),
             self._autocast.restored(),
-            self._random.replayed() if self._random else nullcontext(),
             self.replayed(kept, fresh),
         ):
             # A view, because hooks on the inputs of modules (FlopCounterMode has some) fail on
             # leaves during torch.autograd.grad.
             out: Tensor = module(x.view_as(x))
         if graph and not self.state.is_closed:
-            unneeded = [tensor for tensor in self.tensors if id(tensor) not in needed]
+            unneeded = [tensor for key, tensor in self.tensors.items() if key not in needed]
             self._check(out, [x, *wanted.values(), *unneeded])
         self.compare(out, self._autocast.enabled)
         if grad is None or not out.requires_grad:  # the branch detaches its output
@@ -272,7 +270,10 @@ def _unseen_graph() -> Iterator[None]:
 
 def _is_watched(tensors: Iterable[Tensor]) -> bool:
     """Whether others would see a gradient with respect to a tensor itself, or one has none now."""
-    return any(t._backward_hooks or not t.requires_grad or t.retains_grad for t in tensors)
+    for tensor in tensors:
+        if tensor._backward_hooks or not tensor.requires_grad or tensor.retains_grad:
+            return True
+    return False
 
 
 def _tensors(out: object) -> list[Tensor]:

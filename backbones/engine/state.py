@@ -165,11 +165,6 @@ class ModuleState:
         self._versions = [buffer._version for _, _, buffer in self.layout.buffers]
 
     @property
-    def is_hooked(self) -> bool:
-        """Whether forward hooks will be called when the module runs, which must happen once."""
-        return self.layout.hooked or hooked_everywhere()
-
-    @property
     def is_closed(self) -> bool:
         """Whether all of its code is known to use nothing that cannot be seen."""
         return self.facts is not None and self.facts.closed
