@@ -24,7 +24,7 @@ from torch import Tensor
 from backbones.commands.image_models import add_options, infer, prepare, prepare_file
 from backbones.common.console import name_unreadable
 from backbones.common.errors import UserError
-from backbones.common.files import find_files, printable, replacing, write_json
+from backbones.common.files import find_files, printable, read_class_names, replacing, write_json
 from backbones.common.images import IMAGENET_CLASSES, image_suffixes, import_images
 
 _Batches = Iterator[tuple[list[int], Tensor]]
@@ -58,28 +58,21 @@ def run(options: argparse.Namespace) -> None:
     if options.features:
         _save_features(paths, batches, options.features)
     else:
-        names = class_names(cast(int, model.num_classes), options.classes)
+        classes = cast(int, model.num_classes)
+        file = options.classes
+        names = read_class_names(file, classes) if file else default_names(classes)
         predictions = _rank(paths, batches, names)
         if options.json:
             write_json(options.json, {"predictions": predictions, "unreadable": unreadable})
     name_unreadable(unreadable, options.json)
 
 
-def class_names(classes: int, file: Path | None = None) -> list[str]:
-    """The names of the classes of a head, one per line in ``file``; without it those of ImageNet-1k
-    for 1000 classes, else numbers."""
-    if file is None:
-        if classes != IMAGENET_CLASSES:
-            return [str(index) for index in range(classes)]
-        weights = import_images("torchvision.models").ResNet18_Weights.IMAGENET1K_V1
-        return list(weights.meta["categories"])
-    try:
-        names = file.read_text(encoding="utf-8").strip().splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is no text in UTF-8") from error
-    if len(names) != classes:
-        raise UserError(f"{file} names {len(names)} classes, the model's head has {classes}")
-    return [name.strip() for name in names]
+def default_names(classes: int) -> list[str]:
+    """The names of the classes of a head: of 1000 those of ImageNet-1k, else numbers."""
+    if classes != IMAGENET_CLASSES:
+        return [str(index) for index in range(classes)]
+    weights = import_images("torchvision.models").ResNet18_Weights.IMAGENET1K_V1
+    return list(weights.meta["categories"])
 
 
 def _rank(paths: list[str], batches: _Batches, names: list[str]) -> list[dict[str, Any]]:

@@ -238,6 +238,19 @@ def walk(folder: Path) -> Iterator[Path]:
         yield from (Path(where, name) for name in sorted(files) if name[0] != ".")
 
 
+def read_class_names(file: str | os.PathLike[str], count: int) -> list[str]:
+    """The names of ``count`` classes, one a line, from the file of the option ``--classes``."""
+    try:
+        names = Path(file).read_text(encoding="utf-8-sig").strip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = f"cannot be read as text in UTF-8 ({error_line(error)})"
+        raise UserError(f"--classes {file} {reason}") from error
+    if len(names) != count:
+        given = f"--classes {file} names {len(names)} classes"
+        raise UserError(f"{given}, the model's head has {count}")
+    return [name.strip() for name in names]
+
+
 def free_name(folder: Path, source: Path, suffix: str, taken: Container[Path]) -> Path:
     """A file in ``folder`` for a drawing of ``source``, numbered if its name is taken."""
     stem = source.stem[:100]  # names have a limit, and numbers come behind

@@ -11,8 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from backbones.common.console import name_unreadable, try_device
-from backbones.common.errors import UserError, error_line
-from backbones.common.files import find_files, printable, write_json
+from backbones.common.errors import UserError
+from backbones.common.files import find_files, printable, read_class_names, write_json
 from revvideo.config import load_config
 from revvideo.data.decode import Video
 from revvideo.data.layouts import has_video_extension
@@ -42,7 +42,7 @@ def run(args: Namespace) -> None:
     device = try_device(name, setting, "try --device cpu")
     predictor = Predictor(config, args.weights, device=device, batch_size=args.batch_size)
     if args.classes:
-        predictor.classes = _read_classes(args.classes, len(predictor.classes))
+        predictor.classes = read_class_names(args.classes, len(predictor.classes))
     names, began = drawing_names(paths), time.perf_counter()
     videos: list[Entry] = []
     unreadable: dict[str, str] = {}  # why; also of a video that breaks off
@@ -114,13 +114,3 @@ def look_closer(predictor: Predictor, path: Path, entry: Entry, name: str, args:
         labels = frame_labels(video.timestamps, entry)
         write_labelled(video, labels, copy := drawing(output, "videos", f"{name}.mp4"))
         drawings["video"] = str(copy)
-
-
-def _read_classes(file: str, count: int) -> list[str]:
-    try:
-        names = Path(file).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--classes {file} cannot be read ({error_line(error)})") from error
-    if len(names) != count:
-        raise UserError(f"--classes {file} has {len(names)} lines, the model {count} classes")
-    return names

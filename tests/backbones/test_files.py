@@ -9,7 +9,7 @@ import pytest
 
 from backbones.common.console import name_unreadable
 from backbones.common.errors import UserError
-from backbones.common.files import cut_lines, find_files, replacing, write_json
+from backbones.common.files import cut_lines, find_files, read_class_names, replacing, write_json
 from tests.backbones.helpers import Capture
 
 
@@ -100,3 +100,11 @@ def test_many_unreadable_files_are_counted_and_some_named(capsys: Capture) -> No
     header, *named, more = capsys.readouterr().err.splitlines()
     assert header == "1,021 unreadable:" and named[0] == "  0.png: damaged"
     assert more == "  and 1,001 more, see all.json" and len(named) == 20
+
+
+def test_names_of_classes_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "names.txt"
+    file.write_text("\ufeffcat\r\n dog \n\n", encoding="utf-8")
+    assert read_class_names(file, 2) == ["cat", "dog"]
+    with pytest.raises(UserError, match="names 2 classes, the model's head has 3"):
+        read_class_names(file, 3)

@@ -16,7 +16,7 @@ from PIL import Image
 
 import backbones
 from backbones.__main__ import main
-from backbones.commands.predict import class_names
+from backbones.commands.predict import default_names
 from backbones.common.images import eval_transform, read_image
 from backbones.registry import MODELS
 from tests.backbones.helpers import Capture, refused
@@ -127,7 +127,10 @@ def test_what_is_no_image_is_one_line(
         ([str(tmp_path / "nothing"), *own], "nothing: holds no image (.jpg, "),
         ([str(photos / "notes.txt"), *own], "none of the 1 images could be read"),
         ([image, *own, "--classes", str(tmp_path / "names.txt")], "names 2 classes, the model's"),
-        ([image, *own, "--classes", str(tmp_path / "latin.txt")], "no text in UTF-8"),
+        (
+            [image, *own, "--classes", str(tmp_path / "latin.txt")],
+            "as text in UTF-8",
+        ),
         ([image, *own, "--classes", str(tmp_path / "no.txt")], "no.txt"),
         ([image, *own, "--features", "x.safetensors"], "x.safetensors should end in .npz"),
         ([image, *own, "--features", "x.npz", "--json", "x.json"], "--features goes without"),
@@ -151,7 +154,7 @@ def test_addresses_and_released_weights(
     assert main(["predict", *named, "--pretrained", "--device", "cpu"]) == 0
     assert capsys.readouterr().out == by_address
     names = {line.partition("%  ")[2] for line in by_address.splitlines() if "%  " in line}
-    assert names and names <= set(class_names(1000))
+    assert names and names <= set(default_names(1000))
     del state["head.bias"]
     torch.save(state, tmp_path / "half.pth")
     line = refused(["predict", *named, "--weights", str(tmp_path / "half.pth")], capsys)
@@ -159,9 +162,9 @@ def test_addresses_and_released_weights(
 
 
 def test_imagenet_names() -> None:
-    names = class_names(1000)
+    names = default_names(1000)
     assert (names[0], names[281], names[999]) == ("tench", "tabby", "toilet tissue")
-    assert class_names(3) == ["0", "1", "2"]
+    assert default_names(3) == ["0", "1", "2"]
 
 
 @pytest.mark.skipif(os.name != "posix" or sys.platform == "darwin", reason="names must be Unicode")

@@ -229,7 +229,7 @@ def test_names_of_classes_and_keys_of_the_config_can_be_given(predict, videos, t
     names.write_text("night\n")
     capsys.readouterr()
     assert predict(videos / "val", *more) == 2
-    assert "has 1 lines, the model 3 classes" in capsys.readouterr().err
+    assert "names 1 classes, the model's head has 3" in capsys.readouterr().err
 
 
 def test_what_was_found_is_kept_when_it_is_stopped(predict, videos, tmp_path, monkeypatch):
