@@ -52,8 +52,7 @@ def _export(options: argparse.Namespace) -> None:
         def forward(self, images: Tensor) -> tuple[Tensor, ...]:
             return tuple(self.backbone(images).values())
 
-    detector = load(options.run, checkpoint=options.checkpoint, device="cpu").detector
-    backbone: Any = detector.model.backbone
+    backbone: Any = load(options.run, checkpoint=options.checkpoint, device="cpu").model.backbone
     shapes = backbone.output_shape()
     multiple = max(shape.stride for shape in shapes.values())
     side = backbone.padding_constraints.get("square_size") or 4 * multiple

@@ -1,9 +1,9 @@
-"""Pictures and videos in, drawn pictures and videos out."""
+"""Which files are pictures and which are videos, and the frames of these."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from backbones.common.errors import UserError, error_line, optional_import
-from backbones.common.files import replacing
 from backbones.common.images import image_suffixes
-from backbones.common.videos import h264_writer, open_container
+from backbones.common.videos import open_container
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
 SUFFIXES = {*image_suffixes(), *VIDEO_SUFFIXES}  # of what is looked for in folders
@@ -78,10 +77,3 @@ class VideoReader(AbstractContextManager["VideoReader"]):
 
     def __exit__(self, *_: Any) -> None:
         self._container.close()
-
-
-@contextmanager
-def video_writer(path: Path, time_base: Fraction) -> Iterator[Callable[[np.ndarray, int], None]]:
-    """As :func:`h264_writer`; the file is there whole or not at all."""
-    with replacing(path) as partial, h264_writer(partial, time_base, {"crf": "20"}) as write:
-        yield write

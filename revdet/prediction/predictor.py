@@ -78,11 +78,15 @@ class PictureFiles(Dataset[Frame | str]):
 class Detector:
     """The model of a recipe with weights; ``prepare`` makes frames for it.
 
-    What scores less than ``threshold``, in [0, 1], is left out. A UserError says that the model
-    cannot be built, or that the weights do not fit it.
+    ``categories`` are the dataset's id and name of each class, in the order of ``pred_classes``,
+    and ``classes`` the names. What scores less than ``threshold``, in [0, 1], is left out. A
+    UserError says that the classes are not known, that the model cannot be built, or that the
+    weights do not fit it.
     """
 
     def __init__(self, cfg: DictConfig, weights: str, *, device: str, threshold: float) -> None:
+        self.categories = categories_of(cfg, weights)  # which makes the recipe for them
+        self.classes = [category["name"] for category in self.categories]
         self.prepare = Preparation(cfg.dataloader.test.mapper)
         self.model = build_model(cfg, device).eval()
         Checkpointer(self.model).load(weights)
@@ -95,7 +99,7 @@ class Detector:
         self.threshold = threshold
 
     @torch.no_grad()
-    def __call__(self, frames: Sequence[Frame]) -> list[Instances]:
+    def detect(self, frames: Sequence[Frame]) -> list[Instances]:
         """What is found in each frame, in pixels of the frame, on the CPU."""
         try:
             outputs = self.model([frame.model_input for frame in frames])
@@ -104,14 +108,6 @@ class Detector:
             raise UserError(f"{self.model.device} {lacks}: set a smaller --batch-size") from error
         found = [output["instances"].to("cpu") for output in outputs]
         return [instances[instances.scores >= self.threshold] for instances in found]
-
-
-@dataclass(eq=False)
-class Loaded:
-    """A trained detector as a function of a picture; :func:`load` makes it."""
-
-    detector: Detector
-    classes: list[str]  # their names, in the order of ``pred_classes``
 
     def __call__(self, image: str | Path | Image.Image | np.ndarray) -> Instances:
         """What is in a picture: its path, a PIL image, or uint8 (H, W, 3) in RGB.
@@ -129,14 +125,14 @@ class Loaded:
         pixels = np.array(image.convert("RGB") if isinstance(image, Image.Image) else image)
         if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
             raise UserError(f"a picture is uint8 (H, W, 3), got {pixels.dtype} {pixels.shape}")
-        (found,) = self.detector([self.detector.prepare(0, pixels)])
+        (found,) = self.detect([self.prepare(0, pixels)])
         found.names = [self.classes[label] for label in found.pred_classes.tolist()]
         return found
 
 
 def load(
     run: str | Path, *, checkpoint: str = "", device: str = "auto", threshold: float = 0.5
-) -> Loaded:
+) -> Detector:
     """The detector that a run has trained: ``revdet.load(RUN)("photo.jpg")``.
 
     Args:
@@ -151,8 +147,7 @@ def load(
     if file is None:
         raise UserError(f"{run} holds no checkpoint yet")
     on = try_device(device, f"device={device}", "try cpu")
-    detector = Detector(cfg, str(file), device=str(on), threshold=threshold)
-    return Loaded(detector, [category["name"] for category in categories_of(cfg, str(file))])
+    return Detector(cfg, str(file), device=str(on), threshold=threshold)
 
 
 def batches(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ class Predictions:
 
     folder: Path  # where they are written, and drawings beside them
     categories: list[Facts]  # the dataset's id and name of each class, in the model's order
+    run: Facts  # what results.json says about the run, besides the seconds that it has taken
     objects: list[Facts] = field(default_factory=list)  # COCO results, one for each that was found
     pictures: list[Facts] = field(default_factory=list)  # what is known of those that can be read
     videos: list[Facts] = field(default_factory=list)  # likewise
     unreadable: dict[str, str] = field(default_factory=dict)  # the reason, for other inputs
     _drawings: set[Path] = field(default_factory=set)
+    _began: float = field(default_factory=time.perf_counter)
 
     def add(self, image_id: int, instances: Instances, **where: Any) -> None:
         """Add what was found in one picture or frame, with more keys such as ``file_name``."""
@@ -43,11 +46,12 @@ class Predictions:
         self._drawings.add(file)
         return file
 
-    def write(self, **facts: Any) -> None:
-        """Write both files, each whole or not at all; ``facts`` about the run go into results."""
+    def write(self, **more: Any) -> None:
+        """Write both files, each whole or not at all, with ``more`` about the run."""
         self.objects.sort(key=lambda found: found["image_id"])
         self.pictures.sort(key=lambda picture: picture["image_id"])
         found = {"pictures": self.pictures, "videos": self.videos, "unreadable": self.unreadable}
-        results = {**found, "categories": self.categories, "run": facts}
+        run = {**self.run, "seconds": round(time.perf_counter() - self._began, 1), **more}
+        results = {**found, "categories": self.categories, "run": run}
         write_json(self.folder / "predictions.json", self.objects, indent=None)
         write_json(self.folder / "results.json", results)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,13 @@ from tqdm import tqdm
 
 from backbones.common.console import name_unreadable, try_device
 from backbones.common.errors import UserError, first_line
-from backbones.common.files import find_files, make_folder
+from backbones.common.files import find_files, make_folder, replacing
 from backbones.common.images import header_size
 from backbones.common.stopping import Stopped
+from backbones.common.videos import h264_writer
 from revdet.config import load_config
-from revdet.data.classes import categories_of
 from revdet.prediction import media
-from revdet.prediction.media import SUFFIXES, UnreadableError, is_video, video_writer
+from revdet.prediction.media import SUFFIXES, UnreadableError, is_video
 from revdet.prediction.predictor import Detector, Frame, PictureFiles, batches
 from revdet.prediction.results import Predictions
 
@@ -49,34 +48,29 @@ def run(args: argparse.Namespace) -> None:
     if videos:
         media.import_av()
     cfg = load_config(args.config, args.overrides)
-    predictions = Predictions(args.output, categories_of(cfg, args.weights))
     detector = Detector(cfg, args.weights, device=device, threshold=args.threshold)
-    began, next_id = time.perf_counter(), len(pictures)
-
-    def write(**more: Any) -> None:
-        seconds = round(time.perf_counter() - began, 1)
-        given = {"config": args.config, "weights": args.weights, "device": device}
-        given |= {"threshold": args.threshold, "batch_size": args.batch_size, "seconds": seconds}
-        predictions.write(**given, **more)
-
+    facts = {"config": args.config, "weights": args.weights, "device": device}
+    facts |= {"threshold": args.threshold, "batch_size": args.batch_size}
+    predictions = Predictions(args.output, detector.categories, facts)
     try:
         with tqdm(total=len(pictures), unit="frame", desc="detecting") as bar:
             inference = Inference(detector, predictions, args, bar)
             inference.pictures(pictures)
+            next_id = len(pictures)
             for path in videos:
                 try:
                     next_id += inference.video(path, next_id)
                 except (UnreadableError, EOFError) as error:
                     predictions.unreadable[str(path)] = first_line(error)
     except Stopped as stopped:
-        write(stopped=True)
+        predictions.write(stopped=True)
         done = f"{len(predictions.pictures)} pictures and {len(predictions.videos)} videos"
         stopped.message = f"{done} of {len(inputs)} inputs are in {predictions.folder}"
         raise
     if not predictions.pictures and not predictions.videos:
         name, reason = next(iter(predictions.unreadable.items()))
         raise UserError(f"none of the {len(inputs)} inputs can be read; {name}: {reason}")
-    write()
+    predictions.write()
     frames = sum(video["frames"] for video in predictions.videos)
     videos_of = f"{len(predictions.videos)} videos of {frames} frames"
     found = f"{len(predictions.objects)} objects -> {predictions.folder}"
@@ -103,7 +97,7 @@ class Inference:
     bar: tqdm[Any]
 
     def __post_init__(self) -> None:
-        self.metadata = Metadata(thing_classes=[c["name"] for c in self.predictions.categories])
+        self.metadata = Metadata(thing_classes=self.detector.classes)
 
     def pictures(self, paths: Sequence[Path]) -> None:
         """Go through picture files, those of one size together. Image ids are their numbers."""
@@ -153,7 +147,9 @@ class Inference:
                     drawn = painter.draw_instance_predictions(frame.pixels, found).get_image()
                     if write is None:
                         drawing = self.predictions.drawing("videos", path, ".mp4")
-                        write = stack.enter_context(video_writer(drawing, video.time_base))
+                        partial = stack.enter_context(replacing(drawing))
+                        writer = h264_writer(partial, video.time_base, {"crf": "20"})
+                        write = stack.enter_context(writer)
                         facts["drawing"] = str(drawing)
                     write(drawn, frame.index)
                 facts["objects"] += len(found)
@@ -168,6 +164,6 @@ class Inference:
 
     def _detect(self, frames: Iterable[Frame]) -> Iterator[tuple[Frame, Instances]]:
         for batch in batches(frames, self.args.batch_size):
-            for frame, instances in zip(batch, self.detector(batch), strict=True):
+            for frame, instances in zip(batch, self.detector.detect(batch), strict=True):
                 yield frame, instances
                 self.bar.update()

@@ -20,10 +20,11 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
+from backbones.common.videos import h264_writer
 from revdet.config import load_config
 from revdet.data.classes import categories_of
 from revdet.predict import main
-from revdet.prediction.media import VideoReader, video_writer
+from revdet.prediction.media import VideoReader
 from revdet.prediction.predictor import Detector, Frame, Preparation, batches
 from tests.revdet.conftest import DEMO, FEW, SMALL, error_of
 
@@ -166,7 +167,7 @@ def test_what_cannot_be_read_is_counted_and_named(predict, photos, tmp_path, cap
     (photos / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (photos / "fake.mp4").write_bytes(b"no video")
     Image.new("RGB", (3000, 1)).save(photos / "line.png")  # nothing is left of it at its new size
-    with video_writer(photos / "line.mp4", Fraction(1, 10)) as write:
+    with h264_writer(photos / "line.mp4", Fraction(1, 10), {}) as write:
         write(np.zeros((4, 1200, 3), np.uint8), 0)
     assert predict("--input", photos, "--no-drawings") == 0
     _, results = read(tmp_path / "out")
@@ -181,13 +182,13 @@ def test_what_cannot_be_read_is_counted_and_named(predict, photos, tmp_path, cap
 
 def write_video(path: Path, frames: int, size: tuple[int, int], picture: Path) -> None:
     pixels = np.asarray(Image.open(picture).resize(size))
-    with video_writer(path, Fraction(1, 25)) as write:
+    with h264_writer(path, Fraction(1, 25), {}) as write:
         for number in range(frames):
             write(np.roll(pixels, 8 * number, axis=1), 2 * number)
 
 
 def test_a_video(predict, photos, tmp_path, monkeypatch):
-    detect = Detector.__call__
+    detect = Detector.detect
 
     def with_whole_masks(self: Detector, frames: list[Frame]) -> list[Instances]:
         found = detect(self, frames)
@@ -195,7 +196,7 @@ def test_a_video(predict, photos, tmp_path, monkeypatch):
             instances.pred_masks = torch.ones_like(instances.pred_masks)
         return found
 
-    monkeypatch.setattr(Detector, "__call__", with_whole_masks)
+    monkeypatch.setattr(Detector, "detect", with_whole_masks)
     clip = tmp_path / "clip.mp4"
     write_video(clip, 5, (150, 121), photos / "000000.jpg")  # 120 high: H.264 wants even sides
     assert predict("--input", photos / "000000.jpg", clip, "--batch-size", 2) == 0

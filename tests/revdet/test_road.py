@@ -19,9 +19,9 @@ from PIL import Image
 
 import revdet
 from backbones.common.errors import UserError
+from backbones.common.videos import h264_writer
 from revdet.convert import main as convert
 from revdet.export import main as export
-from revdet.prediction.media import video_writer
 from tests.revdet.conftest import SMALL, error_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +54,7 @@ def mine(datasets_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             lines.append(" ".join(map(str, [names[thing["category_id"]], *corners])))
         (labels / f"{stem}.txt").write_text("\n".join(lines))
     frames = np.random.default_rng(0).integers(0, 255, (4, 96, 128, 3), dtype=np.uint8)
-    with video_writer(folder / "mine/clip.mp4", Fraction(1, 10)) as write:
+    with h264_writer(folder / "mine/clip.mp4", Fraction(1, 10), {}) as write:
         for number, frame in enumerate(frames):
             write(frame, number)
     return folder
@@ -107,7 +107,7 @@ def test_the_tutorial(mine, monkeypatch):
 
     graph = mine / "trunk.pt2"
     assert export([str(mine / "output/mine"), "--to", str(graph), "--size", "64", "96"]) == 0
-    backbone, images = detector.detector.model.backbone, torch.randn(3, 3, 64, 96)
+    backbone, images = detector.model.backbone, torch.randn(3, 3, 64, 96)
     with torch.no_grad():
         maps = torch.export.load(str(graph)).module()(images)
         for made, own in zip(maps, backbone(images).values(), strict=True):
