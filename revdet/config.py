@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from backbones.common.errors import UserError, first_line
 from backbones.common.settings import check_values, keys_of, split_override, unknown_key, verbatim
 from revdet.data.datasets import name_own_data
 from revdet.install import RECIPES
-from revdet.settings import SECTIONS, nodes_of
+from revdet.settings import SECTIONS
 
 # What train_net.py needs from a recipe.
 REQUIRED = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
@@ -99,6 +99,20 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
         check_values(cfg[name], section, name)
     name_own_data(cfg)
     return cfg
+
+
+def own_keys(node: Any) -> list[Any]:
+    """The keys or indices of a config node whose values stand there: no ``${…}``."""
+    keys = range(len(node)) if OmegaConf.is_list(node) else node
+    return [key for key in keys if not OmegaConf.is_interpolation(node, key)]
+
+
+def nodes_of(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """A config node and every section and list below it, each with its path."""
+    yield path, node
+    for name in own_keys(node):
+        if OmegaConf.is_config(node[name]):
+            yield from nodes_of(node[name], f"{path}.{name}".lstrip("."))
 
 
 def _read(path: str) -> DictConfig:

@@ -16,7 +16,8 @@ import argparse
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from backbones.common.images import checked_size, image_suffixes
 _NAMES = ("classes.txt", "obj.names", "data.yaml")
 
 Shape = tuple[str, list[float]]  # a class and a polygon x, y, x, y, …; of a box, its four numbers
+Reader = Callable[[Path, int, int], Iterator[Shape]]  # from a file, and its image's width, height
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +48,8 @@ def _convert(args: argparse.Namespace) -> None:
     for given in (args.source, folder):
         if not given.is_dir():
             raise UserError(f"{given} is no folder: give the one of the labels, and --images")
-    kinds = {".xml": _voc, ".json": _labelme, ".txt": _yolo(args.source)}
+    yolo: Reader = partial(_yolo, _class_names(args.source))
+    kinds = {".xml": _voc, ".json": _labelme, ".txt": yolo}
     every, notes = sorted(walk(args.source)), {*_NAMES, args.output.name}
     labels = [file for file in every if file.suffix in kinds and file.name not in notes]
     if not labels:
@@ -132,24 +135,19 @@ def _labelme(file: Path, width: int, height: int) -> Iterator[Shape]:
         yield str(shape["label"]), points
 
 
-def _yolo(source: Path) -> Any:
-    names = _class_names(source)
-
-    def read(file: Path, width: int, height: int) -> Iterator[Shape]:
-        for line in filter(None, file.read_text(encoding="utf-8-sig").splitlines()):
-            label, *numbers = line.split()
-            values = [float(x) * (height if i % 2 else width) for i, x in enumerate(numbers)]
-            if len(values) == 4:
-                x, y, w, h = values
-                values = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
-            elif len(values) < 6 or len(values) % 2:
-                raise ValueError(f"{line!r} is no `class x y w h` and no polygon")
-            number = float(label)
-            if not number.is_integer() or (names and number not in names):
-                raise ValueError(f"class {label} is none of the {len(names)} that have names")
-            yield names.get(number, label), values
-
-    return read
+def _yolo(names: dict[float, str], file: Path, width: int, height: int) -> Iterator[Shape]:
+    for line in filter(None, file.read_text(encoding="utf-8-sig").splitlines()):
+        label, *numbers = line.split()
+        values = [float(x) * (height if i % 2 else width) for i, x in enumerate(numbers)]
+        if len(values) == 4:
+            x, y, w, h = values
+            values = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
+        elif len(values) < 6 or len(values) % 2:
+            raise ValueError(f"{line!r} is no `class x y w h` and no polygon")
+        number = float(label)
+        if not number.is_integer() or (names and number not in names):
+            raise ValueError(f"class {label} is none of the {len(names)} that have names")
+        yield names.get(number, label), values
 
 
 def _class_names(source: Path) -> dict[float, str]:

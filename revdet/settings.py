@@ -6,7 +6,6 @@ are Detectron2's own: their keys are the arguments of what they build.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,21 +102,3 @@ SECTIONS = {"train": TrainConfig, "dataset": DatasetConfig}
 def settings_help() -> str:
     """Every key of the typed sections."""
     return "\n".join(describe(section, name) for name, section in SECTIONS.items())
-
-
-def own_keys(node: Any) -> list[Any]:
-    """The keys or indices of a config node whose values stand there: no ``${…}``."""
-    from omegaconf import OmegaConf  # late: --help needs none of it
-
-    keys = range(len(node)) if OmegaConf.is_list(node) else node
-    return [key for key in keys if not OmegaConf.is_interpolation(node, key)]
-
-
-def nodes_of(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """A config node and every section and list below it, each with its path."""
-    from omegaconf import OmegaConf
-
-    yield path, node
-    for name in own_keys(node):
-        if OmegaConf.is_config(node[name]):
-            yield from nodes_of(node[name], f"{path}.{name}".lstrip("."))

@@ -10,11 +10,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import DictConfig
 
 from backbones.common.errors import UserError, some_of
-from revdet.config import read_yaml
+from revdet.config import nodes_of, own_keys, read_yaml
 from revdet.data.annotations import Coco, Entry, categories_in, has_masks, read_coco
 from revdet.data.datasets import OWN, dataset_names, register_datasets
 from revdet.data.fields import whole_number
-from revdet.settings import nodes_of, own_keys
 
 
 def describe_classes(content: Coco) -> dict[str, Any]:

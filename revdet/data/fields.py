@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from typing import Any
 
@@ -58,14 +59,12 @@ def _uncompressed(counts: str) -> list[float]:
 
     pycocotools decodes any text, and reads behind its end.
     """
-    codes = np.frombuffer(counts.encode("utf-8", "replace"), np.uint8).astype(np.int64) - 48
-    if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+    if not re.fullmatch("(?:[P-o]{0,6}[0-O])+", counts):  # 35 bits: no image has more pixels
         return []
+    codes = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
     last = np.flatnonzero(codes & 32 == 0)
     first = np.r_[0, last[:-1] + 1]
     lengths = last - first + 1
-    if lengths.max() > 7:  # 35 bits: no image has more pixels
-        return []
     shift = 5 * (np.arange(codes.size) - np.repeat(first, lengths))
     values = np.add.reduceat((codes & 31) << shift, first)
     values -= np.where(codes[last] & 16, 1 << 5 * lengths, 0)

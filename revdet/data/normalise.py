@@ -27,6 +27,7 @@ from tqdm import tqdm
 from backbones.common.errors import UserError, error_line
 from backbones.common.files import write_json
 from backbones.common.images import header_size, read_image
+from revdet.config import nodes_of, own_keys
 from revdet.data import annotations as coco
 from revdet.data import datasets
 from revdet.data.annotations import BROKEN, NOTED, Coco, Entry, Findings
@@ -34,7 +35,6 @@ from revdet.data.classes import classes_of_run, describe_classes, fit_recipe, gi
 from revdet.data.datasets import OWN, Source, file_of
 from revdet.data.fields import shown
 from revdet.data.tables import class_rows, class_table, dataset_table, summarize
-from revdet.settings import nodes_of, own_keys
 
 LARGE = 2**23  # pixels: of larger images one is decoded at a time, of others as many as threads
 LISTED = 20  # lines of each kind that are printed; the report has all

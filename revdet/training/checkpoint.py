@@ -129,11 +129,15 @@ def periodic_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(p for kind in kinds for p in output_dir.glob("model_" + 7 * "[0-9]" + kind))
 
 
+def _saved_in(output_dir: Path) -> list[Path]:
+    """The checkpoints that a run can be resumed from, whole or not, newest first."""
+    return [*output_dir.glob(f"{FINAL}.pth"), *periodic_checkpoints(output_dir)[::-1]]
+
+
 def holds_a_run(output_dir: Path) -> str:
     """The name of a checkpoint in a folder, whole or not; empty if there is none."""
-    tag = output_dir / "last_checkpoint"
-    found = [output_dir / f"{FINAL}.pth", *periodic_checkpoints(output_dir)[::-1], tag]
-    return next((path.name for path in found if path.exists()), "")
+    found = [*_saved_in(output_dir), *output_dir.glob("last_checkpoint")]
+    return found[0].name if found else ""
 
 
 def checkpoint_to_resume(output_dir: Path) -> Path | None:
@@ -142,13 +146,10 @@ def checkpoint_to_resume(output_dir: Path) -> Path | None:
     It is the one that ``last_checkpoint`` names, unless that or the file itself is damaged: then
     the newest one that is not, and the log says so. If all are damaged, a UserError does.
     """
-    tag, known = output_dir / "last_checkpoint", periodic_checkpoints(output_dir)[::-1]
-    known = [path for path in (output_dir / f"{FINAL}.pth", *known) if path.exists()]
-    named = output_dir / (tag.read_text(errors="replace").strip() or "-") if tag.is_file() else None
-    if named is not None and named not in known and named.is_file() and named.suffix == ".pth":
-        known.insert(0, named)
-    if named in known:
-        known.sort(key=lambda path: path != named)
+    tag, known = output_dir / "last_checkpoint", _saved_in(output_dir)
+    named = output_dir / tag.read_text(errors="replace").strip() if tag.is_file() else tag
+    if named in known or (named.suffix == ".pth" and named.is_file()):
+        known = [*dict.fromkeys([named, *known])]
     elif known:
         what = "names no checkpoint" if tag.is_file() else "is missing"
         logger.warning(f"{tag} {what}: continuing from {known[0].name}, the newest beside it")

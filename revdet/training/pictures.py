@@ -13,13 +13,11 @@ from detectron2.data import MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.evaluation import inference_context
 from detectron2.utils.visualizer import ColorMode, Visualizer
+from matplotlib.figure import Figure
 from torch import nn
 
 from backbones.common.files import free_name
 from revdet.training.metrics import read_metrics
-
-matplotlib.use("Agg")  # no display on a training machine
-import matplotlib.pyplot as plt
 
 matplotlib.rcParams["text.parse_math"] = False  # a class may be called $x_$
 
@@ -56,13 +54,12 @@ def draw_predictions(
 def _side_by_side(panels: Sequence[np.ndarray], file: Path) -> None:
     titles = "ground truth", f"predictions (score ≥ {SHOWN_SCORE:g})"
     height, width = panels[0].shape[:2]
-    figure, axes = plt.subplots(1, 2, figsize=(2 * width / 90, height / 90))
-    for axis, title, panel in zip(axes, titles, panels, strict=True):
+    figure = Figure(figsize=(2 * width / 90, height / 90))  # not of pyplot: it may want a display
+    for axis, title, panel in zip(figure.subplots(1, 2), titles, panels, strict=True):
         axis.imshow(panel)
         axis.set_title(title, fontsize=11)
         axis.axis("off")
     figure.savefig(file, dpi=100, bbox_inches="tight")
-    plt.close(figure)
 
 
 def draw_curves(metrics_file: Path, output: Path) -> None:
@@ -70,7 +67,8 @@ def draw_curves(metrics_file: Path, output: Path) -> None:
     lines = read_metrics(metrics_file)
     if not lines:
         return
-    figure, (losses, rates, scores) = plt.subplots(1, 3, figsize=(15, 4.2))
+    figure = Figure(figsize=(15, 4.2))
+    losses, rates, scores = figure.subplots(1, 3)
     names = {key for line in lines for key in line if "loss" in key}
     for name in sorted(names, key=lambda name: (name != "total_loss", name)):
         iterations, values = _series(lines, name)
@@ -90,7 +88,6 @@ def draw_curves(metrics_file: Path, output: Path) -> None:
         axis.set_xlim(0, 1.03 * (lines[-1]["iteration"] + 1))
     figure.tight_layout()
     figure.savefig(output, dpi=110)
-    plt.close(figure)
 
 
 def _series(lines: Sequence[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
