@@ -25,10 +25,8 @@ class PriorRPNHead(StandardRPNHead):
 
 
 class PriorOutputLayers(FastRCNNOutputLayers):
-    """``FastRCNNOutputLayers``, of whose proposals the share ``foreground``, in (0, 1), is objects.
-
-    Of all classes alike. With the softmax that is the default of ``FastRCNNOutputLayers``.
-    """
+    """``FastRCNNOutputLayers`` with its default, a softmax, of whose proposals the share
+    ``foreground``, in (0, 1), is objects, of all classes alike."""
 
     def __init__(self, *, foreground: float = 0.2, **kwargs: Any) -> None:
         super().__init__(**kwargs)

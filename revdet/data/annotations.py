@@ -14,7 +14,7 @@ from typing import Any
 
 from backbones.common.errors import UserError
 from backbones.common.files import replacing
-from revdet.data.fields import decoded, flag, is_nothing, numbers, shown, whole_number
+from revdet.data.fields import decoded, flag, numbers, shown, whole_number
 
 # A picture with a longer side is a line, of which resizing would leave nothing.
 LINE = 100
@@ -74,10 +74,10 @@ def read_coco(path: Path) -> Coco:
     except (ValueError, RecursionError, OSError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else error
         raise UserError(f"{path} is not COCO JSON ({reason}): check the file") from error
-    if isinstance(content, dict):
-        content.setdefault("annotations", [])  # COCO's test sets have none
+    # COCO's test sets have no annotations.
+    content = {"annotations": [], **content} if isinstance(content, dict) else {}
     for key in ("images", "annotations", "categories"):
-        items = content.get(key) if isinstance(content, dict) else None
+        items = content.get(key)
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
             raise UserError(f"{path} is not COCO JSON (no list {key!r} of objects): check the file")
     if any("segments_info" in annotation for annotation in content["annotations"][:1]):
@@ -128,12 +128,6 @@ def categories_in(content: Coco) -> list[Entry]:
     """Id and name of each category, by id: the order of Detectron2's classes."""
     categories = sorted(content["categories"], key=lambda category: category["id"])
     return [{"id": category["id"], "name": category["name"]} for category in categories]
-
-
-def has_masks(content: Coco) -> bool:
-    """Whether any object, crowd regions aside, has a segmentation."""
-    objects = (a for a in content["annotations"] if not flag(a.get("iscrowd")))
-    return any(not is_nothing(a.get("segmentation")) for a in objects)
 
 
 def sound_images(images: Sequence[Entry], findings: Findings) -> list[Entry]:

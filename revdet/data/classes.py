@@ -11,14 +11,17 @@ from omegaconf import DictConfig
 
 from backbones.common.errors import UserError, some_of
 from revdet.config import nodes_of, own_keys, read_yaml
-from revdet.data.annotations import Coco, Entry, categories_in, has_masks, read_coco
+from revdet.data.annotations import Coco, Entry, categories_in, read_coco
 from revdet.data.datasets import OWN, dataset_names, register_datasets
-from revdet.data.fields import whole_number
+from revdet.data.fields import flag, is_nothing, whole_number
 
 
 def describe_classes(content: Coco) -> dict[str, Any]:
-    """What :func:`fit_recipe` must know of a dataset, which its report has too."""
-    return {"classes": categories_in(content), "masks": has_masks(content)}
+    """What :func:`fit_recipe` must know of a dataset, which its report has too: the classes, and
+    whether any object, crowd regions aside, has a segmentation."""
+    objects = (a for a in content["annotations"] if not flag(a.get("iscrowd")))
+    masks = any(not is_nothing(a.get("segmentation")) for a in objects)
+    return {"classes": categories_in(content), "masks": masks}
 
 
 def fit_recipe(cfg: DictConfig, described: Mapping[str, Mapping[str, Any]]) -> None:
@@ -26,10 +29,13 @@ def fit_recipe(cfg: DictConfig, described: Mapping[str, Mapping[str, Any]]) -> N
 
     For the user's own training data, the number of classes is set wherever the model has one; for
     registered datasets it must be right. Masks go where the user's own data have none. The recipe
-    is changed in place; doing it twice changes nothing more. ``described`` is what
-    :func:`describe_classes` says about each dataset. A UserError says that the user's own files
-    differ in their categories, or that a dataset has another number of them than the model.
+    is changed in place; doing it twice changes nothing more. ``described`` has what
+    :func:`describe_classes` says about datasets, as reports have it but those of earlier versions.
+    A UserError says that the user's own files differ in their categories, or that a dataset has
+    another number of them than the model.
     """
+    names = dataset_names(cfg)
+    described = {name: described[name] for name in names if "classes" in described.get(name, ())}
     own = [described[name] for name in OWN if name in described]
     if len(own) == 2 and own[0]["classes"] != own[1]["classes"]:
         train, val = ({c["id"]: c["name"] for c in facts["classes"]} for facts in own)
@@ -103,12 +109,11 @@ def categories_of(cfg: DictConfig, weights: str = "") -> list[Entry]:
     """
     name = dataset_names(cfg)[0]
     files = {own: cfg.dataset[f"{split}_json"] for own, split in OWN.items()}
-    if cfg.dataset.categories:
-        known = {name: {"classes": list(cfg.dataset.categories), "masks": True}}
-    elif any(files.values()):
+    if any(files.values()) and not cfg.dataset.categories:
         known = {own: describe_classes(read_coco(Path(f))) for own, f in files.items() if f}
     else:
-        known = {name: {"classes": _registered_classes(name), "masks": True}}
+        classes = list(cfg.dataset.categories) or _registered_classes(name)
+        known = {name: {"classes": classes, "masks": True}}
     fit_recipe(cfg, known)
     if trained := classes_of_run(weights):
         if others := other_classes([*cfg.dataset.categories], trained):

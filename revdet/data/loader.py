@@ -64,10 +64,8 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 class TrainMapper(DatasetMapper):
-    """Detectron2's ``DatasetMapper``, also for images on which no object is left.
-
-    Args as for ``DatasetMapper``. The ``instance_mask_format="bitmask"`` of recipes takes RLE too.
-    """
+    """Detectron2's ``DatasetMapper``, also for images on which no object is left; with the
+    ``instance_mask_format="bitmask"`` of recipes it takes RLE too."""
 
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]

@@ -75,7 +75,7 @@ def normalise(cfg: DictConfig, *, evaluation_only: bool = False, weights: str = 
         give_ids_of(known, content, source.annotations)
     described = {name: describe_classes(contents[s]) for s in names for name in names[s]}
     earlier = datasets.read_report(cfg)
-    fit_recipe(cfg, {**_described(cfg, earlier), **described})
+    fit_recipe(cfg, {**earlier, **described})
     masks = bool(OmegaConf.select(cfg, "dataloader.train.mapper.use_instance_mask"))
     report, classes, findings = {}, {}, {}
     checked = _read_checked(cfg)
@@ -111,7 +111,7 @@ def use_normalised(cfg: DictConfig, *, evaluation_only: bool = False) -> None:
     in the recipe: save it before. A process that has not called :func:`normalise` itself learns
     from the report what the recipe is made for.
     """
-    fit_recipe(cfg, _described(cfg, datasets.read_report(cfg)))
+    fit_recipe(cfg, datasets.read_report(cfg))
     renamed = {}
     for name, source in datasets.sources(cfg, evaluation_only=evaluation_only).items():
         known = MetadataCatalog.get(name).as_dict()
@@ -137,7 +137,7 @@ def _known_classes(
     cfg: DictConfig, contents: dict[Source, Coco], weights: str, *, evaluation_only: bool
 ) -> list[Entry]:
     """The classes that all datasets must have, in the model's order; empty if any will do."""
-    run = classes_of_run(weights) if weights else []
+    run = classes_of_run(weights)
     if evaluation_only:
         return run or [dict(category) for category in cfg.dataset.categories]
     if not contents:
@@ -147,12 +147,6 @@ def _known_classes(
     if others and weights == cfg.train.init_checkpoint:
         run = []  # fine-tuned on other classes
     return run or (theirs if cfg.dataset.train_json else [])
-
-
-def _described(cfg: DictConfig, report: dict[str, Any]) -> dict[str, Any]:
-    """What a report says about the classes, which those of earlier versions do not."""
-    names = datasets.dataset_names(cfg)
-    return {name: report[name] for name in names if "classes" in report.get(name, {})}
 
 
 def _read(name: str, source: Source) -> Coco:

@@ -17,18 +17,15 @@ Facts = dict[str, Any]  # as JSON has them
 
 @dataclass
 class Predictions:
-    """Collects what is found and writes ``predictions.json`` and ``results.json``.
-
-    A video that broke off is among the ``videos``, and ``unreadable`` has the reason.
-    """
+    """Collects what is found and writes ``predictions.json`` and ``results.json``."""
 
     folder: Path  # where they are written, and drawings beside them
     categories: list[Facts]  # the dataset's id and name of each class, in the model's order
     run: Facts  # what results.json says about the run, besides the seconds that it has taken
     objects: list[Facts] = field(default_factory=list)  # COCO results, one for each that was found
     pictures: list[Facts] = field(default_factory=list)  # what is known of those that can be read
-    videos: list[Facts] = field(default_factory=list)  # likewise
-    unreadable: dict[str, str] = field(default_factory=dict)  # the reason, for other inputs
+    videos: list[Facts] = field(default_factory=list)  # likewise, and of those that break off
+    unreadable: dict[str, str] = field(default_factory=dict)  # the reason, for these and the others
     _drawings: set[Path] = field(default_factory=set)
     _began: float = field(default_factory=time.perf_counter)
 

@@ -61,9 +61,11 @@ def _plan(
     besides = weights if settings.accumulate > 1 or world_size > 1 else 0
     besides += weights if settings.ema_decay > 0 else 0
     logger.info(f"counting the memory of a training step on {' x '.join(map(str, shape))}")
-    given = {"amp_dtype": amp_dtype, "held_besides": besides, "slices": settings.memory_slices}
+    slices = settings.memory_slices
     try:
-        plan = fit_detector_memory(model, shape, budget, **given)
+        plan = fit_detector_memory(
+            model, shape, budget, amp_dtype=amp_dtype, held_besides=besides, slices=slices
+        )
     except ValueError as error:
         raise UserError(f"train.memory_budget={budget}: {error}") from error
     held = f"of which {besides / 1e9:.2f} GB for weights averaged and gradients kept"
@@ -84,9 +86,8 @@ def fit_detector_memory(
     """Give ``detector`` the fastest memory policy that trains within ``budget``.
 
     It is chosen for trunk, pyramid, RPN and heads together; the last blocks are those of the heads.
-    Counted are parameters, gradients and AdamW's state of the whole detector, and the activations
-    of all these, with as many proposals as the heads sample. Not counted is what depends on the
-    ground truth (masks, matching of anchors) and what the device needs for itself.
+    Counted are parameters, gradients, AdamW's state and activations of all these. Not counted is
+    what depends on the ground truth (masks, matching of anchors) and what the device needs itself.
 
     ``image_shape`` is (B, 3, H, W) of the padded batch that one process trains on at a time. The
     plan, which is returned and in force, is without the bytes ``held_besides`` by something else

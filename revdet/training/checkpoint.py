@@ -35,8 +35,8 @@ class Checkpointer(DetectionCheckpointer):
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``<name>.pth``, whole or not at all, and make it the one to resume from.
 
-        Of a sharded model, all processes call this and the other one. The final checkpoint is one
-        file even so; of any other each writes its part, into a folder ``<name>.dcp``.
+        All processes call this and the other one, and the main one writes. Of a sharded model each
+        writes its part, into a folder ``<name>.dcp``, but for the final checkpoint.
         """
         states = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
         if sharding.is_sharded(self.model) and name != FINAL:

@@ -40,11 +40,6 @@ def is_first_on_machine() -> bool:
     return not under_torchrun() or os.environ["LOCAL_RANK"] == "0"
 
 
-def rank_of_this_process(machine_rank: int) -> int:
-    """torchrun's rank of this process, or else the machine's, before processes are started."""
-    return int(os.environ["RANK"]) if under_torchrun() else machine_rank
-
-
 def resolve_device(name: str, num_gpus: int) -> str:
     """The device that ``train.device`` stands for in this process or the ``num_gpus`` it starts.
 

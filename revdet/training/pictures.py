@@ -70,10 +70,12 @@ def draw_curves(metrics_file: Path, output: Path) -> None:
     figure = Figure(figsize=(15, 4.2))
     losses, rates, scores = figure.subplots(1, 3)
     names = {key for line in lines for key in line if "loss" in key}
+    half = SMOOTHED // 2
     for name in sorted(names, key=lambda name: (name != "total_loss", name)):
         iterations, values = _series(lines, name)
+        around = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
         width = 2.2 if name == "total_loss" else 1.0
-        losses.plot(iterations, _smooth(values), label=name, linewidth=width)
+        losses.plot(iterations, [*map(np.mean, around)], label=name, linewidth=width)
     losses.set(title=f"losses (mean of {SMOOTHED} logged values)", xlabel="iteration", yscale="log")
     losses.legend(fontsize=8)
     rates.plot(*_series(lines, "lr"))
@@ -93,9 +95,3 @@ def draw_curves(metrics_file: Path, output: Path) -> None:
 def _series(lines: Sequence[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
     points = [(line["iteration"], line[name]) for line in lines if name in line]
     return [x for x, _ in points], [y for _, y in points]
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """The mean of up to ``SMOOTHED`` values around each."""
-    half = SMOOTHED // 2
-    return [float(np.mean(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def preflight(cfg: DictConfig, args: argparse.Namespace, held: ExitStack) -> str
         remedy = "add --resume to continue it, or set train.output_dir to a new folder"
         raise UserError(f"{train.output_dir} already holds a run ({run}): {remedy}")
     if hardware.is_first_on_machine():
-        rank = hardware.rank_of_this_process(args.machine_rank)
+        rank = int(os.environ["RANK"]) if hardware.under_torchrun() else args.machine_rank
         make_folder(train.output_dir, "train.output_dir")
         if rank == 0 and not args.eval_only:
             held.enter_context(locked(Path(train.output_dir), "train.output_dir"))

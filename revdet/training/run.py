@@ -70,7 +70,6 @@ def run(cfg: DictConfig, device: str, args: argparse.Namespace) -> None:
 
 def _set_up_output(cfg: DictConfig, args: argparse.Namespace) -> None:
     output_dir = Path(cfg.train.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     log_to(str(output_dir), comm.get_rank())
     # The trainer logs the traceback of any error; for one that the user can fix, a line is enough.
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_not_for_the_user)
@@ -108,10 +107,10 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     amp_dtype = getattr(torch, settings.amp.dtype) if settings.amp.enabled else None
     if settings.memory_budget:
         apply_memory_budget(cfg, model, loader.dataset.records, amp_dtype)
-    average = ModelEmaV3(model, settings.ema_decay, use_warmup=True) if settings.ema_decay else None
     trainer = _trainer(cfg, model, loader, amp_dtype)
     result, trained = model, {}
-    if average is not None:
+    if settings.ema_decay:
+        average = ModelEmaV3(model, settings.ema_decay, use_warmup=True)
         # The decay grows with the iteration, so that a short run too forgets how it started.
         update = hooks.CallbackHook(after_step=lambda trainer: average.update(model, trainer.iter))
         trainer.register_hooks([update])
@@ -130,31 +129,29 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     if comm.is_main_process():
         (output_dir / _CONFIG).replace(output_dir / "config.yaml")
     evaluations = Evaluations(cfg, result, checkpointer, resume=resume)
-    if start_iter >= settings.max_iter:
+    if finished := start_iter >= settings.max_iter:
         logger.info(f"{output_dir} has finished its {start_iter} iterations: evaluating")
-        metrics = evaluations.run(trainer.iter)
-        known = {"iterations": start_iter, "best": evaluations.best}
-        with whole(result):
-            finish(cfg, result, metrics, known, trained=False)
-        return
-    sampler = getattr(loader, "batch_sampler", None)
-    if isinstance(sampler, ResumableBatchSampler):
-        sampler.start_step = start_iter
-    elif start_iter:
-        logger.warning("dataloader.train is not revdet's: the order of the data starts over")
-    trainer.register_hooks(_reporting(evaluations, start_iter, facts))
-    began = time.perf_counter()
-    with step_by_step():
-        trainer.train(start_iter, settings.max_iter)
-    seconds = round(time.perf_counter() - began, 1)  # since the last resume
-    names = ["memory", "stored_blocks", "memory_keep", "memory_slices"]
-    policy: Any = OmegaConf.to_container(OmegaConf.masked_copy(settings, names))
-    facts = {"iterations": settings.max_iter, "seconds": seconds, **policy}
+        evaluations.run(trainer.iter)
+        facts = {"iterations": start_iter}
+    else:
+        sampler = getattr(loader, "batch_sampler", None)
+        if isinstance(sampler, ResumableBatchSampler):
+            sampler.start_step = start_iter
+        elif start_iter:
+            logger.warning("dataloader.train is not revdet's: the order of the data starts over")
+        trainer.register_hooks(_reporting(evaluations, start_iter, facts))
+        began = time.perf_counter()
+        with step_by_step():
+            trainer.train(start_iter, settings.max_iter)
+        seconds = round(time.perf_counter() - began, 1)  # since the last resume
+        names = ["memory", "stored_blocks", "memory_keep", "memory_slices"]
+        policy: Any = OmegaConf.to_container(OmegaConf.masked_copy(settings, names))
+        facts = {"iterations": settings.max_iter, "seconds": seconds, **policy}
+        if next(model.parameters()).is_cuda:
+            facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     facts["best"] = evaluations.best
-    if next(model.parameters()).is_cuda:
-        facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     with whole(result):  # of which the main process draws what it finds
-        finish(cfg, result, evaluations.last, facts, trained=True)
+        finish(cfg, result, evaluations.last, facts, trained=not finished)
 
 
 def _trainer(cfg: DictConfig, model: nn.Module, loader: Any, amp: torch.dtype | None) -> Trainer:

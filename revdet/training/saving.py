@@ -11,7 +11,6 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
 from backbones.common.files import checksum_file, remove
-from backbones.common.sharding import is_sharded
 from backbones.common.stopping import Stopped, asked_to_stop, step_by_step
 from revdet.training.checkpoint import FINAL, Checkpointer, periodic_checkpoints
 from revdet.training.evaluation import BEST, Evaluations
@@ -22,12 +21,12 @@ logger = logging.getLogger("revdet")
 
 @dataclass(eq=False)
 class Saving(HookBase):
-    """Saves periodic checkpoints, of which it keeps some, and the final one; on the main process.
+    """Saves periodic checkpoints, of which it keeps some, and the final one.
 
     Told to stop, all processes finish the iteration, save it, and raise :class:`Stopped`.
     """
 
-    checkpointer: Checkpointer  # saves on the main process, or on all of them a sharded model
+    checkpointer: Checkpointer
     period: int  # iterations between two checkpoints
     max_to_keep: int  # how many are kept, those of earlier sessions included
     facts: dict[str, Any]  # go into every checkpoint, to be compared when it is resumed
@@ -64,8 +63,7 @@ class Saving(HookBase):
         self._saved = self.trainer.iter
         if self.metrics is not None:
             self.metrics.write()
-        if comm.is_main_process() or is_sharded(self.checkpointer.model):
-            self.checkpointer.save(name, iteration=self.trainer.iter, facts=self.facts)
+        self.checkpointer.save(name, iteration=self.trainer.iter, facts=self.facts)
         if comm.is_main_process():
             for path in periodic_checkpoints(Path(self.checkpointer.save_dir))[: -self.max_to_keep]:
                 remove(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from detectron2.utils.events import EventWriter, TensorboardXWriter
@@ -15,12 +16,9 @@ from revdet.training.metrics import ScalarWriter
 def trackers(cfg: DictConfig, start_iter: int) -> list[EventWriter]:
     """The writers of ``train.loggers``; for the first process."""
     folder = Path(cfg.train.output_dir)
-    made: dict[str, Callable[[], EventWriter]] = {
-        "tensorboard": lambda: TensorboardXWriter(str(folder), purge_step=start_iter),
-        "wandb": lambda: _wandb(folder),
-        "mlflow": lambda: _mlflow(folder),
-    }
-    return [made[name]() for name in cfg.train.loggers]
+    made: dict[str, Callable[..., EventWriter]] = {"wandb": _wandb, "mlflow": _mlflow}
+    made["tensorboard"] = partial(TensorboardXWriter, purge_step=start_iter)
+    return [made[name](folder) for name in cfg.train.loggers]
 
 
 def _wandb(folder: Path) -> ScalarWriter:
