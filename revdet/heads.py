@@ -70,27 +70,13 @@ def _fpn(kind: Any, _: str) -> dict[str, Any]:
     def piece(self: Any, *grids: Tensor) -> tuple[Tensor, ...]:
         streams = self.bottom_up.model.streams
         ends = [grids[at : at + streams] for at in range(0, len(grids), streams)]
-        out = kind.forward(_Behind(self, self.bottom_up.maps_of(ends)), None)
-        return tuple(map(_as_autocast, out.values()))
+        return tuple(map(_as_autocast, kind.forward(self, ends).values()))
 
     def forward(self: Any, x: Tensor) -> dict[str, Tensor]:
         grids = [grid for end in self.bottom_up.stage_streams(x) for grid in end]
         return dict(zip(self._out_features, self.run(self.piece, *grids), strict=True))
 
     return {"piece": piece, "forward": forward}
-
-
-class _Behind:
-    """A pyramid whose trunk has run."""
-
-    def __init__(self, pyramid: Any, maps: dict[str, Tensor]) -> None:
-        self._pyramid, self._maps = pyramid, maps
-
-    def bottom_up(self, _: None) -> dict[str, Tensor]:
-        return self._maps
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pyramid, name)
 
 
 @cache

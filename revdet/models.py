@@ -56,23 +56,20 @@ class TrunkBackbone(Backbone):
         """Height and width of the input are padded to a multiple of this, in pixels."""
         return max(self._out_feature_strides.values())
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) -> {name: (B, C, H / stride, W / stride)}."""
-        return self._named(self.model.feature_maps(x.unsqueeze(2) if self._clips else x))
-
-    def stage_streams(self, x: Tensor) -> list[tuple[Tensor, ...]]:
-        """What the stages of a model that has several end with, as its own ``stage_streams``."""
-        return self.model.stage_streams(x.unsqueeze(2) if self._clips else x)
-
-    def maps_of(self, streams: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
-        """What :meth:`forward` returns, of :meth:`stage_streams`."""
-        return self._named([self.model.map_of(*end) for end in enumerate(streams)])
-
-    def _named(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
+    def forward(self, x: Tensor | Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        """Images (B, 3, H, W), or their stage streams -> {name: (B, C, H / stride, W / stride)}."""
+        if isinstance(x, Tensor):
+            maps = self.model.feature_maps(x.unsqueeze(2) if self._clips else x)
+        else:
+            maps = [self.model.map_of(*end) for end in enumerate(x)]
         flat = (x.squeeze(2) if self._clips else x for x in maps)
         named = dict(zip(self._names, flat, strict=True))
         out = {name: named[name] for name in self._out_features}
         return out | {name: norm(out[name]) for name, norm in self.norms.items()}
+
+    def stage_streams(self, x: Tensor) -> list[tuple[Tensor, ...]]:
+        """What the stages of a model that has several end with, as its own ``stage_streams``."""
+        return self.model.stage_streams(x.unsqueeze(2) if self._clips else x)
 
 
 def find_trunk(model: nn.Module) -> tuple[str, nn.Module]:

@@ -12,6 +12,7 @@ import detectron2.data.transforms as T
 import numpy as np
 import torch
 from detectron2.config import instantiate
+from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
 from omegaconf import DictConfig
 from PIL import Image
@@ -79,14 +80,15 @@ class Detector:
     """The model of a recipe with weights; ``prepare`` makes frames for it.
 
     ``categories`` are the dataset's id and name of each class, in the order of ``pred_classes``,
-    and ``classes`` the names. What scores less than ``threshold``, in [0, 1], is left out. A
-    UserError says that the classes are not known, that the model cannot be built, or that the
-    weights do not fit it.
+    and ``classes`` the names, which Detectron2's visualizers find in ``metadata``. What scores less
+    than ``threshold``, in [0, 1], is left out. A UserError says that the classes are not known, the
+    model cannot be built, or the weights do not fit it.
     """
 
     def __init__(self, cfg: DictConfig, weights: str, *, device: str, threshold: float) -> None:
         self.categories = categories_of(cfg, weights)  # which makes the recipe for them
         self.classes = [category["name"] for category in self.categories]
+        self.metadata = Metadata(thing_classes=self.classes)
         self.prepare = Preparation(cfg.dataloader.test.mapper)
         self.model = build_model(cfg, device).eval()
         Checkpointer(self.model).load(weights)

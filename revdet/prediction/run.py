@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
 from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import Visualizer
@@ -96,9 +95,6 @@ class Inference:
     args: argparse.Namespace
     bar: tqdm[Any]
 
-    def __post_init__(self) -> None:
-        self.metadata = Metadata(thing_classes=self.detector.classes)
-
     def pictures(self, paths: Sequence[Path]) -> None:
         """Go through picture files, those of one size together. Image ids are their numbers."""
         ids = {path: number for number, path in enumerate(paths)}
@@ -112,7 +108,7 @@ class Inference:
             if not self.args.no_drawings:
                 drawing = self.predictions.drawing("pictures", path, ".jpg")
                 scale = min(1.0, LARGEST / max(frame.pixels.shape))
-                painter = Visualizer(frame.pixels, self.metadata, scale)
+                painter = Visualizer(frame.pixels, self.detector.metadata, scale)
                 drawn = painter.draw_instance_predictions(instances).get_image()
                 Image.fromarray(drawn).save(drawing, quality=92)
                 facts["drawing"] = str(drawing)
@@ -134,7 +130,7 @@ class Inference:
 
         Their image ids count from ``first_id`` on; how many they are is returned.
         """
-        painter = VideoVisualizer(self.metadata)
+        painter = VideoVisualizer(self.detector.metadata)
         facts: dict[str, Any] = {"file_name": str(path), "first_image_id": first_id, "objects": 0}
         number, write = 0, None
         with media.VideoReader(path) as video, contextlib.ExitStack() as stack:
