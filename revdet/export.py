@@ -16,9 +16,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from backbones.common.console import make_parser, positive, run_command
 from backbones.common.errors import UserError
+from backbones.weights.graph import FORMATS, export_graph
 from revdet.install import detection_extra
+
+
+class Maps(nn.Module):
+    """The backbone of a detector, its maps in a tuple."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.backbone(images).values())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,24 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from backbones.weights.graph import FORMATS, export_graph
-
     if options.to.suffix not in FORMATS:
         raise UserError(f"--to {options.to} should end in {' or '.join(FORMATS)}")
     with detection_extra():
-        from torch import Tensor, nn
-
         from revdet.prediction.predictor import load
-
-    class Maps(nn.Module):
-        """The backbone of a detector, its maps in a tuple."""
-
-        def __init__(self, backbone: Any) -> None:
-            super().__init__()
-            self.backbone = backbone
-
-        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-            return tuple(self.backbone(images).values())
 
     backbone: Any = load(options.run, checkpoint=options.checkpoint, device="cpu").model.backbone
     shapes = backbone.output_shape()

@@ -19,7 +19,6 @@ Everything in a recipe can be overridden by key=value after the options, as for 
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -32,9 +31,9 @@ from revdet.install import RECIPES, detection_extra
 from revdet.quiet import quiet
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = config_parser("revdet/predict.py", __doc__ or "", RECIPES)
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Returns the exit status: 2 for what the user can fix."""
+    parser = config_parser("revdet/predict.py", __doc__, RECIPES)
     add, processes = parser.add_argument, min(4, os.cpu_count() or 1)
     add("--weights", required=True, metavar="FILE", help="a checkpoint of that run or recipe")
     add("--input", required=True, nargs="+", metavar="PATH", help="pictures, videos, folders, …")
@@ -44,12 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", metavar="NAME", help="cuda, cpu, … (auto)")
     add("--workers", type=int, default=processes, help="processes that read pictures (%(default)s)")
     add("--no-drawings", action="store_true", help="write the JSON files only")
-    return parse_inputs(parser, argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command. Returns the exit status: 2 for what the user can fix."""
-    args = parse_args(argv)
+    args = parse_inputs(parser, argv)
     quiet()
 
     def predict() -> None:

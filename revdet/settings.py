@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from backbones.common.settings import describe, key
+from backbones.common.settings import key
 
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 STRATEGIES = ("ddp", "fsdp")
@@ -97,8 +97,3 @@ class DatasetConfig:
 
 
 SECTIONS = {"train": TrainConfig, "dataset": DatasetConfig}
-
-
-def settings_help() -> str:
-    """Every key of the typed sections."""
-    return "\n".join(describe(section, name) for name, section in SECTIONS.items())

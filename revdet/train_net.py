@@ -47,15 +47,17 @@ import torch.distributed as dist
 
 from backbones.common.console import config_parser
 from backbones.common.errors import MissingExtra, UserError
+from backbones.common.settings import describe
 from backbones.common.stopping import Stopped, stoppable
 from revdet.install import RECIPES, detection_extra
 from revdet.quiet import quiet
-from revdet.settings import settings_help
+from revdet.settings import SECTIONS
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, in the words that Detectron2 users know."""
-    doc = f"{__doc__}\nKeys of the run and of its data:\n\n{settings_help()}"
+    keys = "\n".join(describe(section, name) for name, section in SECTIONS.items())
+    doc = f"{__doc__}\nKeys of the run and of its data:\n\n{keys}"
     parser = config_parser("revdet/train_net.py", doc, RECIPES)
     add = parser.add_argument
     add("--resume", action="store_true", help="continue from the last checkpoint, if there is one")

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -251,12 +251,15 @@ def read_class_names(file: str | os.PathLike[str], count: int) -> list[str]:
     return [name.strip() for name in names]
 
 
-def free_name(folder: Path, source: Path, suffix: str, taken: Container[Path]) -> Path:
-    """A file in ``folder`` for a drawing of ``source``, numbered if its name is taken."""
+def free_name(folder: Path, source: Path, suffix: str, taken: set[Path]) -> Path:
+    """A file in ``folder``, which is made, for a drawing of ``source``: numbered if its name is
+    ``taken``, and then taken itself."""
+    folder.mkdir(parents=True, exist_ok=True)
     stem = source.stem[:100]  # names have a limit, and numbers come behind
     file, number = folder / f"{stem}{suffix}", 2
     while file in taken:
         file, number = folder / f"{stem}_{number}{suffix}", number + 1
+    taken.add(file)
     return file
 
 

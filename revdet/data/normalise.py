@@ -77,14 +77,13 @@ def normalise(cfg: DictConfig, *, evaluation_only: bool = False, weights: str = 
     earlier = datasets.read_report(cfg)
     fit_recipe(cfg, {**earlier, **described})
     masks = bool(OmegaConf.select(cfg, "dataloader.train.mapper.use_instance_mask"))
-    report, classes, findings = {}, {}, {}
+    report, classes = {}, {}
     checked = _read_checked(cfg)
     for source, alike in names.items():
         content = contents.pop(source)  # COCO's fills the memory
         found: Findings = defaultdict(list)
         progress = f"checking {alike[0]}" if cfg.train.check_data else None
         cleaned = _cleaned(content, source, found, checked, masks=masks, progress=progress)
-        findings[" and ".join(alike)] = found
         facts, rows = summarize(source.annotations, content, cleaned, found), class_rows(cleaned)
         for name in alike:
             report[name] = {**facts, **described[name], "lines": found}
@@ -99,8 +98,8 @@ def normalise(cfg: DictConfig, *, evaluation_only: bool = False, weights: str = 
         logger.info("datasets:\n%s\n%s", dataset_table(report), class_table(classes))
         less = "" if masks else ", boxes only: no masks in the recipe or in the annotations"
         logger.info(f"the model learns {len(cfg.dataset.categories)} classes{less}")
-    for name, lines in findings.items():
-        _list_findings(name, lines)
+    for alike in names.values():
+        _list_findings(" and ".join(alike), report[alike[0]]["lines"])
     _stop_or_go_on(cfg, report)
 
 

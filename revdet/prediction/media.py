@@ -1,4 +1,4 @@
-"""Which files are pictures and which are videos, and the frames of these."""
+"""Which files are looked at, and the frames of videos."""
 
 from __future__ import annotations
 
@@ -14,13 +14,9 @@ from backbones.common.errors import UserError, error_line, optional_import
 from backbones.common.images import image_suffixes
 from backbones.common.videos import open_container
 
+# By these, a file is taken for a video.
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
 SUFFIXES = {*image_suffixes(), *VIDEO_SUFFIXES}  # of what is looked for in folders
-
-
-def is_video(path: Path) -> bool:
-    """Whether a file is taken for a video, by its name."""
-    return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def import_av() -> Any:

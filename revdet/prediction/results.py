@@ -37,11 +37,7 @@ class Predictions:
 
     def drawing(self, kind: str, path: Path, suffix: str) -> Path:
         """The file for a drawing of ``path``; inputs of one name in two folders get two."""
-        folder = self.folder / kind
-        folder.mkdir(parents=True, exist_ok=True)
-        file = free_name(folder, path, suffix, self._drawings)
-        self._drawings.add(file)
-        return file
+        return free_name(self.folder / kind, path, suffix, self._drawings)
 
     def write(self, **more: Any) -> None:
         """Write both files, each whole or not at all, with ``more`` about the run."""

@@ -25,7 +25,7 @@ from backbones.common.stopping import Stopped
 from backbones.common.videos import h264_writer
 from revdet.config import load_config
 from revdet.prediction import media
-from revdet.prediction.media import SUFFIXES, UnreadableError, is_video
+from revdet.prediction.media import SUFFIXES, VIDEO_SUFFIXES, UnreadableError
 from revdet.prediction.predictor import Detector, Frame, PictureFiles, batches
 from revdet.prediction.results import Predictions
 
@@ -37,13 +37,13 @@ def run(args: argparse.Namespace) -> None:
     """Do what the command line of ``predict.py`` says; a UserError if no input can be read."""
     _check_options(args)
     device = str(try_device(args.device, f"--device {args.device}", "try --device cpu"))
-    videos_are = " ".join(sorted(media.VIDEO_SUFFIXES))
+    videos_are = " ".join(sorted(VIDEO_SUFFIXES))
     what = f"picture or video (.jpg, .png and what else Pillow reads; {videos_are})"
     inputs = find_files(
         args.input, lambda path: path.suffix.lower() in SUFFIXES, what, passed_over=args.output
     )
-    videos = [path for path in inputs if is_video(path)]
-    pictures = [path for path in inputs if not is_video(path)]
+    videos = [path for path in inputs if path.suffix.lower() in VIDEO_SUFFIXES]
+    pictures = [path for path in inputs if path.suffix.lower() not in VIDEO_SUFFIXES]
     if videos:
         media.import_av()
     cfg = load_config(args.config, args.overrides)

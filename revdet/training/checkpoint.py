@@ -102,11 +102,10 @@ class Checkpointer(DetectionCheckpointer):
         self._log_incompatible_keys(self._copy(tensors, checkpoint.path, strict=False))
 
     def _copy(self, tensors: dict[str, Tensor], path: Path, *, strict: bool) -> _IncompatibleKeys:
-        theirs = {key.removeprefix("module."): value for key, value in tensors.items()}
         ours = self.model.state_dict()
-        missing = [key for key in ours if key not in theirs]
-        unexpected = [key for key in theirs if key not in ours]
-        reshaped = [k for k in ours if k in theirs and ours[k].shape != theirs[k].shape]
+        missing = [key for key in ours if key not in tensors]
+        unexpected = [key for key in tensors if key not in ours]
+        reshaped = [k for k in ours if k in tensors and ours[k].shape != tensors[k].shape]
         anew = [key for key in reshaped if not strict and key.startswith(CLASS_LAYERS)]
         reshaped = [key for key in reshaped if key not in anew]
         if reshaped or len(missing) == len(ours) or (strict and (missing or unexpected)):
@@ -115,8 +114,8 @@ class Checkpointer(DetectionCheckpointer):
             counts = [f"{len(k)} weights {what} (first: {k[0]})" for what, k in kinds.items() if k]
             wrong = f"checkpoint {path} is of another architecture: {'; '.join(counts)}"
             raise UserError(f"{wrong}. Use the config it was trained with (config.yaml beside it)")
-        fitting = [key for key in theirs if key in ours and key not in anew]
-        state = {key: sharding.spread(theirs[key], ours[key]) for key in fitting}
+        fitting = [key for key in tensors if key in ours and key not in anew]
+        state = {key: sharding.spread(tensors[key], ours[key]) for key in fitting}
         self.model.load_state_dict(state, strict=False)
         if anew:
             self.logger.warning(f"trained anew, for other classes: {', '.join(anew)}")

@@ -29,15 +29,14 @@ SMOOTHED = 7  # logged losses averaged in the plot: each is of one batch, which 
 
 def draw_predictions(
     model: nn.Module, records: Sequence[dict[str, Any]], mapper: Any, dataset: str, output_dir: Path
-) -> list[Path]:
+) -> set[Path]:
     """Draw ground truth and predictions side by side, for each image a PNG of its name.
 
     Images of one name in two folders get two. ``records`` are the images, as Detectron2's dataset
     dictionaries, ``mapper`` is the recipe's for tests, ``dataset`` that of the class names.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
     metadata = MetadataCatalog.get(dataset)
-    files: list[Path] = []
+    files: set[Path] = set()
     for record in records:
         image = utils.read_image(record["file_name"], format="RGB")
         with inference_context(model), torch.no_grad():
@@ -46,8 +45,8 @@ def draw_predictions(
         look = image, metadata, scale, ColorMode.SEGMENTATION
         truth = Visualizer(*look).draw_dataset_dict(record)
         guess = Visualizer(*look).draw_instance_predictions(found[found.scores >= SHOWN_SCORE])
-        files.append(free_name(output_dir, Path(record["file_name"]), ".png", files))
-        _side_by_side([truth.get_image(), guess.get_image()], files[-1])
+        file = free_name(output_dir, Path(record["file_name"]), ".png", files)
+        _side_by_side([truth.get_image(), guess.get_image()], file)
     return files
 
 

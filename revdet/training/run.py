@@ -100,8 +100,9 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     if settings.init_checkpoint and not resume:
         load_initial_weights(model, settings.init_checkpoint)
     loader = instantiate(cfg.dataloader.train)
-    if hasattr(getattr(loader, "dataset", None), "records"):  # the loader is revdet's
-        _set_length(cfg, len(loader.dataset.records))
+    sampler = getattr(loader, "batch_sampler", None)
+    if isinstance(sampler, ResumableBatchSampler):  # the loader is revdet's
+        _set_length(cfg, len(sampler.groups))
     elif settings.epochs or settings.warmup_iters:
         raise UserError("train.epochs and train.warmup_iters need revdet's loader: set max_iter")
     amp_dtype = getattr(torch, settings.amp.dtype) if settings.amp.enabled else None
@@ -134,7 +135,6 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
         evaluations.run(trainer.iter)
         facts = {"iterations": start_iter}
     else:
-        sampler = getattr(loader, "batch_sampler", None)
         if isinstance(sampler, ResumableBatchSampler):
             sampler.start_step = start_iter
         elif start_iter:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from detectron2.engine import SimpleTrainer
+from detectron2.engine import AMPTrainer
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch.nn.parallel import DistributedDataParallel
@@ -25,7 +25,7 @@ logger = logging.getLogger("revdet")
 _SHARE = 0.85
 
 
-class Trainer(SimpleTrainer):
+class Trainer(AMPTrainer):
     """Detectron2's trainer with autocast on any device, and randomness that resumes exactly.
 
     An iteration takes ``accumulate`` batches and one step of the optimizer, with the mean of their
@@ -48,11 +48,11 @@ class Trainer(SimpleTrainer):
         amp_dtype: torch.dtype | None = None,
         clip_grad_norm: float = 0.0,
     ) -> None:
-        super().__init__(model, data_loader, optimizer)
+        self.device = next(model.parameters()).device
+        scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
+        super().__init__(model, data_loader, optimizer, grad_scaler=scaler)
         self.seed, self.accumulate = seed, accumulate
         self.amp_dtype, self.clip_grad_norm = amp_dtype, clip_grad_norm
-        self.device = next(model.parameters()).device
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
 
     def run_step(self) -> None:
         """Run one iteration: data, forward, backward, optimizer; a UserError says why it failed."""
@@ -96,16 +96,16 @@ class Trainer(SimpleTrainer):
                 with torch.autocast(self.device.type, self.amp_dtype, self.amp_dtype is not None):
                     losses = self.model(data)
                     total = sum(losses.values()) / self.accumulate
-                self.scaler.scale(total).backward()
+                self.grad_scaler.scale(total).backward()
             for name, loss in losses.items():
                 logged[name] = logged.get(name, 0.0) + loss.detach() / self.accumulate
         self.after_backward()
         if self.clip_grad_norm > 0:
-            self.scaler.unscale_(self.optimizer)
+            self.grad_scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
         self._write_metrics(logged, data_time)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
 
     def _reducing(self, *, last: bool) -> AbstractContextManager[None]:
         """Where the processes' gradients are averaged, which is worth it for the last batch only.
@@ -118,9 +118,6 @@ class Trainer(SimpleTrainer):
         learning = self.model.static_graph and self.iter == self.start_iter
         return nullcontext() if learning else self.model.no_sync()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "grad_scaler": self.scaler.state_dict()}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         known, groups = state_dict["optimizer"]["state"], state_dict["optimizer"]["param_groups"]
         for name, (now, was) in follow_recipe(groups, self.optimizer.param_groups).items():
@@ -131,6 +128,6 @@ class Trainer(SimpleTrainer):
                 for name, value in known.get(index, {}).items():
                     if getattr(value, "shape", None) == param.shape:
                         known[index][name] = spread(value, param)
-        super().load_state_dict(state_dict)
-        if state_dict["grad_scaler"] and self.scaler.is_enabled():
-            self.scaler.load_state_dict(state_dict["grad_scaler"])
+        # A run without float16 has saved no scale.
+        scale = state_dict["grad_scaler"] or self.grad_scaler.state_dict()
+        super().load_state_dict({**state_dict, "grad_scaler": scale})
