@@ -16,23 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from backbones.common.console import make_parser, positive, run_command
 from backbones.common.errors import UserError
-from backbones.weights.graph import FORMATS, export_graph
+from backbones.weights.graph import FORMATS, Outputs, export_graph
 from revdet.install import detection_extra
-
-
-class Maps(nn.Module):
-    """The backbone of a detector, its maps in a tuple."""
-
-    def __init__(self, backbone: Any) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.backbone(images).values())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +44,8 @@ def _export(options: argparse.Namespace) -> None:
     multiple = max(shape.stride for shape in shapes.values())
     side = backbone.padding_constraints.get("square_size") or 4 * multiple
     size, free = options.size or (side, side), None if options.size else multiple
-    graph = export_graph(Maps(backbone).eval(), (3, *size), options.to, free)
+    maps = Outputs(backbone, lambda backbone, images: backbone(images).values())
+    graph = export_graph(maps.eval(), (3, *size), options.to, free)
     print(f"{graph}\noutputs: {', '.join(shapes)}")
 
 

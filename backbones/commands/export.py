@@ -15,13 +15,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from torch import Tensor, nn
-
 from backbones.commands.image_models import add_model, chosen_model
 from backbones.common.errors import UserError
-from backbones.models.trunk import Trunk
 from backbones.registry import input_shape
-from backbones.weights.graph import FORMATS, export_graph
+from backbones.weights.graph import FORMATS, Outputs, export_graph
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,15 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--to", metavar="FILE", type=Path, required=True, help=f"ending in {' or '.join(FORMATS)}")
     add("--fixed-size", action="store_true", help="images of that size alone")
     add("--maps", action="store_true", help="the maps of every stage, in place of the classes")
-
-
-class _Maps(nn.Module):
-    def __init__(self, trunk: Trunk) -> None:
-        super().__init__()
-        self.trunk = trunk
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.trunk.feature_maps(x))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -51,5 +39,5 @@ def run(options: argparse.Namespace) -> None:
     if options.img_size:
         height = width = options.img_size
     multiple = None if options.fixed_size else model.feature_info[-1]["reduction"]
-    wanted = _Maps(model) if options.maps else model
+    wanted = Outputs(model, lambda trunk, x: trunk.feature_maps(x)) if options.maps else model
     print(export_graph(wanted.eval(), (channels, *frames, height, width), options.to, multiple))

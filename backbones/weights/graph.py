@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,17 @@ class Graph:
 
     def __str__(self) -> str:
         return f"{self.path}: input {self.inputs}; at most {self.error:.1e} from the model"
+
+
+class Outputs(nn.Module):
+    """A model that gives ``outputs(model, x)``, in a tuple."""
+
+    def __init__(self, model: nn.Module, outputs: Callable[[Any, Tensor], Iterable[Tensor]]):
+        super().__init__()
+        self.model, self.outputs = model, outputs
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.outputs(self.model, x))
 
 
 def export_graph(

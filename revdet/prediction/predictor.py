@@ -16,7 +16,6 @@ from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
 from omegaconf import DictConfig
 from PIL import Image
-from torch.utils.data import Dataset
 
 from backbones.common.console import try_device
 from backbones.common.errors import UserError, error_line
@@ -58,22 +57,13 @@ class Preparation:
         image = torch.as_tensor(np.ascontiguousarray(given.image.transpose(2, 0, 1)))
         return Frame(index, pixels, {"image": image, "height": height, "width": width})
 
-
-@dataclass(eq=False)
-class PictureFiles(Dataset[Frame | str]):
-    """Picture files, prepared, or the reason why one cannot be read."""
-
-    paths: Sequence[Path]
-    prepare: Preparation
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Frame | str:
+    def read(self, numbered: tuple[int, Path]) -> Frame | str:
+        """A picture file, of which the number is given, prepared; or why it cannot be read."""
+        index, path = numbered
         try:
-            return self.prepare(index, np.array(read_image(self.paths[index], upright=True)))
+            return self(index, np.array(read_image(path, upright=True)))
         except Exception as error:  # a damaged file fails in any way
-            return why_unreadable(error, self.paths[index])
+            return why_unreadable(error, path)
 
 
 class Detector:
@@ -137,11 +127,10 @@ def load(
 ) -> Detector:
     """The detector that a run has trained: ``revdet.load(RUN)("photo.jpg")``.
 
-    Args:
-        run: its ``train.output_dir``; a UserError if it holds no checkpoint that can be read.
-        checkpoint: a file in the place of ``model_final.pth``, or of the newest one before the end.
-        device: ``cuda``, ``cpu``, …; ``auto``: a GPU where there is one.
-        threshold: lower scores are left out, 0 to 1.
+    ``run`` is its ``train.output_dir``, ``checkpoint`` a file in the place of ``model_final.pth``,
+    or of the newest one before the end, and ``device`` ``cuda``, ``cpu``, … or ``auto``: a GPU
+    where there is one. Scores lower than ``threshold``, 0 to 1, are left out. A UserError says that
+    the folder holds no run, or no checkpoint that can be read.
     """
     cfg = load_config(str(Path(run) / "config.yaml"))
     final = Path(run) / "model_final.pth"

@@ -26,7 +26,7 @@ from backbones.common.videos import h264_writer
 from revdet.config import load_config
 from revdet.prediction import media
 from revdet.prediction.media import SUFFIXES, VIDEO_SUFFIXES, UnreadableError
-from revdet.prediction.predictor import Detector, Frame, PictureFiles, batches
+from revdet.prediction.predictor import Detector, Frame, batches
 from revdet.prediction.results import Predictions
 
 LARGEST = 4096  # px: larger pictures are drawn smaller
@@ -97,14 +97,12 @@ class Inference:
 
     def pictures(self, paths: Sequence[Path]) -> None:
         """Go through picture files, those of one size together. Image ids are their numbers."""
-        ids = {path: number for number, path in enumerate(paths)}
-        files = PictureFiles(sorted(paths, key=header_size), self.detector.prepare)
-        for frame, instances in self._detect(self._readable(files)):
-            path = files.paths[frame.index]
-            where = {"image_id": ids[path], "file_name": str(path)}
+        for frame, instances in self._detect(self._readable(paths)):
+            path = paths[frame.index]
+            where = {"image_id": frame.index, "file_name": str(path)}
             size = {side: frame.model_input[side] for side in ("width", "height")}
             facts = {**where, **size, "objects": len(instances)}
-            self.predictions.add(ids[path], instances, file_name=str(path))
+            self.predictions.add(frame.index, instances, file_name=str(path))
             if not self.args.no_drawings:
                 drawing = self.predictions.drawing("pictures", path, ".jpg")
                 scale = min(1.0, LARGEST / max(frame.pixels.shape))
@@ -114,11 +112,13 @@ class Inference:
                 facts["drawing"] = str(drawing)
             self.predictions.pictures.append(facts)
 
-    def _readable(self, files: PictureFiles) -> Iterator[Frame]:
+    def _readable(self, paths: Sequence[Path]) -> Iterator[Frame]:
+        files: Any = sorted(enumerate(paths), key=lambda numbered: header_size(numbered[1]))
+        read: Any = self.detector.prepare.read
         workers = min(self.args.workers, len(files) // 4)
-        # Without a batch size, worker processes hand over one item at a time.
-        loader: DataLoader[Frame | str] = DataLoader(files, batch_size=None, num_workers=workers)
-        for path, item in zip(files.paths, loader, strict=True):
+        # Without a batch size, worker processes read and hand over one file at a time.
+        loader = DataLoader(files, batch_size=None, num_workers=workers, collate_fn=read)
+        for (_, path), item in zip(files, loader, strict=True):
             if isinstance(item, Frame):
                 yield item
             else:

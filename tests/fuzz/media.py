@@ -125,8 +125,8 @@ class Images:
 
     def read(self, path: Path) -> Any:
         from backbones.common.images import ImageFiles, header_size
-        from revdet.prediction.predictor import PictureFiles, Preparation
+        from revdet.prediction.predictor import Preparation
 
         header_size(path)
         ImageFiles([str(path)], 64, 64)[0]
-        return PictureFiles([path], Preparation(self.mapper))[0]
+        return Preparation(self.mapper).read((0, path))
