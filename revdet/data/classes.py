@@ -72,12 +72,6 @@ def classes_of_run(weights: str) -> list[Entry]:
         return []
 
 
-def other_classes(theirs: list[Entry], known: list[Entry]) -> list[str]:
-    """The names of classes that are not among the known ones."""
-    names = {category["name"] for category in known}
-    return [category["name"] for category in theirs if category["name"] not in names]
-
-
 def give_ids_of(known: list[Entry], content: Coco, where: Path) -> None:
     """Give the classes of an annotation file the ids that a model knows them by, by their names.
 
@@ -87,7 +81,7 @@ def give_ids_of(known: list[Entry], content: Coco, where: Path) -> None:
     if categories_in(content) == known:
         return
     ids = {category["name"]: category["id"] for category in known}
-    if others := other_classes(content["categories"], known):
+    if others := [c["name"] for c in content["categories"] if c["name"] not in ids]:
         wrong = f"{where} has classes that the run has not learnt ({some_of(others)})"
         raise UserError(f"{wrong}: it knows {some_of([*ids])}; name them alike, or train anew")
     new = {category["id"]: ids[category["name"]] for category in content["categories"]}
@@ -116,7 +110,8 @@ def categories_of(cfg: DictConfig, weights: str = "") -> list[Entry]:
         known = {name: {"classes": classes, "masks": True}}
     fit_recipe(cfg, known)
     if trained := classes_of_run(weights):
-        if others := other_classes([*cfg.dataset.categories], trained):
+        names = {category["name"] for category in trained}
+        if others := [c["name"] for c in cfg.dataset.categories if c["name"] not in names]:
             wrong = f"{weights} has not learnt classes of the config ({some_of(others)})"
             raise UserError(f"{wrong}: give the config.yaml beside it")
         cfg.dataset.categories = trained
