@@ -82,10 +82,8 @@ class FasterCOCOEvaluator(COCOEvaluator):
 class Evaluations:
     """Evaluates during training and keeps the best weights in ``model_best.pth``."""
 
-    def __init__(
-        self, cfg: DictConfig, model: nn.Module, checkpointer: Checkpointer, *, resume: bool
-    ) -> None:
-        self.cfg, self.model, self.checkpointer = cfg, model, checkpointer
+    def __init__(self, cfg: DictConfig, checkpointer: Checkpointer, *, resume: bool) -> None:
+        self.cfg, self.checkpointer = cfg, checkpointer
         self.last: dict[str, Any] = {}  # metrics; empty but on the main process
         self.best: dict[str, float] = {}  # iteration and score; empty if there is none
         file = Path(cfg.train.output_dir) / "model_best.pth"
@@ -101,7 +99,7 @@ class Evaluations:
 
     def run(self, iteration: int) -> dict[str, Any]:
         """Evaluate behind an iteration, and save the weights if they are better than any before."""
-        self.last = evaluate(self.cfg, self.model)
+        self.last = evaluate(self.cfg, self.checkpointer.model)
         score = self.last.get("bbox", {}).get("AP", float("nan"))
         better = score > self.best.get(BEST, float("-inf"))  # never true for NaN
         if comm.all_gather(better)[0]:  # only the main process knows the score

@@ -129,7 +129,7 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
                 logger.warning(f"resumed with {name} {value}, which was {before[name]}")
     if comm.is_main_process():
         (output_dir / _CONFIG).replace(output_dir / "config.yaml")
-    evaluations = Evaluations(cfg, result, checkpointer, resume=resume)
+    evaluations = Evaluations(cfg, checkpointer, resume=resume)
     if finished := start_iter >= settings.max_iter:
         logger.info(f"{output_dir} has finished its {start_iter} iterations: evaluating")
         evaluations.run(trainer.iter)
@@ -207,7 +207,7 @@ def _reporting(evaluations: Evaluations, start: int, facts: Facts) -> list[hooks
     pending = comm.all_gather(pending and main and not was_evaluated(file, start - 1))[0]
     metrics = MetricsWriter(file, start) if main else None
     saving = Saving(checkpointer, **settings.checkpointer, facts=facts, metrics=metrics)
-    evaluation = Evaluating(period, evaluations, saving, pending=pending)
+    evaluation = Evaluating(evaluations, saving, pending=pending)
     if metrics is None:
         return [saving, evaluation]
     writers = [CommonMetricPrinter(settings.max_iter), metrics, *trackers(cfg, start)]

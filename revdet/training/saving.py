@@ -71,7 +71,7 @@ class Saving(HookBase):
 
 
 class Evaluating(hooks.EvalHook):
-    """Evaluates every ``period`` iterations; with 0 at the end only.
+    """Evaluates every ``train.eval_period`` iterations; with 0 at the end only.
 
     First the last iteration before this session, if ``pending``: a kill has cut its evaluation off.
     An evaluation that a signal interrupts ends in ``saving`` the iteration.
@@ -79,9 +79,8 @@ class Evaluating(hooks.EvalHook):
 
     trainer: Any
 
-    def __init__(
-        self, period: int, evaluations: Evaluations, saving: Saving, *, pending: bool
-    ) -> None:
+    def __init__(self, evaluations: Evaluations, saving: Saving, *, pending: bool) -> None:
+        period = evaluations.cfg.train.eval_period
         super().__init__(period, lambda: evaluations.run(saving.iteration))
         self._saving, self._pending = saving, pending
 
