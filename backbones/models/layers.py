@@ -174,12 +174,13 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden_dim, dim)
-        self.drop = nn.Dropout(drop)
+        self.drop1 = nn.Dropout(drop)
+        self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, dim) -> (…, dim)."""
-        x = self.drop(self.act(self.fc1(x)))
-        return cast(Tensor, self.drop(self.fc2(x)))
+        x = self.drop1(self.act(self.fc1(x)))
+        return cast(Tensor, self.drop2(self.fc2(x)))
 
 
 class SwiGLU(nn.Module):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
 import logging
 from pathlib import Path
@@ -45,8 +43,7 @@ class FasterCOCOEvaluator(COCOEvaluator):
         for entries, key in (("images", "id"), ("annotations", "image_id")):
             for entry in content.get(entries, ()):
                 entry[key] += self._shift
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._coco_api = COCO(content)
+        self._coco_api = COCO(content)
 
     def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: Any = None) -> None:
         results = list(itertools.chain.from_iterable(p["instances"] for p in predictions))
@@ -69,13 +66,12 @@ class FasterCOCOEvaluator(COCOEvaluator):
             return dict.fromkeys(self._derive_coco_results(None, task, class_names), 0.0)
         if task == "segm":  # whose area is then that of the mask, as in Detectron2, not of the box
             results = [{k: v for k, v in each.items() if k != "bbox"} for each in results]
-        with contextlib.redirect_stdout(io.StringIO()):
-            found = self._coco_api.loadRes(results)
-            evaluation = COCOeval_faster(self._coco_api, found, iouType=task)
-            evaluation.params.maxDets = self._max_dets_per_image
-            if img_ids is not None:
-                evaluation.params.imgIds = img_ids
-            evaluation.run()
+        found = self._coco_api.loadRes(results)
+        evaluation = COCOeval_faster(self._coco_api, found, iouType=task)
+        evaluation.params.maxDets = self._max_dets_per_image
+        if img_ids is not None:
+            evaluation.params.imgIds = img_ids
+        evaluation.run()
         return self._derive_coco_results(evaluation, task, class_names)
 
 
