@@ -66,8 +66,7 @@ class FasterCOCOEvaluator(COCOEvaluator):
             return dict.fromkeys(self._derive_coco_results(None, task, class_names), 0.0)
         if task == "segm":  # whose area is then that of the mask, as in Detectron2, not of the box
             results = [{k: v for k, v in each.items() if k != "bbox"} for each in results]
-        found = self._coco_api.loadRes(results)
-        evaluation = COCOeval_faster(self._coco_api, found, iouType=task)
+        evaluation = COCOeval_faster(self._coco_api, self._coco_api.loadRes(results), task)
         evaluation.params.maxDets = self._max_dets_per_image
         if img_ids is not None:
             evaluation.params.imgIds = img_ids

@@ -56,13 +56,12 @@ class Manifest:
         return [record for record in self.readable if record.label >= 0]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a CSV file, under its final name only when it is complete.
+        """Write a CSV file, whole or not at all, into a folder that is there.
 
         Its first line starts with ``#`` and holds root and classes as JSON; then come a line of
         column names and one line per video. ``pandas.read_csv(path, comment="#")`` reads it.
         """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         header = {"format": _FORMAT, "root": str(self.root), "classes": self.classes}
         columns = [field.name for field in fields(VideoRecord)]
         with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
