@@ -127,10 +127,7 @@ def test_what_is_no_image_is_one_line(
         ([str(tmp_path / "nothing"), *own], "nothing: holds no image (.jpg, "),
         ([str(photos / "notes.txt"), *own], "none of the 1 images could be read"),
         ([image, *own, "--classes", str(tmp_path / "names.txt")], "names 2 classes, the model's"),
-        (
-            [image, *own, "--classes", str(tmp_path / "latin.txt")],
-            "as text in UTF-8",
-        ),
+        ([image, *own, "--classes", str(tmp_path / "latin.txt")], "as text in UTF-8"),
         ([image, *own, "--classes", str(tmp_path / "no.txt")], "no.txt"),
         ([image, *own, "--features", "x.safetensors"], "x.safetensors should end in .npz"),
         ([image, *own, "--features", "x.npz", "--json", "x.json"], "--features goes without"),

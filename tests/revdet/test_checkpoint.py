@@ -16,6 +16,7 @@ from backbones.common.errors import UserError
 from backbones.weights.checkpoint import read_checkpoint
 from revdet.models import find_trunk
 from revdet.training.checkpoint import Checkpointer, load_initial_weights
+from revdet.training.trainer import Trainer
 from tests.revdet.conftest import DEMO, detector
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -177,3 +178,20 @@ def test_initial_weights_of_a_detector(tmp_path):
     load_initial_weights(loaded, str(tmp_path / "detector.pth"))
     assert same(saved.backbone, loaded.backbone)
     assert same(saved.roi_heads.box_head, loaded.roi_heads.box_head)
+
+
+def test_the_scale_of_the_loss_goes_along():
+    """Of float16, also out of and into runs without it."""
+
+    def trainer(dtype: torch.dtype) -> Trainer:
+        model = nn.Linear(2, 1)
+        return Trainer(model, [], torch.optim.SGD(model.parameters(), 0.1), amp_dtype=dtype)
+
+    first, again, plain = map(trainer, (torch.float16, torch.float16, torch.bfloat16))
+    first.grad_scaler.scale(torch.ones(1))
+    first.grad_scaler.update(512.0)
+    again.load_state_dict(first.state_dict())
+    assert again.grad_scaler.get_scale() == 512
+    plain.load_state_dict(first.state_dict())
+    again.load_state_dict(plain.state_dict())
+    assert again.grad_scaler.get_scale() == 512
